@@ -1,0 +1,55 @@
+"""RETRO: language models that read from a datastore.
+
+Public names load on demand, so that `import retro` is quick and pulls in neither torch nor an index library.
+After `import retro`, transformers' AutoConfig and AutoModelForCausalLM know the model type `retro`.
+"""
+
+from importlib import import_module
+
+from wrapt import when_imported
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RetroConfig": "retro.config",
+    "RetroForCausalLM": "retro.model",
+    "RetroModel": "retro.model",
+    "Document": "retro.corpus",
+    "read_documents": "retro.corpus",
+    "BuildSettings": "retro.retrieval",
+    "build_store": "retro.retrieval",
+    "Store": "retro.retrieval",
+    "Retriever": "retro.retrieval",
+    "Neighbors": "retro.retrieval",
+    "build_index": "retro.retrieval",
+    "build_neighbors": "retro.retrieval",
+    "load_embedder": "retro.retrieval",
+    "bits_per_byte": "retro.evaluation",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'retro' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+@when_imported("transformers.models.auto.configuration_auto")
+def _register_config(auto) -> None:
+    from retro.config import RetroConfig
+
+    auto.AutoConfig.register(RetroConfig.model_type, RetroConfig)
+
+
+@when_imported("transformers.models.auto.modeling_auto")
+def _register_model(auto) -> None:
+    from retro.config import RetroConfig
+    from retro.model import RetroForCausalLM, RetroModel
+
+    auto.AutoModel.register(RetroConfig, RetroModel)
+    auto.AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM)

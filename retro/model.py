@@ -1,0 +1,280 @@
+"""RetroForCausalLM: a decoder that attends to the neighbors of every chunk, as a Hugging Face model."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from retro.config import RetroConfig
+from retro.generation import RetrievalGeneration
+from retro.modules import Attention, ChunkedCrossAttention, DecoderBlock, FeedForward, NeighborEncoder
+from retro.modules.encoder import chunks_of
+from retro.modules.loss import linear_cross_entropy
+from retro.modules.positions import RelativePositions
+from retro.padding import align_left, align_right
+
+
+class RetroPreTrainedModel(PreTrainedModel):
+    """Saving, loading and the one place where weights get their start.
+
+    Random start: normal with standard deviation `initializer_range` (0.02); the matrices that write into the residual
+    stream (W_o, W_down) are divided by sqrt(2 x layers) as in GPT-2; norms are 1, the relative biases u and v 0.
+
+    Induction-ready start of CCA (`cca_init="induction"`, ours): W_q and W_k are 1.5 I plus noise of 0.02, W_v is I,
+    W_o is 0.05 I, and the smeared keys take 0.7 of the token before. A query then finds the place in a neighbor that
+    follows the token it has just read, and writes what stands there, small against embeddings of 0.02. Sources:
+    Olsson et al. 2022 for the circuit.
+    """
+
+    config_class = RetroConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DecoderBlock", "EncoderBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std, layers = self.config.initializer_range, self.config.num_hidden_layers
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Attention):
+            init.normal_(module.o_proj.weight, std=std / (2 * layers) ** 0.5)
+        elif isinstance(module, FeedForward):
+            init.normal_(module.down_proj.weight, std=std / (2 * layers) ** 0.5)
+        elif isinstance(module, RelativePositions):
+            init.zeros_(module.content_bias)
+            init.zeros_(module.position_bias)
+        elif isinstance(module, ChunkedCrossAttention):
+            if module.smear is not None:
+                init.constant_(module.smear, 0.7)
+            if self.config.cca_init == "induction":
+                _start_as_induction_head(module.attention)
+
+
+def _start_as_induction_head(attention: Attention) -> None:
+    identity = torch.eye(attention.q_proj.weight.shape[0])
+    for projection, scale, noise in (("q", 1.5, 0.02), ("k", 1.5, 0.02), ("v", 1.0, 0.0), ("o", 0.05, 0.0)):
+        weight = getattr(attention, f"{projection}_proj").weight
+        init.copy_(weight, scale * identity.to(weight) + noise * torch.randn_like(weight))
+
+
+class RetroModel(RetroPreTrainedModel):
+    """Embeddings, decoder blocks, neighbor encoder and final norm, without the output embeddings."""
+
+    def __init__(self, config: RetroConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_decoder_block(config, i + 1) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.cca_layers:
+            self.encoder = _neighbor_encoder(config)
+            self.encoder_embedding = _encoder_embedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"] | None = None,
+        neighbor_ids: Int[Tensor, "b l k r"] | None = None,
+        neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
+        attention_mask: Int[Tensor, "b n"] | Bool[Tensor, "b n"] | None = None,
+        document_ids: Int[Tensor, "b n"] | None = None,
+        inputs_embeds: Float[Tensor, "b n d"] | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states; see RetroForCausalLM.forward for the arguments."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
+        mask = _self_attention_mask(h.shape[1], attention_mask, document_ids)
+        encoded, states = None, [h]
+        for number, layer in enumerate(self.layers, start=1):
+            h = self._run(layer.attend, h, mask)
+            if neighbor_ids is not None and number in self.config.cca_layers:
+                if encoded is None:
+                    encoded = self._encode(h, neighbor_ids, neighbor_mask, attention_mask)
+                h = self._run(layer.read, h, encoded, neighbor_mask, document_ids)
+            h = self._run(layer.feed, h)
+            states.append(h)
+        h = states[-1] = self.norm(h)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(last_hidden_state=h, hidden_states=tuple(states) if wanted else None)
+
+    def _encode(self, h, neighbor_ids, neighbor_mask, attention_mask) -> Float[Tensor, "b l k r c"]:
+        """E_1 .. E_l from the activations at the first layer of P."""
+        m = self.config.chunk_len
+        embedded = self.embed_tokens(neighbor_ids) if self.config.encoder_shares_embeddings else neighbor_ids
+        if self.encoder_embedding is not None:
+            embedded = self.encoder_embedding(embedded)
+        condition_mask = None if attention_mask is None else chunks_of(attention_mask.bool()[..., None], m)[..., 0]
+        return self._run(self.encoder, embedded, neighbor_mask, chunks_of(h, m), condition_mask)
+
+    def _run(self, function, *args):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(function, *args)
+        return function(*args)
+
+    def _checked_mask(self, h, neighbor_ids, neighbor_mask):
+        if neighbor_ids is None:
+            if neighbor_mask is not None:
+                raise ValueError("neighbor_mask is given without neighbor_ids.")
+            return None
+        if not self.config.cca_layers:
+            raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
+        num_chunks = h.shape[1] // self.config.chunk_len
+        if neighbor_ids.ndim != 4 or neighbor_ids.shape[:2] != (h.shape[0], num_chunks):
+            raise ValueError(
+                f"neighbor_ids has shape {list(neighbor_ids.shape)}; it must be [b, l, k, r] = "
+                f"[{h.shape[0]}, {num_chunks}, k, r], one row for each whole chunk of {self.config.chunk_len} tokens."
+            )
+        if neighbor_mask is None:
+            return torch.ones_like(neighbor_ids, dtype=torch.bool)
+        if neighbor_mask.shape != neighbor_ids.shape:
+            raise ValueError(f"neighbor_mask has shape {list(neighbor_mask.shape)}, neighbor_ids another.")
+        return neighbor_mask.bool()
+
+
+class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixin):
+    """RETRO with output embeddings: what one trains, saves, loads and samples from.
+
+    Source: Borgeaud et al. 2022, sections 2.4-2.5.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RetroConfig):
+        super().__init__(config)
+        self.model = RetroModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"] | None = None,
+        neighbor_ids: Int[Tensor, "b l k r"] | None = None,
+        neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        attention_mask: Int[Tensor, "b n"] | Bool[Tensor, "b n"] | None = None,
+        document_ids: Int[Tensor, "b n"] | None = None,
+        inputs_embeds: Float[Tensor, "b n d"] | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with labels, the mean loss in nats.
+
+        Args:
+            input_ids: Tokens. Rows may be padded left or right where `attention_mask` says so; chunks are counted
+                from each row's first real token.
+            neighbor_ids: Tokens of the k neighbors [N, F] of each whole chunk, l = n // chunk_len; None is RETRO[OFF].
+            neighbor_mask: True = a real token; a neighbor with no True is missing. Default: all real.
+            labels: As in Hugging Face: shifted inside, -100 ignored.
+            attention_mask: 1 = a real token.
+            document_ids: For packed documents: tokens attend inside their document only, and a token reads E_u only
+                if all of C_u is in its document. Documents are contiguous.
+            inputs_embeds: Embeddings in place of `input_ids`.
+            return_logits: Whether to give logits. Default: yes, unless training with labels; without them the loss is
+                computed in slices of positions, and the logits of all positions never live at once.
+            logits_to_keep: Logits of the last positions only; 0 = all.
+            output_hidden_states: Whether to give the embeddings and every layer's output, the last one normalised;
+                rows that were left-padded come with their padding at the end.
+        """
+        padding = None if attention_mask is None or attention_mask[:, 0].all() else attention_mask
+        if padding is not None:
+            input_ids, inputs_embeds, labels, document_ids, attention_mask = (
+                align_left(x, padding) for x in (input_ids, inputs_embeds, labels, document_ids, attention_mask)
+            )
+        outputs = self.model(
+            input_ids,
+            neighbor_ids,
+            neighbor_mask,
+            attention_mask,
+            document_ids,
+            inputs_embeds,
+            output_hidden_states,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None if labels is None else self._loss(hidden, labels)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        if padding is not None:
+            hidden = align_right(hidden, padding)
+        logits = self.lm_head(hidden[:, -logits_to_keep:]) if return_logits else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+        predicting, targets = hidden[:, :-1], labels[:, 1:].to(hidden.device)
+        return linear_cross_entropy(rearrange(predicting, "b n d -> (b n) d"), self.lm_head.weight, targets.flatten())
+
+
+def _decoder_block(config: RetroConfig, number: int) -> DecoderBlock:
+    attention = dict(
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        num_key_value_heads=config.num_key_value_heads,
+        position=config.position,
+        rope_theta=config.rope_theta,
+    )
+    cross = dict(
+        context_dim=config.encoder_hidden_size,
+        chunk_len=config.chunk_len,
+        smeared_keys=config.smeared_keys,
+        **attention,
+    )
+    feed_forward = dict(activation=config.hidden_act, gated=config.gated_feed_forward)
+    return DecoderBlock(
+        config.hidden_size,
+        config.intermediate_size,
+        attention,
+        feed_forward,
+        cross if number in config.cca_layers else None,
+        config.rms_norm_eps,
+    )
+
+
+def _neighbor_encoder(config: RetroConfig) -> NeighborEncoder:
+    return NeighborEncoder(
+        dim=config.encoder_hidden_size,
+        inner_dim=config.encoder_intermediate_size,
+        num_layers=config.encoder_num_layers,
+        condition_dim=config.hidden_size,
+        cross_attention_layers=config.encoder_cross_attention_layers,
+        attention=dict(
+            num_heads=config.encoder_num_attention_heads,
+            head_dim=config.encoder_head_dim,
+            position=config.position,
+            rope_theta=config.rope_theta,
+        ),
+        feed_forward=dict(activation=config.hidden_act, gated=config.gated_feed_forward),
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def _encoder_embedding(config: RetroConfig) -> nn.Module | None:
+    """From token ids, or with shared embeddings from those, to the encoder's width."""
+    if not config.encoder_shares_embeddings:
+        return nn.Embedding(config.vocab_size, config.encoder_hidden_size)
+    if config.encoder_hidden_size == config.hidden_size:
+        return None
+    return nn.Linear(config.hidden_size, config.encoder_hidden_size, bias=False)
+
+
+def _self_attention_mask(length: int, attention_mask, document_ids) -> Bool[Tensor, "b n n"] | None:
+    """Causal, inside documents, real keys only; None where plain causal attention says it all.
+
+    Rows are right-padded here, so that no real token could see padding before it: padding needs no mask.
+    """
+    if document_ids is None:
+        return None
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same.tril()

@@ -1,0 +1,102 @@
+"""Chunked cross-attention (CCA): each attending chunk reads the encoded neighbors of the chunk before it."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from retro.modules.attention import Attention
+
+
+def attending_chunks(h: Float[Tensor, "b n d"], chunk_len: int) -> Float[Tensor, "b l m d"]:
+    """Cut h into attending chunks: C_u+ is the last token of C_u and the first m - 1 tokens of C_{u+1}.
+
+        token   0 1 2 3 | 4 5 6 7 | 8 9      m = 4, n = 10, l = 2
+        chunk   C_1     | C_2     | (tail)
+        attends - - - 1 | 1 1 1 2 | 2 2      so C_1+ = 3..6, C_2+ = 7..10, its last token padding
+
+    The first m - 1 tokens are dropped and the end is padded with zeros. Source: RETRO, Listing 1.
+    """
+    num_chunks = h.shape[1] // chunk_len
+    shifted = h[:, chunk_len - 1 :]
+    padded = F.pad(shifted, (0, 0, 0, num_chunks * chunk_len - shifted.shape[1]))
+    return rearrange(padded, "b (l m) d -> b l m d", m=chunk_len)
+
+
+def in_sequence(attended: Float[Tensor, "b l m d"], length: int) -> Float[Tensor, "b n d"]:
+    """Undo `attending_chunks`: put m - 1 zeros back in front and cut to n tokens."""
+    m = attended.shape[2]
+    flat = rearrange(attended, "b l m d -> b (l m) d")
+    return F.pad(flat, (0, 0, m - 1, 0))[:, :length]
+
+
+def may_read(
+    neighbor_mask: Bool[Tensor, "b l k r"], chunk_len: int, document_ids: Int[Tensor, "b n"] | None = None
+) -> Bool[Tensor, "b l m"]:
+    """Which tokens of each attending chunk may read E_u: some neighbor is there, and all of C_u is in their document."""
+    present = repeat(neighbor_mask.flatten(2).any(-1), "b l -> b l m", m=chunk_len)
+    if document_ids is None:
+        return present
+    num_chunks = neighbor_mask.shape[1]
+    # documents are contiguous, so that the first token of a chunk decides
+    document_of_chunk = document_ids[:, : num_chunks * chunk_len : chunk_len]
+    document_of_token = attending_chunks(document_ids[..., None], chunk_len)[..., 0]
+    return present & (document_of_token == document_of_chunk[..., None])
+
+
+class ChunkedCrossAttention(nn.Module):
+    """CCA(H, E): for each attending chunk one softmax over the k * r tokens of its neighbors.
+
+    Distances are d(i, i') = i - i' + m - 1 for the i-th token of the attending chunk and the i'-th of a neighbor
+    (1-based), the same for every neighbor. Tokens that have nothing to read get exactly zero, so that with the
+    residual around it CCA is the identity there: the first m - 1 tokens, attending chunks all of whose neighbors are
+    missing, and tokens of another document than the chunk's.
+
+    `smeared_keys` lets keys see the token before theirs, within a neighbor: key_in(j) = (1 - s) E(j) + s E(j - 1)
+    with s a learned vector per channel (Olsson et al. 2022). Differs: the paper has plain keys.
+    """
+
+    def __init__(self, dim: int, context_dim: int, chunk_len: int, smeared_keys: bool = False, **attention):
+        super().__init__()
+        self.chunk_len = chunk_len
+        self.attention = Attention(dim, context_dim=context_dim, **attention)
+        self.smear = nn.Parameter(torch.full((context_dim,), 0.7)) if smeared_keys else None
+
+    def forward(
+        self,
+        h: Float[Tensor, "b n d"],
+        encoded: Float[Tensor, "b l k r c"],
+        neighbor_mask: Bool[Tensor, "b l k r"],
+        document_ids: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """What the neighbors add to h."""
+        b, num_chunks, k, r, _ = encoded.shape
+        if num_chunks == 0:
+            return torch.zeros_like(h)
+        query_positions, key_positions = cca_positions(self.chunk_len, r, k, h.device)
+        out = self.attention(
+            rearrange(attending_chunks(h, self.chunk_len), "b l m d -> (b l) m d"),
+            keys=rearrange(self._keys(encoded), "b l k r c -> (b l) (k r) c"),
+            values=rearrange(encoded, "b l k r c -> (b l) (k r) c"),
+            query_positions=query_positions,
+            key_positions=key_positions,
+            mask=rearrange(neighbor_mask, "b l k r -> (b l) 1 (k r)"),
+        )
+        out = rearrange(out, "(b l) m d -> b l m d", b=b)
+        readable = may_read(neighbor_mask, self.chunk_len, document_ids)
+        return in_sequence(out.masked_fill(~readable[..., None], 0.0), h.shape[1])
+
+    def _keys(self, encoded: Float[Tensor, "b l k r c"]) -> Float[Tensor, "b l k r c"]:
+        if self.smear is None:
+            return encoded
+        before = F.pad(encoded[..., :-1, :], (0, 0, 1, 0))
+        return torch.lerp(encoded, before, self.smear.to(encoded.dtype))
+
+
+def cca_positions(
+    chunk_len: int, retrieved_len: int, num_neighbors: int = 1, device: torch.device | None = None
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " kr"]]:
+    """Positions whose differences are the paper's d(i, i') = i - i' + m - 1; the same for each neighbor."""
+    queries = torch.arange(chunk_len, device=device) + chunk_len - 1
+    return queries, torch.arange(retrieved_len, device=device).repeat(num_neighbors)

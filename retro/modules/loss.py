@@ -1,0 +1,64 @@
+"""Cross-entropy straight from hidden states, without the logits of all positions at once."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SLICE_TOKENS = 512
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made slice by slice in the forward pass, while the slice's logits are there: nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, slice_tokens: int):
+        count = (labels >= 0).sum().clamp(min=1)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], slice_tokens):
+            part = slice(start, start + slice_tokens)
+            h, target = hidden[part], labels[part]
+            kept = (target >= 0)[:, None]
+            logits = (h @ weight.T).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            index = target.clamp(min=0)[:, None]
+            total += ((log_sum - logits.gather(1, index)) * kept).sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad = logits.sub_(log_sum).exp_()
+            grad.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
+            grad = grad.mul_(kept / count).to(weight.dtype)
+            if need_hidden:
+                grad_hidden[part] = grad @ weight
+            if need_weight:
+                grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype)
+        grad_weight = None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "t d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, " t"],
+    slice_tokens: int = SLICE_TOKENS,
+) -> Float[Tensor, ""]:
+    """Mean of -log softmax(hidden W^T)[label] over the labels >= 0, in nats; 0 where there is none.
+
+    At most `slice_tokens` rows of logits live at a time. Under autocast the product runs in the autocast type.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, slice_tokens)

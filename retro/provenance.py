@@ -1,0 +1,69 @@
+"""What a trained folder says about where it comes from: `retro.json`, and the check that a store fits it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import retro
+
+if TYPE_CHECKING:
+    from retro.retrieval import Store
+
+FILE = "retro.json"
+logger = logging.getLogger(__name__)
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """What a model trained on `store` records: fingerprints of store and tokenizer, the embedder, the library's version."""
+    return {
+        "library_version": retro.__version__,
+        "store": Path(store.path).name,
+        "store_fingerprint": store.fingerprint,
+        "tokenizer": store.manifest["tokenizer"]["name"],
+        "tokenizer_fingerprint": store.tokenizer_fingerprint,
+        "embedder": store.manifest["embedder"],
+        "chunk_len": store.chunk_len,
+    }
+
+
+def write_provenance(model_folder: str | Path, store: Store) -> None:
+    """Write `retro.json` into a model folder."""
+    text = json.dumps(describe(store), indent=2, ensure_ascii=False)
+    (Path(model_folder) / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_provenance(model_folder: str | Path) -> dict[str, Any] | None:
+    """The content of a model folder's `retro.json`, None if it has none; ValueError if it is unreadable."""
+    file = Path(model_folder) / FILE
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{file}: not JSON; copy it again from where the model was trained") from None
+
+
+def check_store(model_folder: str | Path, store: Store) -> None:
+    """Refuse a store that the model in `model_folder` cannot read: another tokenizer's, or one of another chunk length.
+
+    Any store of the same tokenizer will do, larger or newer than that of training. A folder without `retro.json` passes
+    with a warning. Raises ValueError that names both sides.
+    """
+    mine = read_provenance(model_folder)
+    if mine is None:
+        logger.warning("%s has no %s: whether its tokenizer is the one of %s is not checked", model_folder, FILE, store.path)
+        return
+    if mine["tokenizer_fingerprint"] != store.tokenizer_fingerprint:
+        raise ValueError(
+            f"the model {model_folder} was trained with the tokenizer {mine['tokenizer']} "
+            f"({mine['tokenizer_fingerprint'][:12]}), the store {store.path} was built with "
+            f"{store.manifest['tokenizer']['name']} ({store.tokenizer_fingerprint[:12]}); build a store with the model's tokenizer"
+        )
+    if mine["chunk_len"] != store.chunk_len:
+        raise ValueError(
+            f"the model {model_folder} reads chunks of {mine['chunk_len']} tokens, the store {store.path} has chunks of "
+            f"{store.chunk_len}; build a store with chunk_len={mine['chunk_len']}"
+        )
