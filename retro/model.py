@@ -11,8 +11,9 @@ from transformers.utils.generic import can_return_tuple
 
 from retro.config import RetroConfig
 from retro.generation import RetrievalGeneration
-from retro.modules import Attention, ChunkedCrossAttention, DecoderBlock, FeedForward, NeighborEncoder
+from retro.modules import Attention, ChunkedCrossAttention, DecoderBlock, NeighborEncoder
 from retro.modules.encoder import chunks_of
+from retro.modules.feed_forward import ResidualLinear
 from retro.modules.loss import linear_cross_entropy
 from retro.modules.positions import RelativePositions
 from retro.padding import align_left, align_right
@@ -39,20 +40,17 @@ class RetroPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std, layers = self.config.initializer_range, self.config.num_hidden_layers
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, ResidualLinear):
+            init.normal_(module.weight, std=std / (2 * layers) ** 0.5)
+        elif isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, std=std)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, Attention):
-            init.normal_(module.o_proj.weight, std=std / (2 * layers) ** 0.5)
-        elif isinstance(module, FeedForward):
-            init.normal_(module.down_proj.weight, std=std / (2 * layers) ** 0.5)
         elif isinstance(module, RelativePositions):
             init.zeros_(module.content_bias)
             init.zeros_(module.position_bias)
-        elif isinstance(module, ChunkedCrossAttention):
-            if module.smear is not None:
-                init.constant_(module.smear, 0.7)
+        elif isinstance(module, ChunkedCrossAttention) and module.smear is not None:
+            init.constant_(module.smear, 0.7)
             if self.config.cca_init == "induction":
                 _start_as_induction_head(module.attention)
 
@@ -94,11 +92,12 @@ class RetroModel(RetroPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
+        retrieves = neighbor_ids is not None and neighbor_ids.shape[1] > 0  # n < m: no whole chunk, identity everywhere
         mask = _self_attention_mask(h.shape[1], attention_mask, document_ids)
         encoded, states = None, [h]
         for number, layer in enumerate(self.layers, start=1):
             h = self._run(layer.attend, h, mask)
-            if neighbor_ids is not None and number in self.config.cca_layers:
+            if retrieves and number in self.config.cca_layers:
                 if encoded is None:
                     encoded = self._encode(h, neighbor_ids, neighbor_mask, attention_mask)
                 h = self._run(layer.read, h, encoded, neighbor_mask, document_ids)

@@ -5,7 +5,9 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
-def align_left(x: Shaped[Tensor, "b n *d"] | None, attention_mask: Int[Tensor, "b n"]) -> Shaped[Tensor, "b n *d"] | None:
+def align_left(
+    x: Shaped[Tensor, "b n *d"] | None, attention_mask: Int[Tensor, "b n"]
+) -> Shaped[Tensor, "b n *d"] | None:
     """Turn each row so that its first real token comes first; left padding goes to the end."""
     return None if x is None else _turn(x, _num_left(attention_mask))
 

@@ -6,6 +6,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro.modules.feed_forward import ResidualLinear
 from retro.modules.positions import POSITIONS, RelativePositions, rotate
 
 
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.o_proj = ResidualLinear(num_heads * head_dim, dim)
         self.relative = RelativePositions(dim, num_heads, head_dim) if position == "relative" else None
 
     def forward(

@@ -34,7 +34,7 @@ def in_sequence(attended: Float[Tensor, "b l m d"], length: int) -> Float[Tensor
 def may_read(
     neighbor_mask: Bool[Tensor, "b l k r"], chunk_len: int, document_ids: Int[Tensor, "b n"] | None = None
 ) -> Bool[Tensor, "b l m"]:
-    """Which tokens of each attending chunk may read E_u: some neighbor is there, and all of C_u is in their document."""
+    """Which tokens of each attending chunk may read E_u: some neighbor is there, and C_u is in their document."""
     present = repeat(neighbor_mask.flatten(2).any(-1), "b l -> b l m", m=chunk_len)
     if document_ids is None:
         return present
@@ -70,10 +70,8 @@ class ChunkedCrossAttention(nn.Module):
         neighbor_mask: Bool[Tensor, "b l k r"],
         document_ids: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """What the neighbors add to h."""
+        """What the neighbors add to h. At least one whole chunk is needed."""
         b, num_chunks, k, r, _ = encoded.shape
-        if num_chunks == 0:
-            return torch.zeros_like(h)
         query_positions, key_positions = cca_positions(self.chunk_len, r, k, h.device)
         out = self.attention(
             rearrange(attending_chunks(h, self.chunk_len), "b l m d -> (b l) m d"),

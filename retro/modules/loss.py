@@ -8,7 +8,7 @@ SLICE_TOKENS = 512
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made slice by slice in the forward pass, while the slice's logits are there: nothing is computed twice."""
+    """Gradients are made slice by slice in the forward pass, while its logits are there: nothing is computed twice."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, slice_tokens: int):

@@ -1,4 +1,4 @@
-"""Two kinds of position that depend on a distance only: rotary (the default) and Transformer-XL's relative form (the paper's).
+"""Two kinds of position that depend on a distance only: rotary, and Transformer-XL's relative form, the paper's.
 
 Both are told the integer positions of queries and keys; the distance of a pair is `query position - key position`.
 """

