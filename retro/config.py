@@ -39,6 +39,8 @@ class RetroConfig(PreTrainedConfig):
         num_neighbors: Neighbors per chunk at inference, k, unless a call says otherwise.
         cca_layers: The layers P with chunked cross-attention, 1-based. Default: every third from 6, or the last layer
             of a shallower model. Empty: a plain language model, with neither CCA nor encoder.
+        cca_partial_rotary_factor: Share of each CCA head's channels that rotary positions turn; the rest match by
+            content alone. Differs: in the paper every logit has its position.
         smeared_keys: CCA's keys see the token before theirs (see ChunkedCrossAttention). Differs: not in the paper.
         cca_init: "random", or "induction" to start CCA as an induction head that copies what followed the current
             token in a neighbor (see RetroPreTrainedModel). Ours; it needs smeared keys, an encoder of the decoder's
@@ -74,6 +76,7 @@ class RetroConfig(PreTrainedConfig):
     retrieved_len: int = 128
     num_neighbors: int = 2
     cca_layers: list[int] | tuple[int, ...] | None = None
+    cca_partial_rotary_factor: float | int = 1.0
     smeared_keys: bool = False
     cca_init: Literal["random", "induction"] = "random"
     encoder_hidden_size: int | None = None

@@ -228,6 +228,7 @@ def _decoder_block(config: RetroConfig, number: int) -> DecoderBlock:
         context_dim=config.encoder_hidden_size,
         chunk_len=config.chunk_len,
         smeared_keys=config.smeared_keys,
+        partial_rotary_factor=config.cca_partial_rotary_factor,
         **attention,
     )
     feed_forward = dict(activation=config.hidden_act, gated=config.gated_feed_forward)

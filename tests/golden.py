@@ -38,7 +38,7 @@ def cosine_vector(distance, dim):
     return np.array([math.sin(distance * f) for f in rates] + [math.cos(distance * f) for f in rates])[:dim]
 
 
-def attend(p, prefix, x, keys, values, distance, allowed, heads, kv_heads, head_dim, theta):
+def attend(p, prefix, x, keys, values, distance, allowed, heads, kv_heads, head_dim, theta, rotary=1.0):
     """Rows of x [i, d] attend rows of `keys`, read `values` [j, c]; distance(i, j) and allowed(i, j) are functions."""
     q, k, v = (w @ p[f"{prefix}.{n}_proj.weight"].T for w, n in ((x, "q"), (keys, "k"), (values, "v")))
     relative = f"{prefix}.relative.proj.weight" in p
@@ -59,7 +59,9 @@ def attend(p, prefix, x, keys, values, distance, allowed, heads, kv_heads, head_
                     u, w = (p[f"{prefix}.relative.{n}_bias"][h] for n in ("content", "position"))
                     logits.append(((qi + u) @ kj + (qi + w) @ position) / math.sqrt(head_dim))
                 else:  # turning the query by the distance and leaving the key is turning both by their positions
-                    logits.append(rotate(qi, distance(i, j), theta) @ kj / math.sqrt(head_dim))
+                    turned = 2 * int(head_dim * rotary / 2)
+                    qi_at_distance = np.concatenate([rotate(qi[:turned], distance(i, j), theta), qi[turned:]])
+                    logits.append(qi_at_distance @ kj / math.sqrt(head_dim))
             weights = softmax(np.array(logits))
             for weight, j in zip(weights, js, strict=True):
                 out[i, h * head_dim : (h + 1) * head_dim] += weight * v[j, g * head_dim : (g + 1) * head_dim]
@@ -129,6 +131,7 @@ def chunked_cross_attention(p, c, prefix, h, encoded, mask):
             lambda i, j, r=r: (i + 1) - (j % r + 1) + m - 1,  # d(i, i') = i - i' + m - 1, counted from 1
             lambda i, j, flat=flat: flat[j],
             *heads,
+            rotary=c.cca_partial_rotary_factor,
         )
     return out
 

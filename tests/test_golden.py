@@ -11,6 +11,7 @@ VARIANTS = {
     "grouped queries, gated": {"num_key_value_heads": 2, "gated_feed_forward": True},
     "smeared keys, shared embeddings": {"smeared_keys": True, "encoder_shares_embeddings": True},
     "wide inner width, one encoder layer": {"head_dim": 12, "encoder_num_layers": 1},
+    "content keys": {"cca_partial_rotary_factor": 0.5},
     "unconditioned encoder": {"encoder_cross_attention_layers": []},
 }
 

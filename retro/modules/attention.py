@@ -15,7 +15,8 @@ class Attention(nn.Module):
 
     The inner width `num_heads * head_dim` is independent of `dim`. With fewer key / value heads than query heads,
     groups of query heads share one (grouped-query attention). `context_dim` is the width of what is attended; it
-    differs from `dim` in cross-attention only.
+    differs from `dim` in cross-attention only. `partial_rotary_factor` is the share of each head's channels that
+    rotary positions turn.
 
     Raises ValueError for an unknown position kind, an odd head size with rotary positions, and query heads that the
     key / value heads do not divide.
@@ -30,6 +31,7 @@ class Attention(nn.Module):
         context_dim: int | None = None,
         position: str = "rotary",
         rope_theta: float = 10_000.0,
+        partial_rotary_factor: float = 1.0,
     ):
         super().__init__()
         kv_heads, context_dim = num_key_value_heads or num_heads, context_dim or dim
@@ -40,7 +42,7 @@ class Attention(nn.Module):
         if position == "rotary" and head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; rotary positions need an even head size.")
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, kv_heads, head_dim
-        self.rope_theta = rope_theta
+        self.rope_theta, self.rotary_dim = rope_theta, 2 * int(head_dim * partial_rotary_factor / 2)
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(context_dim, kv_heads * head_dim, bias=False)
@@ -70,12 +72,17 @@ class Attention(nn.Module):
         k = rearrange(self.k_proj(keys), "b j (h dh) -> b h j dh", h=self.num_key_value_heads)
         v = rearrange(self.v_proj(values), "b j (h dh) -> b h j dh", h=self.num_key_value_heads)
         if self.relative is None:
-            q, k = rotate(q, query_positions, self.rope_theta), rotate(k, key_positions, self.rope_theta)
+            q, k = self._rotated(q, query_positions), self._rotated(k, key_positions)
             out = self._fused(q, k, v, _attendable(mask), is_causal)
         else:
             bias = self._relative_bias(q, query_positions, key_positions, _attendable(mask), is_causal)
             out = self._fused(q + self.relative.content_bias[:, None], k, v, bias, False)
         return self.o_proj(rearrange(out, "b h i dh -> b i (h dh)"))
+
+    def _rotated(self, x, positions) -> Tensor:
+        """The first `rotary_dim` channels of each head turned by their positions, the rest as they are."""
+        turned = rotate(x[..., : self.rotary_dim], positions, self.rope_theta)
+        return turned if self.rotary_dim == self.head_dim else torch.cat([turned, x[..., self.rotary_dim :]], dim=-1)
 
     def _fused(self, q, k, v, mask, is_causal: bool) -> Tensor:
         grouped = self.num_heads != self.num_key_value_heads

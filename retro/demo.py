@@ -1,0 +1,208 @@
+"""`retro demo`: from the documentation of installed packages to a trained RETRO, measured and sampled from.
+
+Writes into one folder:
+    train.jsonl, valid.jsonl    documents: one a model family of transformers; some families held out
+    tokenizer/                  SentencePiece, trained on train.jsonl
+    store/                      datastore: MiniLM keys, ScaNN index, neighbors of every chunk
+    lm/, retro/                 the same decoder trained on the same tokens, without and with retrieval
+    results.json, loss.png, sample.txt, sample.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from retro.corpus import Document, package_documents
+
+PACKAGE = "transformers"
+TRAIN_BYTES = 3_000_000
+HELD_OUT_BYTES = 300_000
+SMALLEST, LARGEST = 2_000, 60_000  # bytes of a document that takes part
+VOCAB_SIZE = 8192
+
+
+def run_demo(output: Path, seed: int = 0) -> str:
+    """Run every stage and give the closing page. Raises ValueError if `output` is in use."""
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is in use; remove it or give another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    stage = _stages(seconds)
+    with stage("reading documentation"):
+        write_corpus(output)
+    with stage("training the tokenizer"):
+        _train_tokenizer(output)
+    with stage("building the datastore"):
+        store = _build_store(output)
+    with stage("finding neighbors"):
+        _find_neighbors(store)
+    for name in ("lm", "retro"):
+        with stage(f"training {name}"):
+            _train(output, name, seed)
+    with stage("measuring"):
+        result = _measure(output, store, seed)
+    with stage("sampling"):
+        sample = _sample(output, store)
+    result |= {"seed": seed, "seconds": round(sum(seconds.values()), 1), "seconds_of_stage": seconds}
+    result["near_copies_removed"] = store.manifest["counts"]["filtered"]
+    (output / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot_losses(output)
+    return closing_page(output, result, sample)
+
+
+def write_corpus(output: Path) -> None:
+    """Choose documents in the order of a hash of their id: first those held out, then those to train on."""
+    documents = [d for d in package_documents([PACKAGE]) if d.id.startswith(f"{PACKAGE}.models.")]
+    documents = [d for d in documents if SMALLEST <= len(d.text.encode()) <= LARGEST]
+    documents.sort(key=lambda d: hashlib.sha256(d.id.encode()).digest())
+    rest = iter(documents)
+    _write_jsonl(output / "valid.jsonl", _up_to(rest, HELD_OUT_BYTES))
+    _write_jsonl(output / "train.jsonl", _up_to(rest, TRAIN_BYTES))
+
+
+def _up_to(documents: Iterator[Document], num_bytes: int) -> Iterator[Document]:
+    total = 0
+    while total < num_bytes:
+        document = next(documents, None)
+        if document is None:
+            return
+        total += len(document.text.encode())
+        yield document
+
+
+def _write_jsonl(path: Path, documents: Iterable[Document]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
+
+
+def _train_tokenizer(output: Path) -> None:
+    from retro.tokenizer import train_tokenizer
+
+    train_tokenizer(output / "tokenizer", [str(output / "train.jsonl")], vocab_size=VOCAB_SIZE)
+
+
+def _build_store(output: Path):
+    from retro.retrieval import BuildSettings, build_store
+
+    settings = BuildSettings(
+        store=str(output / "store"),
+        inputs=[str(output / "train.jsonl")],
+        tokenizer=str(output / "tokenizer"),
+        decontaminate=[str(output / "valid.jsonl")],
+    )
+    return build_store(settings, progress=True)
+
+
+def _find_neighbors(store) -> None:
+    from retro.retrieval import build_neighbors
+
+    build_neighbors(store, k=2, progress=True)
+
+
+def _train(output: Path, name: str, seed: int) -> None:
+    given = [f"store={output / 'store'}", f"output={output / name}", f"seed={seed}"]
+    import_module("retro.train.pretrain").main("train_demo", [*given, f"retrieval={str(name == 'retro').lower()}"])
+
+
+def _measure(output: Path, store, seed: int) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    from retro.corpus import read_documents
+    from retro.evaluation import bits_per_byte
+    from retro.retrieval import Retriever
+
+    lm, model = (AutoModelForCausalLM.from_pretrained(output / name) for name in ("lm", "retro"))
+    documents = list(read_documents([str(output / "valid.jsonl")]))
+    return bits_per_byte(model, documents, Retriever(store), baseline=lm, seed=seed, progress=True)
+
+
+def _sample(output: Path, store) -> dict[str, Any]:
+    """Continue the opening of the first held-out document."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from retro.attribution import sample_page, sample_text
+    from retro.corpus import read_documents
+    from retro.retrieval import Retriever
+
+    tokenizer = AutoTokenizer.from_pretrained(output / "retro")
+    model = AutoModelForCausalLM.from_pretrained(output / "retro")
+    document = next(iter(read_documents([str(output / "valid.jsonl")])))
+    ids = tokenizer(document.text, add_special_tokens=False)["input_ids"][: model.config.chunk_len * 2]
+    sample = sample_text(model, tokenizer, tokenizer.decode(ids), Retriever(store), None, max_new_tokens=128)
+    (output / "sample.json").write_text(json.dumps(sample, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "sample.txt").write_text(sample_page(sample) + "\n", encoding="utf-8")
+    return sample
+
+
+def plot_losses(output: Path) -> None:
+    """Training loss of both runs over tokens -> loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, label in (("lm", "LM, no retrieval"), ("retro", "RETRO[ON]")):
+        lines = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "loss" in line]
+        axes.plot([line["tokens"] / 1e6 for line in lines], [line["loss"] for line in lines], label=label)
+    axes.set(xlabel="training tokens, millions", ylabel="training loss, nats per token", title="retro demo")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def closing_page(output: Path, result: dict[str, Any], sample: dict[str, Any]) -> str:
+    """Numbers, a sample with its sources, and what was written where."""
+    from retro.attribution import sample_page
+    from retro.evaluation import bits_table
+
+    bpb = result["bpb"]
+    gain = lambda column: f"{100 * (1 - bpb['retro_on'] / bpb[column]):.1f}% below {column}"  # noqa: E731
+    written = {
+        "results.json": "the numbers",
+        "loss.png": "loss curves",
+        "sample.txt": "the sample below",
+        "store/": "datastore",
+        "retro/": "the RETRO",
+        "lm/": "the LM",
+    }
+    files = [f"  {output / name}  {what}" for name, what in written.items()]
+    return "\n".join(
+        [
+            "",
+            sample_page(sample),
+            "",
+            bits_table(result),
+            f"RETRO[ON] is {gain('lm')}, {gain('retro_off')}, {gain('retro_on_random')}",
+            f"near-copies of held-out documents removed from the datastore: {result['near_copies_removed']}",
+            f"took {result['seconds'] / 60:.1f} minutes; wrote",
+            *files,
+            "again with the same models:",
+            f"  retro evaluate {output}/retro --store {output}/store --data {output}/valid.jsonl --lm {output}/lm",
+            f'  retro generate {output}/retro "class" --store {output}/store',
+        ]
+    )
+
+
+def _stages(seconds: dict[str, float]):
+    """A context manager that names a stage and notes what it took."""
+
+    @contextmanager
+    def stage(name: str):
+        print(f"== {name}", flush=True)
+        started = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - started, 1)
+
+    return stage

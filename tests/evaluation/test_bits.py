@@ -1,0 +1,131 @@
+"""Bits per byte: hand-computed cases, windows against a naive reading, and neighbors where they belong."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from retro.corpus import Document
+from retro.evaluation import bits_per_byte, prepare, score
+from retro.evaluation.bits import _windows
+
+DOCUMENTS = [
+    Document("a", "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10"),
+    Document("b", "w3 w4"),
+    Document("c", " ".join(f"w{i % 50}" for i in range(45))),
+]
+
+
+class Uniform(torch.nn.Module):
+    """Gives every token of the vocabulary the same probability."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        text = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=16)
+        self.config = SimpleNamespace(get_text_config=lambda: text, num_neighbors=2)
+
+    def forward(self, input_ids, **_):
+        return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, self.vocab_size))
+
+
+def test_hand_computed(words_tokenizer):
+    """ "a" is w1 .. w10 without bos: 9 tokens are scored, of 28 bytes (29 less w1 and the space before w2 counts with w2)."""
+    data = prepare([DOCUMENTS[0]], words_tokenizer, 4)
+    assert data.scored.sum() == 9
+    text = DOCUMENTS[0].text
+    assert data.bytes_of_chunk.sum() == len(text) - len("w1")
+    scores = score(Uniform(32), data)
+    assert scores.bits.sum() == pytest.approx(9 * 5)
+    assert scores.bits_per_byte(data) == pytest.approx(45 / (len(text) - 2))
+    first = np.array([True, False, False])
+    assert scores.bits_per_byte(data, first) == pytest.approx(15 / len(" w2 w3 w4"))
+    assert math.isnan(scores.bits_per_byte(data, ~np.ones(3, bool)))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (3, 2), (4, 4), (99, 50)])
+def test_windows_score_every_chunk_once(window, stride, words_tokenizer):
+    data = prepare(DOCUMENTS, words_tokenizer, 4)
+    scored = np.zeros(len(data.tokens), int)
+    for start, stop, first_new in _windows(data, window, stride):
+        assert start <= first_new < stop <= start + window
+        assert len(set(data.documents[start:stop].tolist())) == 1
+        scored[first_new:stop] += 1
+        if start > 0 and data.documents[start - 1] == data.documents[start]:
+            assert first_new - start >= min(window - stride, 1)
+    assert (scored == 1).all()
+
+
+@pytest.mark.parametrize("retrieval", ["off", "on"])
+def test_equals_a_naive_reading_of_each_document(retrieval, words_store, words_tokenizer, words_retriever, make_model):
+    """One window holds each document: the bits are those of a forward pass over the document alone."""
+    model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
+    data = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
+    values = lambda rows: words_store.values(rows, 16)  # noqa: E731
+    bits = score(model, data, retrieval, values, window_len=64).bits
+    for number, document in enumerate(DOCUMENTS):
+        ids = torch.tensor([[*words_tokenizer(document.text)["input_ids"], words_tokenizer.eos_token_id]])
+        whole = ids.shape[1] // 8
+        neighbors = {}
+        if retrieval == "on" and whole:
+            found = words_retriever(ids[0, : whole * 8].view(whole, 8), 2)
+            neighbors = {
+                "neighbor_ids": torch.from_numpy(found.tokens)[None],
+                "neighbor_mask": torch.from_numpy(found.mask)[None],
+            }
+        with torch.no_grad():
+            logits = model(ids, **neighbors).logits[0, :-2]  # neither the first token nor the end of text is scored
+        expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:-1], reduction="sum") / math.log(2)
+        assert bits[data.documents == number].sum() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_strided_windows_give_at_least_the_context_asked_for(words_tokenizer, make_model):
+    """A long document in windows of 16 and stride 8: each chunk is scored as in its own window, cut out by hand."""
+    model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, cca_layers=[])
+    data = prepare([DOCUMENTS[2]], words_tokenizer, 8)
+    bits = score(model, data, window_len=16, stride=8).bits
+    ids = torch.tensor([[*words_tokenizer(DOCUMENTS[2].text)["input_ids"], words_tokenizer.eos_token_id]])
+    for chunk in range(1, 5):
+        window = ids[:, (chunk - 1) * 8 : (chunk + 1) * 8]
+        with torch.no_grad():
+            logits = model(window).logits[0, 7:-1]
+        expected = torch.nn.functional.cross_entropy(logits, window[0, 8:], reduction="sum") / math.log(2)
+        assert bits[chunk] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_neighbors_come_from_other_documents(words_store, words_tokenizer, words_retriever):
+    known = Document(words_store.document_ids[0], "w1 w2 w3 w4 w5 w6 w7 w8 w9")
+    rows = prepare([known], words_tokenizer, 8, words_retriever, 4).rows
+    assert (words_store.document_rows(rows[rows >= 0]) != 0).all()
+
+
+def test_the_whole_result(words_store, words_tokenizer, words_retriever, make_model):
+    model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
+    result = bits_per_byte(model, DOCUMENTS, words_retriever, baseline=Uniform(64), window_len=32)
+    assert list(result["bpb"]) == ["lm", "retro_off", "retro_on", "retro_on_random"]
+    assert result["documents"] == 3 and result["tokens"] == 9 + 1 + 44
+    assert result["bytes"] == sum(len(d.text) for d in DOCUMENTS) - 3 * 2
+    assert result["bpb"]["lm"] == pytest.approx(6 * result["tokens"] / result["bytes"])
+    assert len({round(value, 6) for value in result["bpb"].values()}) == 4
+
+
+def test_refusals(words_tokenizer, words_retriever, make_model):
+    model = make_model(vocab_size=len(words_tokenizer), chunk_len=8)
+    data = prepare(DOCUMENTS, words_tokenizer, 8)
+    with pytest.raises(ValueError, match="window_len is 20; it must be a multiple of the chunk length 8"):
+        score(model, data, window_len=20)
+    with pytest.raises(ValueError, match="stride is 32, more than window_len 16"):
+        score(model, data, window_len=16, stride=32)
+    with pytest.raises(ValueError, match="prepared without a retriever"):
+        score(model, data, "on")
+    with pytest.raises(ValueError, match="choose one of off, on, random"):
+        score(model, data, "sometimes")
+    with pytest.raises(ValueError, match="no text to evaluate"):
+        prepare([], words_tokenizer, 8)
+    with pytest.raises(ValueError, match="num_neighbors is 3; the data was prepared with 2"):
+        score(model, prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2), "on", num_neighbors=3)
