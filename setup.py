@@ -30,7 +30,7 @@ setup(
     package_dir={"retro.train": "train", "retro.configs": "configs"},
     package_data={"retro.configs": ["*.yaml"]},
     install_requires=[
-        "torch>=2.5",
+        "torch>=2.6",
         "transformers>=5.0",
         "accelerate>=1.10",
         "datasets>=4.0",
@@ -42,6 +42,7 @@ setup(
         "numpy>=1.26",
         "pyarrow>=17",
         "PyYAML>=6",
+        "jsonargparse>=4.40",
         "tqdm>=4.66",
         "wrapt>=1.16",
         "scann>=1.4.2; sys_platform == 'linux'",

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def describe(store: Store) -> dict[str, Any]:
-    """What a model trained on `store` records: fingerprints of store and tokenizer, the embedder, the library's version."""
+    """What a model trained on `store` records: fingerprints of store and tokenizer, embedder, the library's version."""
     return {
         "library_version": retro.__version__,
         "store": Path(store.path).name,
@@ -54,16 +54,19 @@ def check_store(model_folder: str | Path, store: Store) -> None:
     """
     mine = read_provenance(model_folder)
     if mine is None:
-        logger.warning("%s has no %s: whether its tokenizer is the one of %s is not checked", model_folder, FILE, store.path)
+        logger.warning(
+            "%s has no %s: whether its tokenizer is the one of %s is not checked", model_folder, FILE, store.path
+        )
         return
     if mine["tokenizer_fingerprint"] != store.tokenizer_fingerprint:
         raise ValueError(
             f"the model {model_folder} was trained with the tokenizer {mine['tokenizer']} "
             f"({mine['tokenizer_fingerprint'][:12]}), the store {store.path} was built with "
-            f"{store.manifest['tokenizer']['name']} ({store.tokenizer_fingerprint[:12]}); build a store with the model's tokenizer"
+            f"{store.manifest['tokenizer']['name']} ({store.tokenizer_fingerprint[:12]}); "
+            "build a store with the model's tokenizer"
         )
     if mine["chunk_len"] != store.chunk_len:
         raise ValueError(
-            f"the model {model_folder} reads chunks of {mine['chunk_len']} tokens, the store {store.path} has chunks of "
-            f"{store.chunk_len}; build a store with chunk_len={mine['chunk_len']}"
+            f"the model {model_folder} reads chunks of {mine['chunk_len']} tokens, the store {store.path} has "
+            f"chunks of {store.chunk_len}; build a store with chunk_len={mine['chunk_len']}"
         )

@@ -1,0 +1,86 @@
+"""What the parts of the small recipe are worth: smeared keys, the induction-ready start, the positions of CCA.
+
+Trains each variant on the same tokens of a demo's datastore (`retro demo` first) and measures it on the held-out documents.
+
+    python benchmarks/ablation.py --demo demo --tokens 300000 --json ablation.json
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from retro.corpus import read_documents
+from retro.evaluation import bits_per_byte
+from retro.model import RetroForCausalLM
+from retro.retrieval import Retriever, Store
+from retro.settings import find_config, load_settings
+from retro.train.loop import fit, setup
+from retro.train.pretrain import model_config
+from retro.train.settings import TrainSettings
+
+PAPER = ["model.smeared_keys=false", "model.cca_init=random"]
+VARIANTS = {
+    "the recipe: both": [],
+    "as in the paper, random start": PAPER,
+    "smeared keys, random start": ["model.cca_init=random"],
+    "identity start, plain keys": [],
+    "both, content keys (no positions in CCA)": ["model.cca_partial_rotary_factor=0.0"],
+    "plain LM": ["retrieval=false"],
+}
+
+
+class PlainKeys(RetroForCausalLM):
+    """The induction-ready start without its smeared keys: they are closed, and stay closed."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            if layer.cross_attention is not None:
+                layer.cross_attention.smear.requires_grad_(False).zero_()
+
+
+def run(variant: str, overrides: list[str], arguments: argparse.Namespace, folder: Path) -> dict:
+    """Train one variant and measure it."""
+    given = [f"store={arguments.demo / 'store'}", f"output={folder}", f"max_tokens={arguments.tokens}"]
+    settings = load_settings(
+        TrainSettings, find_config("train_demo", "train"), [*given, f"seed={arguments.seed}", *overrides]
+    )
+    fit(setup(settings, model_config, PlainKeys if "plain keys" in variant else RetroForCausalLM))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    documents = list(read_documents([str(arguments.demo / "valid.jsonl")]))
+    retriever = Retriever(Store.open(arguments.demo / "store"))
+    if not settings.retrieval:
+        from retro.evaluation import prepare, score
+
+        data = prepare(documents, retriever.store.tokenizer, retriever.store.chunk_len)
+        return {"bpb": {"lm": score(model, data).bits_per_byte(data)}}
+    return bits_per_byte(model, documents, retriever, progress=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder that `retro demo` wrote")
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="where models are written")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results = {}
+    for number, (variant, overrides) in enumerate(VARIANTS.items()):
+        folder = arguments.work / str(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        results[variant] = run(variant, overrides, arguments, folder)
+    print(f"{'':44}{'OFF / LM':>10}{'ON':>10}{'random':>10}")
+    for variant, result in results.items():
+        bpb = result["bpb"]
+        cells = [bpb.get("retro_off", bpb.get("lm")), bpb.get("retro_on"), bpb.get("retro_on_random")]
+        print(f"{variant:44}" + "".join(f"{cell:10.4f}" if cell else f"{'':10}" for cell in cells))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"tokens": arguments.tokens, "variants": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Recipes: the training loop and what it trains. Installed as `retro.train`; `retro` itself never imports it."""
