@@ -165,24 +165,36 @@ def run_identity(settings: TrainSettings, windows: Windows, world_size: int) -> 
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained; only matrices decay."""
-    decay, no_decay = decay_groups(model)
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    """AdamW over the weights that are trained, grouped by weight decay and by learning rate."""
+    groups = parameter_groups(model, settings.weight_decay, settings.lr_ratios)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
-def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trained parameters that decay, and those that do not: embeddings, biases and everything with one axis.
+def parameter_groups(model: nn.Module, weight_decay: float, lr_ratios: dict[str, float]) -> list[dict[str, Any]]:
+    """Trained parameters by (weight decay, ratio to the learning rate); a group's `lr_ratio` is what `train_step` reads.
 
-    Embeddings do not decay, since a row gets a gradient only when its token occurs, but would shrink at every step.
+    Only matrices decay: not biases, what has one axis, nor embeddings, whose rows get a gradient only when their token
+    occurs, but would shrink at every step. Raises ValueError for a ratio that names no parameter.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decay, no_decay = [], []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    unused = set(lr_ratios)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in embeddings
-            (decay if plain else no_decay).append(parameter)
-    return decay, no_decay
+        if not parameter.requires_grad:
+            continue
+        pattern = next((pattern for pattern in lr_ratios if pattern in name), None)
+        unused.discard(pattern)
+        decays = parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in embeddings
+        key = (weight_decay if decays else 0.0, lr_ratios.get(pattern, 1.0))
+        groups.setdefault(key, []).append(parameter)
+    if unused:
+        raise ValueError(
+            f"lr_ratios: {sorted(unused)[0]!r} is in no trained parameter's name; see model.named_parameters()"
+        )
+    return [
+        {"params": groups[decay, ratio], "weight_decay": decay, "lr_ratio": ratio}
+        for decay, ratio in sorted(groups, reverse=True)
+    ]
 
 
 def training_windows(settings: TrainSettings, store: Store, retrieved_len: int) -> Windows:
@@ -267,7 +279,7 @@ def train_step(run: Run, micro_batches: list[Batch], num_targets: int) -> float:
     state, accelerator = run.state, run.accelerator
     rate = learning_rate(state.step, run.num_steps, run.settings)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_ratio"]
     run.wrapped.train()
     losses = []
     for number, batch in enumerate(micro_batches, start=1):

@@ -30,6 +30,7 @@ class TrainSettings:
         gradient_accumulation_steps * processes windows.
     max_steps, max_tokens: the length of the run; exactly one of them.
     lr, min_lr_ratio, warmup_steps: see `learning_rate`.
+    lr_ratios: parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
     weight_decay: of matrices; embeddings, norms, biases and other vectors do not decay.
     max_grad_norm: gradients are scaled down to this norm.
     eval_windows: at most so many windows of the validation store, evenly spread; all if null.
@@ -53,6 +54,7 @@ class TrainSettings:
     lr: float = 2e-4
     min_lr_ratio: float = 0.1
     warmup_steps: int = 750
+    lr_ratios: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0

@@ -25,7 +25,7 @@ from retro.retrieval import Store
 from retro.settings import save_settings
 from retro.train import loop, pretrain
 from retro.train.checkpoint import last_checkpoint, random_states, restore_random_states
-from retro.train.loop import decay_groups, fit, make_optimizer, validate
+from retro.train.loop import fit, make_optimizer, parameter_groups, validate
 
 PRETRAIN = Path(pretrain.__file__)
 UNTIMED = ("elapsed_seconds", "tokens_per_second")
@@ -237,7 +237,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(make_settings, pre
 def test_only_matrices_decay(prepare, make_settings):
     model = prepare(make_settings(model={"position": "relative", "smeared_keys": True})).state.model
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decay, no_decay = ([names[id(p)] for p in group] for group in decay_groups(model))
+    decay, no_decay = ([names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.5, {}))
     assert sorted([*decay, *no_decay]) == sorted(names.values())
     assert all(name.endswith("proj.weight") for name in decay), decay
     kinds = ("norm", "bias", "smear", "embed")
@@ -252,10 +252,23 @@ def test_the_optimizer_decays_what_it_should(prepare, make_settings):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    decay = {id(parameter) for parameter in decay_groups(model)[0]}
+    decay = {id(parameter) for parameter in parameter_groups(model, 0.5, {})[0]["params"]}
     for name, parameter in model.named_parameters():
         factor = 0.95 if id(parameter) in decay else 1.0
         assert torch.allclose(parameter, before[name] * factor), name
+
+
+def test_parameters_with_a_learning_rate_of_their_own(prepare, make_settings):
+    run = prepare(make_settings(lr_ratios={"layers.1.cross_attention.": 0.1, "encoder": 0.0}, warmup_steps=0))
+    before = {name: parameter.detach().clone() for name, parameter in run.state.model.named_parameters()}
+    batch = next(iter(run.loader))
+    loop.train_step(run, batch, sum(loop.count_targets(part) for part in batch))
+    for name, parameter in run.state.model.named_parameters():
+        largest = (parameter - before[name]).abs().max().item()  # Adam's first step is the learning rate
+        ratio = 0.1 if "layers.1.cross_attention." in name else 0.0 if "encoder" in name else 1.0
+        assert largest == pytest.approx(run.settings.lr * ratio, rel=0.25, abs=1e-9), name
+    with pytest.raises(ValueError, match="lr_ratios: 'encodr' is in no trained parameter's name"):
+        prepare(make_settings("other", lr_ratios={"encodr": 0.1}))
 
 
 def test_accumulated_micro_batches_weigh_by_their_tokens(prepare, make_settings, tmp_path):
