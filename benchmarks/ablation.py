@@ -1,6 +1,6 @@
 """What the parts of the small recipe are worth: smeared keys, the induction-ready start, the positions of CCA.
 
-Trains each variant on the same tokens of a demo's datastore (`retro demo` first) and measures it on the held-out documents.
+Trains each variant on the same tokens of a demo's datastore (`retro demo` first) and measures it on what is held out.
 
     python benchmarks/ablation.py --demo demo --tokens 300000 --json ablation.json
 """

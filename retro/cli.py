@@ -342,13 +342,14 @@ def _open_model(folder: str, store: Any = None, index: str = "auto") -> tuple[An
 
 
 def _only_documents(records: Any) -> Any:
-    """Documents to evaluate; the first record that is none is an error."""
+    """Documents with text; the first record that is no document is an error."""
     from retro.corpus import Document
 
     for record in records:
         if not isinstance(record, Document):
             raise ValueError(f"{record.file}, line {record.line}: {record.reason}")
-        yield record
+        if record.text.strip():
+            yield record
 
 
 if __name__ == "__main__":

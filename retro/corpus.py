@@ -1,7 +1,7 @@
 """Documents in: JSON Lines, Parquet, plain text, a `datasets` name or folder, the documentation of installed packages.
 
-Every record read is accounted for: it becomes a `Document` (with empty text if it has none to offer, as a blank line), or a
-`Reject` that names file, line and reason.
+Every record read is accounted for: it becomes a `Document` (with empty text if it has none to offer, as a blank
+line), or a `Reject` that names file, line and reason.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +89,15 @@ def read_documents(
     """All records of `inputs`, in the order of their frozen names.
 
     Arguments:
-        inputs: files (.jsonl, .json, .ndjson, each also .gz; .parquet; .txt, .md, .rst), folders of those, a `datasets` name or
-            saved folder (optionally ":split", else "train"), or "package:NAME" for an installed package's documentation.
-        on_bad: "error" raises ValueError at the first bad record, naming file and line; "reject" yields it as a `Reject`.
+        inputs: files (.jsonl, .json, .ndjson, each also .gz; .parquet; .txt, .md, .rst), folders of those, a
+            `datasets` name or saved folder (optionally ":split", else "train"), or "package:NAME" for an installed
+            package's documentation.
+        on_bad: "error" raises ValueError at the first bad record, naming file and line; "reject" yields it as a
+            `Reject`.
         text_field: the field or column that holds the text.
 
-    A document without an id is called "<file>:<line>"; fields other than id, text, title, source and date go to `extra`.
+    A document without an id is called "<file>:<line>"; fields other than id, text, title, source and date go to
+    `extra`.
     """
     if on_bad not in ("error", "reject"):
         raise ValueError(f"on_bad must be 'error' or 'reject', not {on_bad!r}")
@@ -105,7 +109,7 @@ def read_documents(
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[Input]:
-    """The frozen list: folders opened, sorted by name, names relative to the files' common folder; ValueError if empty."""
+    """The frozen list: folders opened, names relative to the files' common folder, sorted; ValueError if empty."""
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
     found: list[Input] = []
@@ -195,9 +199,13 @@ def document_of(record: Any, place: tuple[str, int], text_field: str = "text") -
     """One record (a mapping) to a document, or the reason why not."""
     file, line = place
     if not isinstance(record, dict):
-        return Reject(file, line, f"the record is a {type(record).__name__}, not an object with the field {text_field!r}")
+        return Reject(
+            file, line, f"the record is a {type(record).__name__}, not an object with the field {text_field!r}"
+        )
     if text_field not in record:
-        return Reject(file, line, f"the record has no field {text_field!r} (it has {', '.join(sorted(record)) or 'none'})")
+        return Reject(
+            file, line, f"the record has no field {text_field!r} (it has {', '.join(sorted(record)) or 'none'})"
+        )
     text = record[text_field]
     if not isinstance(text, str):
         return Reject(file, line, f"the field {text_field!r} is a {type(text).__name__}, not a string")
@@ -206,7 +214,7 @@ def document_of(record: Any, place: tuple[str, int], text_field: str = "text") -
 
     def read(name: str) -> str:
         value = record.get(name)
-        return "" if value is None else str(value)
+        return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
 
     known = {text_field, "id", "title", "source", "date"}
     extra = {key: value for key, value in record.items() if key not in known}
@@ -229,8 +237,8 @@ def _has_surrogates(text: str) -> bool:
     return False
 
 
-def _open_lines(path: str) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+def _open_lines(path: str) -> Any:
+    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
 
 
 def _read_jsonl(item: Input, text_field: str) -> Iterator[Document | Reject]:
@@ -295,7 +303,9 @@ def _load_dataset(item: Input) -> Any:
     if isinstance(found, dict):
         split = item.split or "train"
         if split not in found:
-            raise ValueError(f"the dataset {item.path} has no split {split!r}; it has {', '.join(found)}: write name:split")
+            raise ValueError(
+                f"the dataset {item.path} has no split {split!r}; it has {', '.join(found)}: write name:split"
+            )
         return found[split]
     return found
 
@@ -320,9 +330,9 @@ def _dataset_digest(item: Input) -> tuple[int, str]:
 def package_documents(packages: Sequence[str], min_chars: int = 200) -> Iterator[Document]:
     """Docstrings of installed packages, read with `ast` from their files; nothing is imported.
 
-    One module is one document, except in transformers, where one model family (transformers.models.<family>) is one. Title
-    and id are the qualified name. A document lists, in the order of the file, each module, class and public function with
-    its signature and docstring. Tests and documents below `min_chars` characters are left out.
+    One module is one document, except in transformers, where one model family (transformers.models.<family>) is
+    one. Title and id are the qualified name. A document lists, in the order of the file, each module, class, function
+    and method that has a docstring, with its signature. Tests and documents below `min_chars` characters are left out.
 
     Raises ValueError if a package is not installed.
     """
@@ -344,7 +354,9 @@ def package_modules(package: str) -> list[tuple[str, Path]]:
     modules = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
-        if any(re.fullmatch(r"tests?|testing|_?test_.*|.*_tests?|conftest|_vendor|__pycache__", part) for part in parts):
+        if any(
+            re.fullmatch(r"tests?|testing|_?test_.*|.*_tests?|conftest|_vendor|__pycache__", part) for part in parts
+        ):
             continue
         modules.append((".".join([package, *(part for part in parts if part != "__init__")]), path))
     return sorted(modules)
@@ -373,7 +385,9 @@ def _document_name(module: str) -> str:
 
 def _module_text(name: str, path: Path) -> str:
     try:
-        tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
         log.warning("%s is left out: it cannot be parsed (%s)", path.name, error)
         return ""

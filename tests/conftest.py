@@ -58,3 +58,27 @@ def make_batch():
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def words_tokenizer():
+    from tests.stand_ins import make_words_tokenizer
+
+    return make_words_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def words_store(words_tokenizer, tmp_path_factory):
+    """30 documents of 5 to 60 words in chunks of 8."""
+    from tests.stand_ins import make_store, words
+
+    texts = [words(5 + 7 * i % 56, seed=i) for i in range(30)]
+    return make_store(tmp_path_factory.mktemp("words"), texts, words_tokenizer, chunk_len=8, min_chunk_len=2)
+
+
+@pytest.fixture(scope="session")
+def words_retriever(words_store):
+    from retro.retrieval import Retriever
+    from tests.stand_ins import HashingEmbedder
+
+    return Retriever(words_store, embedder=HashingEmbedder(), retrieved_len=16)

@@ -9,7 +9,7 @@ from retro.attribution import sample_page, sample_text
 
 @pytest.fixture
 def model(words_tokenizer, make_model):
-    return make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16, eos_token_id=2, pad_token_id=0)
+    return make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16, eos_token_id=1, pad_token_id=0)
 
 
 def by_hand(model, retriever, ids: list[int], steps: int) -> list[int]:

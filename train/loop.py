@@ -166,15 +166,17 @@ def run_identity(settings: TrainSettings, windows: Windows, world_size: int) -> 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over the weights that are trained, grouped by weight decay and by learning rate."""
-    groups = parameter_groups(model, settings.weight_decay, settings.lr_ratios)
+    groups = parameter_groups(model, settings.weight_decay, settings.lr_ratios, all_fit=settings.retrieval)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lr_ratios: dict[str, float]) -> list[dict[str, Any]]:
-    """Trained parameters by (weight decay, ratio to the learning rate); a group's `lr_ratio` is what `train_step` reads.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_ratios: dict[str, float], all_fit: bool = True
+) -> list[dict[str, Any]]:
+    """Trained parameters by weight decay and ratio to the learning rate (`lr_ratio`, which `train_step` reads).
 
     Only matrices decay: not biases, what has one axis, nor embeddings, whose rows get a gradient only when their token
-    occurs, but would shrink at every step. Raises ValueError for a ratio that names no parameter.
+    occurs, but would shrink at every step. Raises ValueError for a ratio that names no parameter if `all_fit`.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -187,7 +189,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr_ratios: dict[str,
         decays = parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in embeddings
         key = (weight_decay if decays else 0.0, lr_ratios.get(pattern, 1.0))
         groups.setdefault(key, []).append(parameter)
-    if unused:
+    if unused and all_fit:
         raise ValueError(
             f"lr_ratios: {sorted(unused)[0]!r} is in no trained parameter's name; see model.named_parameters()"
         )

@@ -31,6 +31,7 @@ class TrainSettings:
     max_steps, max_tokens: the length of the run; exactly one of them.
     lr, min_lr_ratio, warmup_steps: see `learning_rate`.
     lr_ratios: parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
+        A key that fits none is refused, unless `retrieval` is false: the parts it names may then be left out.
     weight_decay: of matrices; embeddings, norms, biases and other vectors do not decay.
     max_grad_norm: gradients are scaled down to this norm.
     eval_windows: at most so many windows of the validation store, evenly spread; all if null.

@@ -35,7 +35,7 @@ class Uniform(torch.nn.Module):
 
 
 def test_hand_computed(words_tokenizer):
-    """ "a" is w1 .. w10 without bos: 9 tokens are scored, of 28 bytes (29 less w1 and the space before w2 counts with w2)."""
+    """The text is w1 .. w10, without bos: 9 tokens are scored, and all bytes but those of w1."""
     data = prepare([DOCUMENTS[0]], words_tokenizer, 4)
     assert data.scored.sum() == 9
     text = DOCUMENTS[0].text

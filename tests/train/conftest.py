@@ -1,15 +1,14 @@
-"""Tiny real stores, built from text by the library, with an embedder that hashes words; and short runs over them."""
+"""Tiny real stores, built from text by the library with the stand-ins, and short runs over them."""
 
-import hashlib
 import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-WORDS = [f"w{i}" for i in range(60)]
+from tests.stand_ins import HashingEmbedder, make_words_tokenizer
+
 MODEL = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -20,42 +19,12 @@ MODEL = {
 }
 
 
-class HashedWords:
-    """A bag of hashed words: an embedder without weights."""
-
-    dim, fingerprint, num_truncated = 16, "hashed-words", 0
-    description = {"name": "hashed-words", "dim": 16}
-
-    def embed(self, texts, is_query=False):
-        keys = np.zeros((len(texts), self.dim), np.float32)
-        for key, text in zip(keys, texts, strict=True):
-            for word in text.split():
-                key[hashlib.sha256(word.encode()).digest()[0] % self.dim] += 1
-        return keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1)
-
-
-def make_tokenizer(words=WORDS):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_store(folder: Path, num_documents: int, seed: int, words=WORDS, queries_of=None, chunk_len: int = 8):
+def make_store(folder: Path, num_documents: int, seed: int, num_words=60, queries_of=None, chunk_len: int = 8):
     """Documents of 3 to 60 words, phrases of which occur in several; the neighbor table is written too."""
     from retro.retrieval import BuildSettings, Store, build_neighbors, build_store
 
     rng = random.Random(seed)
-    phrases = [[random.Random(i).choice(words) for _ in range(6)] for i in range(12)]
+    phrases = [[f"w{random.Random(i).randrange(num_words)}" for _ in range(6)] for i in range(12)]
     file = folder.with_suffix(".jsonl")
     with open(file, "w") as out:
         for i in range(num_documents):
@@ -64,7 +33,7 @@ def make_store(folder: Path, num_documents: int, seed: int, words=WORDS, queries
     settings = BuildSettings(
         store=str(folder), inputs=[str(file)], tokenizer="words", chunk_len=chunk_len, min_chunk_len=2, index="none"
     )
-    store = build_store(settings, embedder=HashedWords(), tokenizer=make_tokenizer(words))
+    store = build_store(settings, embedder=HashingEmbedder(), tokenizer=make_words_tokenizer(num_words))
     build_neighbors(Store.open(queries_of) if queries_of else store, 2, queries=store if queries_of else None)
     return store.path
 
@@ -77,7 +46,7 @@ def stores(tmp_path_factory):
     return {
         "train": train,
         "valid": make_store(folder / "valid", 8, seed=2, queries_of=train),
-        "other": make_store(folder / "other", 8, seed=3, words=[*WORDS, "extra"]),
+        "other": make_store(folder / "other", 8, seed=3, num_words=61),
     }
 
 

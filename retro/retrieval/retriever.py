@@ -1,0 +1,170 @@
+"""Queries to neighbors: tokens or text in; rows, tokens [N, F], masks, scores and sources out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from retro.retrieval.chunks import decode_chunks
+from retro.retrieval.embedder import Embedder, load_embedder
+from retro.retrieval.index import Index, open_index
+from retro.retrieval.neighbors import search_excluding
+from retro.retrieval.store import Store
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a neighbor came from; position is the chunk's index inside its document."""
+
+    document_id: str
+    title: str
+    source: str
+    position: int
+    date: str | None = None
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The neighbors of q queries, nearest first; a missing one has id -1, an all-False mask and no source."""
+
+    ids: Int64[np.ndarray, "q k"]
+    tokens: Int64[np.ndarray, "q k r"]
+    mask: Bool[np.ndarray, "q k r"]
+    scores: Float32[np.ndarray, "q k"]
+    sources: list[list[Source | None]]
+
+    def __getitem__(self, queries: slice) -> Neighbors:
+        """The neighbors of some of the queries."""
+        arrays = (self.ids, self.tokens, self.mask, self.scores)
+        return Neighbors(*(array[queries] for array in arrays), self.sources[queries])
+
+
+class Retriever:
+    """Nearest chunks of a store for any text or tokens.
+
+    Arguments:
+        index: "auto" (the best index built, else exact search), "exact", "scann", "faiss", or an `Index`.
+        embedder: None loads the one that the store's manifest names; another one is refused.
+        num_neighbors, retrieved_len: k and r where a call does not say otherwise.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | Path,
+        index: str | Index = "auto",
+        embedder: Embedder | None = None,
+        num_neighbors: int = 2,
+        retrieved_len: int = 128,
+    ) -> None:
+        if num_neighbors < 1 or retrieved_len < 1:
+            raise ValueError(
+                f"num_neighbors and retrieved_len must be at least 1, not {num_neighbors} and {retrieved_len}"
+            )
+        self.store = store if isinstance(store, Store) else Store.open(store)
+        self.embedder = embedder_of(self.store, embedder)
+        self.index: Index = open_index(self.store, index) if isinstance(index, str) else index
+        self.num_neighbors, self.retrieved_len = num_neighbors, retrieved_len
+        self._document_rows: dict[str, int] | None = None
+
+    def __call__(
+        self,
+        queries: Any,
+        num_neighbors: int | None = None,
+        exclude_documents: Sequence[set[str]] | None = None,
+        mask: Bool[np.ndarray, "q m"] | None = None,
+    ) -> Neighbors:
+        """The k nearest chunks of each query and what follows them.
+
+        Arguments:
+            queries: a list of texts, or token ids of the store's tokenizer (a [q, m] array or tensor, or lists);
+                special tokens are left out.
+            exclude_documents: per query, ids of documents that must not be returned.
+            mask: True = a real token, where token ids are an array.
+
+        A query without any text has no neighbors. Raises ValueError if k is larger than the store.
+        """
+        k = self.num_neighbors if num_neighbors is None else num_neighbors
+        self._check_k(k)
+        texts = self._texts(queries, mask)
+        excluded = self._excluded(exclude_documents, len(texts))
+        rows = np.full((len(texts), k), -1, np.int64)
+        scores = np.full((len(texts), k), -np.inf, np.float32)
+        asked = np.asarray([q for q, text in enumerate(texts) if text.strip()], np.int64)
+        if len(asked):
+            keys = self.embedder.embed([texts[q] for q in asked], is_query=True)
+            blocked = None if excluded is None else [excluded[q] for q in asked]
+            rows[asked], scores[asked], _ = search_excluding(self.index, self.store, keys, k, blocked)
+        tokens, token_mask = self.store.values(rows, self.retrieved_len)
+        return Neighbors(rows, tokens, token_mask, scores, self.sources(rows))
+
+    def sources(self, rows: Int64[np.ndarray, "q k"]) -> list[list[Source | None]]:
+        """Where rows come from; None for row -1."""
+        present = np.unique(rows[rows >= 0])
+        documents, positions = self.store.document_rows(present), self.store.positions(present)
+        found: dict[int, Source | None] = {-1: None}
+        for row, document_row, position in zip(present.tolist(), documents.tolist(), positions.tolist(), strict=True):
+            document = self.store.document(document_row)
+            found[row] = Source(document.id, document.title, document.source, position, document.date)
+        return [[found[row] for row in line] for line in rows.tolist()]
+
+    def show(self, text: str, num_neighbors: int | None = None) -> list[dict[str, Any]]:
+        """The neighbors of one text as records to read: score, source, and the texts of N and of F."""
+        found = self([text], num_neighbors)
+        m, shown = self.store.chunk_len, []
+        for row, source, score, tokens, mask in zip(
+            found.ids[0], found.sources[0], found.scores[0], found.tokens[0], found.mask[0], strict=True
+        ):
+            if source is not None:
+                parts = decode_chunks(self.store.tokenizer, [tokens[:m][mask[:m]], tokens[m:][mask[m:]]])
+                texts = dict(zip(("neighbor", "continuation"), parts, strict=True))
+                shown.append({"row": int(row), "score": float(score), **asdict(source), **texts})
+        return shown
+
+    def _check_k(self, k: int) -> None:
+        if not 1 <= k <= self.index.num_rows:
+            raise ValueError(
+                f"k must be from 1 to the {self.index.num_rows} searchable chunks of {self.store.path}, not {k}"
+            )
+
+    def _texts(self, queries: Any, mask: Any) -> list[str]:
+        if isinstance(queries, str):
+            raise ValueError("queries must be a list of texts or of token ids, not one text; write [text]")
+        if len(queries) and isinstance(queries[0], str):
+            return list(queries)
+        lists = queries.tolist() if hasattr(queries, "tolist") else [list(query) for query in queries]
+        if mask is not None:
+            lists = [
+                [t for t, real in zip(q, m, strict=True) if real] for q, m in zip(lists, mask.tolist(), strict=True)
+            ]
+        return decode_chunks(self.store.tokenizer, lists)
+
+    def _excluded(self, names: Sequence[set[str]] | None, num_queries: int) -> list[set[int]] | None:
+        """Ids of excluded documents to document rows; ids that the store does not hold exclude nothing."""
+        if names is None:
+            return None
+        if len(names) != num_queries:
+            raise ValueError(f"exclude_documents must hold one set per query ({num_queries}), not {len(names)}")
+        if self._document_rows is None:
+            self._document_rows = {name: row for row, name in enumerate(self.store.document_ids)}
+        return [{self._document_rows[name] for name in wanted if name in self._document_rows} for wanted in names]
+
+
+def embedder_of(store: Store, embedder: Embedder | None = None) -> Embedder:
+    """The given embedder, or the one that the store's manifest names; refused if its fingerprint is not the store's."""
+    if embedder is None:
+        described = store.manifest["embedder"]
+        choices = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
+        if not all(name in described for name in choices):
+            raise ValueError(
+                f"{store.path} was built with an embedder of your own ({described['name']}); give it as embedder="
+            )
+        beside = store.path / described["name"]
+        name = str(beside) if beside.is_dir() else described["name"]
+        embedder = load_embedder(name, **{choice: described[choice] for choice in choices})
+    store.check_embedder(embedder)
+    return embedder

