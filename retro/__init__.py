@@ -1,7 +1,7 @@
 """RETRO: language models that read from a datastore.
 
 Public names load on demand, so that `import retro` is quick and pulls in neither torch nor an index library.
-After `import retro`, transformers' AutoConfig and AutoModelForCausalLM know the model type `retro`.
+After `import retro`, transformers' AutoConfig and AutoModelForCausalLM know the model types `retro` and `retrofit`.
 """
 
 from importlib import import_module
@@ -14,6 +14,9 @@ _HOME = {
     "RetroConfig": "retro.config",
     "RetroForCausalLM": "retro.model",
     "RetroModel": "retro.model",
+    "RetrofitConfig": "retro.retrofit",
+    "RetrofitForCausalLM": "retro.retrofit",
+    "retrofit": "retro.retrofit",
     "Document": "retro.corpus",
     "read_documents": "retro.corpus",
     "BuildSettings": "retro.retrieval",
@@ -42,14 +45,19 @@ def __dir__() -> list[str]:
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_config(auto) -> None:
     from retro.config import RetroConfig
+    from retro.retrofit.config import RetrofitConfig
 
     auto.AutoConfig.register(RetroConfig.model_type, RetroConfig)
+    auto.AutoConfig.register(RetrofitConfig.model_type, RetrofitConfig)
 
 
 @when_imported("transformers.models.auto.modeling_auto")
 def _register_model(auto) -> None:
     from retro.config import RetroConfig
     from retro.model import RetroForCausalLM, RetroModel
+    from retro.retrofit.config import RetrofitConfig
+    from retro.retrofit.model import RetrofitForCausalLM
 
+    auto.AutoModelForCausalLM.register(RetrofitConfig, RetrofitForCausalLM)
     auto.AutoModel.register(RetroConfig, RetroModel)
     auto.AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM)

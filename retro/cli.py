@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="retro", description="Language models that read from a datastore.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (add_build, add_tokenizer, add_neighbors, add_search, add_train, add_evaluate, add_generate, add_demo):
+    data, models = (add_build, add_tokenizer, add_neighbors, add_search), (add_train, add_retrofit)
+    for add in (*data, *models, add_evaluate, add_generate, add_demo):
         add(verbs)
     return parser
 
@@ -197,6 +198,25 @@ def add_train(verbs: Any) -> None:
 def train(args: argparse.Namespace) -> int:
     """Train as CONFIG and key=value say. The same command goes on from the last checkpoint in `output`."""
     finished = import_module("retro.train.pretrain").main(args.config, args.overrides)
+    if not finished:
+        print("stopped; the same command goes on from the last checkpoint")
+    return 0
+
+
+# retrofit
+
+
+def add_retrofit(verbs: Any) -> None:
+    parser = _verb(verbs, "retrofit", retrofit, "teach a pretrained LM to read neighbors; its own weights stay")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a packaged one: retrofit_smollm2")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="e.g. base=gpt2 store=stores/docs output=runs/fitted"
+    )
+
+
+def retrofit(args: argparse.Namespace) -> int:
+    """RETRO-fit as CONFIG and key=value say. The same command goes on from the last checkpoint in `output`."""
+    finished = import_module("retro.train.retrofit").main(args.config, args.overrides)
     if not finished:
         print("stopped; the same command goes on from the last checkpoint")
     return 0

@@ -1,7 +1,7 @@
 """`retro demo`: from the documentation of installed packages to a trained RETRO, measured and sampled from.
 
 Writes into one folder:
-    train.jsonl, valid.jsonl    documents: one a model family of transformers; some families held out
+    train.jsonl, valid.jsonl    documents: the documentation of one model family of transformers each; some held out
     tokenizer/                  SentencePiece, trained on train.jsonl
     store/                      datastore: MiniLM keys, ScaNN index, neighbors of every chunk
     lm/, retro/                 the same decoder trained on the same tokens, without and with retrieval
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
@@ -23,8 +24,7 @@ from typing import Any
 from retro.corpus import Document, package_documents
 
 PACKAGE = "transformers"
-TRAIN_BYTES = 3_000_000
-HELD_OUT_BYTES = 300_000
+CORPUS_BYTES = 3_000_000
 SMALLEST, LARGEST = 2_000, 60_000  # bytes of a document that takes part
 VOCAB_SIZE = 8192
 
@@ -59,23 +59,27 @@ def run_demo(output: Path, seed: int = 0) -> str:
 
 
 def write_corpus(output: Path) -> None:
-    """Choose documents in the order of a hash of their id: first those held out, then those to train on."""
-    documents = [d for d in package_documents([PACKAGE]) if d.id.startswith(f"{PACKAGE}.models.")]
-    documents = [d for d in documents if SMALLEST <= len(d.text.encode()) <= LARGEST]
-    documents.sort(key=lambda d: hashlib.sha256(d.id.encode()).digest())
-    rest = iter(documents)
-    _write_jsonl(output / "valid.jsonl", _up_to(rest, HELD_OUT_BYTES))
-    _write_jsonl(output / "train.jsonl", _up_to(rest, TRAIN_BYTES))
+    """Write train.jsonl and valid.jsonl: the documentation of model families whose names begin alike, some held out.
+
+    Clans (bert, bert_generation, ...) of at least three families come in the order of a hash of their name, until there
+    is enough text; one family in ten is held out, by a hash of its own name. So a held-out family has relatives in the
+    datastore, which it resembles in part, as pages of one reference manual do.
+    """
+    families = [d for d in package_documents([PACKAGE]) if d.id.startswith(f"{PACKAGE}.models.")]
+    families = [d for d in families if SMALLEST <= len(d.text.encode()) <= LARGEST]
+    clans: dict[str, list[Document]] = {}
+    for document in families:
+        clans.setdefault(re.match("[a-z]*", document.id.split(".")[-1])[0], []).append(document)
+    chosen: list[Document] = []
+    for clan in sorted(clans, key=_hash):
+        if len(clans[clan]) >= 3 and sum(len(d.text) for d in chosen) < CORPUS_BYTES:
+            chosen += clans[clan]
+    _write_jsonl(output / "valid.jsonl", [d for d in chosen if _hash(d.id) % 10 == 0])
+    _write_jsonl(output / "train.jsonl", [d for d in chosen if _hash(d.id) % 10])
 
 
-def _up_to(documents: Iterator[Document], num_bytes: int) -> Iterator[Document]:
-    total = 0
-    while total < num_bytes:
-        document = next(documents, None)
-        if document is None:
-            return
-        total += len(document.text.encode())
-        yield document
+def _hash(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
 
 
 def _write_jsonl(path: Path, documents: Iterable[Document]) -> None:

@@ -1,14 +1,21 @@
 """The command, end to end on a few real documents with the real MiniLM and ScaNN, and what it refuses."""
 
+import contextlib
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from retro.cli import main
 from retro.corpus import package_documents
 
+README = Path(__file__).parents[1] / "README.md"
 VERBS = ("build", "tokenizer", "neighbors", "search", "train", "evaluate", "generate", "demo")
 TINY = [
     "model.hidden_size=32",
@@ -23,43 +30,45 @@ TINY = [
 ]
 
 
+@contextlib.contextmanager
+def inside(folder: Path):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with documents, tokenizer, store, neighbors and two trained models, all made by the command."""
+    """A folder with documents, and what the README's own commands make of them: tokenizer, store, trained models."""
     folder = tmp_path_factory.mktemp("cli")
-    documents = list(package_documents(["einops"]))
-    with open(folder / "train.jsonl", "w") as train, open(folder / "valid.jsonl", "w") as valid:
-        for number, document in enumerate(documents):
+    with open(folder / "docs.jsonl", "w") as train, open(folder / "heldout.jsonl", "w") as valid:
+        for number, document in enumerate(package_documents(["einops"])):
             line = json.dumps({"id": document.id, "title": document.title, "text": document.text}) + "\n"
             (valid if number % 4 == 0 else train).write(line)
-    where = {
-        name.split(".")[0]: str(folder / name) for name in ("train.jsonl", "valid.jsonl", "tok", "store", "run", "lm")
-    }
-    run(["tokenizer", where["tok"], where["train"], "--vocab-size", "600"])
-    run(
-        [
-            "build",
-            where["store"],
-            where["train"],
-            "--tokenizer",
-            where["tok"],
-            "--decontaminate",
-            where["valid"],
-        ]
-    )
-    run(["neighbors", where["store"], "--k", "2"])
-    for name, retrieval in (("run", "true"), ("lm", "false")):
-        run(
-            [
-                "train",
-                "train_small",
-                f"store={where['store']}",
-                f"output={where[name]}",
-                f"retrieval={retrieval}",
-                *TINY,
-            ]
-        )
-    return where
+    (block,) = (block for block in readme_blocks("bash") if "retro build" in block)
+    with inside(folder):
+        for line in block.splitlines():
+            command, *argv = shlex.split(line, comments=True)
+            assert command == "retro"
+            run([argument.replace("8192", "600") for argument in argv] + (TINY if argv[0] == "train" else []))
+    names = {"docs": "docs.jsonl", "heldout": "heldout.jsonl"} | {name: name for name in ("tok", "store", "run")}
+    return {name: str(folder / path) for name, path in names.items()} | {"lm": str(folder / "run-lm"), "folder": folder}
+
+
+def test_the_python_of_the_readme_runs(made):
+    names: dict = {}
+    with inside(made["folder"]):
+        for block in readme_blocks("python"):
+            exec(block, names)
+    assert torch.isfinite(names["on"]) and names["on"] != names["off"]
+    assert names["found"].sources[0][0].title and len(names["out"]["neighbors"]) == 1
 
 
 def run(argv: list[str]) -> None:
@@ -82,7 +91,7 @@ def test_evaluate(made, capsys, tmp_path):
             "--store",
             made["store"],
             "--data",
-            made["valid"],
+            made["heldout"],
             "--lm",
             made["lm"],
             "--json",
@@ -92,7 +101,7 @@ def test_evaluate(made, capsys, tmp_path):
     result, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert set(result["bpb"]) == {"lm", "retro_off", "retro_on", "retro_on_random"}
     assert f"{result['bpb']['retro_on']:.4f}" in printed
-    with open(made["valid"]) as documents:
+    with open(made["heldout"]) as documents:
         texts = [json.loads(line)["text"] for line in documents]
     assert result["bytes"] == sum(len(text.encode()) for text in texts)  # the tokenizer has a bos: every byte is scored
     assert all(0 < value < 20 for value in result["bpb"].values())
@@ -128,11 +137,11 @@ REFUSED = {
     ),
     "a packaged config that is not there": (["train", "train_smal", "store={store}", "output={new}"], "train_small"),
     "no store": (["train", "train_small", "store={new}", "output={new}2"], "{new}"),
-    "no model": (["evaluate", "{store}", "--store", "{store}", "--data", "{valid}"], "config.json is missing"),
+    "no model": (["evaluate", "{store}", "--store", "{store}", "--data", "{heldout}"], "config.json is missing"),
     "a prompt without a store": (["generate", "{run}", "x"], "--store is missing"),
     "k beyond the store": (["search", "{store}", "x", "--k", "100000"], "100000"),
     "no such input": (["build", "{new}", "{new}.jsonl", "--tokenizer", "{tok}"], "{new}.jsonl"),
-    "no such embedder": (["build", "{new}", "{train}", "--tokenizer", "{tok}", "--embedder", "{new}"], "{new}"),
+    "no such embedder": (["build", "{new}", "{docs}", "--tokenizer", "{tok}", "--embedder", "{new}"], "{new}"),
     "a demo folder in use": (["demo", "--output", "{store}"], "in use"),
 }
 
@@ -149,8 +158,8 @@ def test_refuses_in_one_line(case, made, capsys, tmp_path):
 
 
 def test_a_store_of_another_tokenizer_is_refused(made, capsys, tmp_path):
-    run(["tokenizer", str(tmp_path / "tok"), made["valid"], "--vocab-size", "500"])
-    run(["build", str(tmp_path / "store"), made["train"], "--tokenizer", str(tmp_path / "tok"), "--index", "none"])
+    run(["tokenizer", str(tmp_path / "tok"), made["heldout"], "--vocab-size", "500"])
+    run(["build", str(tmp_path / "store"), made["docs"], "--tokenizer", str(tmp_path / "tok"), "--index", "none"])
     assert main(["generate", made["run"], "x", "--store", str(tmp_path / "store")]) == 2
     error = capsys.readouterr().err
     assert "tokenizer" in error and str(tmp_path / "store") in error and made["run"] in error

@@ -91,6 +91,6 @@ def test_sample_with_its_sources(model, words_tokenizer, words_retriever):
     assert neighbor["document_id"] == found.sources[0][0].document_id
     assert neighbor["score"] == pytest.approx(float(found.scores[0, 0]), abs=1e-5)
     page = sample_page(sample)
-    assert prompt in page and neighbor["document_id"] in page
+    assert prompt in page and f"{neighbor['title']}, chunk {neighbor['position'] + 1}" in page
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         sample_text(model, words_tokenizer, "", words_retriever, 2)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LEAKAGE_NEIGHBORS = 10  # neighbors of a chunk that its overlap is measured against
 LITTLE_OVERLAP = 8  # tokens: the paper's r(C) <= 12.5% for chunks of 64
 RETRIEVAL = ("off", "on", "random")
-MAX_LOGITS = 2**27  # elements of the logits of one batch
+MAX_LOGITS = 2**25  # elements of the logits of one batch
 
 
 @dataclass(frozen=True)

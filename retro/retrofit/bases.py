@@ -1,0 +1,78 @@
+"""Opening a base: by Hugging Face name, folder, GGUF file, the GGUF file of an installed package, or an object."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "package:"
+
+
+def open_base(base: Any, **options) -> Any:
+    """The causal LM that `base` names, in evaluation mode; an object is returned as it is.
+
+    Args:
+        base: A Hugging Face name, a folder, a GGUF file, or "package:NAME" for the GGUF file that an installed
+            package holds (nothing of it is imported); or a model.
+        options: As for AutoModelForCausalLM.from_pretrained: dtype, revision, device_map, attn_implementation,
+            quantization_config ...
+
+    Raises ValueError, in one sentence, for a base that cannot be loaded.
+    """
+    if not isinstance(base, (str, Path)):
+        return base
+    from transformers import AutoModelForCausalLM
+
+    place, gguf = _place(base)
+    try:
+        return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
+    except (OSError, ImportError, KeyError) as error:
+        raise ValueError(_sentence("base", base, error)) from None
+
+
+def base_tokenizer(base: str | Path) -> Any:
+    """The tokenizer that comes with a base given by name, folder, GGUF file or package."""
+    from transformers import AutoTokenizer
+
+    place, gguf = _place(base)
+    try:
+        return AutoTokenizer.from_pretrained(place, **gguf)
+    except (OSError, ImportError, KeyError) as error:
+        raise ValueError(_sentence("tokenizer", base, error)) from None
+
+
+def stored_name(base: Any) -> str | None:
+    """Under which name a fitted folder remembers its base: local paths are made absolute."""
+    if not isinstance(base, (str, Path)):
+        base = getattr(base, "name_or_path", None) or None
+    if base is None or str(base).startswith(PACKAGE):
+        return base
+    return str(Path(base).resolve()) if Path(base).exists() else str(base)
+
+
+def _place(base: str | Path) -> tuple[str, dict[str, str]]:
+    """What from_pretrained wants: a name or folder, and gguf_file where it is one."""
+    path = _packaged_gguf(str(base)) if str(base).startswith(PACKAGE) else Path(base)
+    if path.suffix != ".gguf":
+        return str(base), {}
+    if not path.is_file():
+        raise ValueError(f"base: {base} is no file; give the path of a GGUF file that is there.")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _packaged_gguf(base: str) -> Path:
+    name = base.removeprefix(PACKAGE)
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"base: the package {name} is not installed; pip install {name}") from None
+    found = [Path(file.locate()) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise ValueError(f"base: the package {name} holds {len(found)} GGUF files; name the file itself.")
+    return found[0]
+
+
+def _sentence(what: str, base: Any, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{what}: {base} cannot be loaded ({reason}); give a Hugging Face name, a folder or a GGUF file."

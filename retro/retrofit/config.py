@@ -1,0 +1,180 @@
+"""RetrofitConfig: the base, and the sizes of what is added to it."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class RetrofitConfig(PreTrainedConfig):
+    """Sizes and options of a RETRO-fitted model. What is None comes from the base.
+
+    Args:
+        base_config: The base's own configuration.
+        base_name_or_path: Where the base is loaded from again: a Hugging Face name, a folder, a GGUF file or
+            "package:NAME" (see `open_base`). None: the base must be given when loading.
+        base_revision: The revision of that name.
+        base_dtype: The base's type when it was fitted, in which it is loaded again.
+        form: What is added, and where: see retro.retrofit.forms.
+        chunk_len, retrieved_len, num_neighbors: m, r and k, as in RetroConfig.
+        cca_layers: The layers P with chunked cross-attention, 1-based; or "middle", one layer halfway. Default: every
+            third layer from 6 in a base of 12 layers or more; in a shallower one every third from the middle.
+        cca_init: "random", or "self_attention" to copy CCA's projections and norm from its layer's self-attention.
+        smeared_keys: CCA's keys see the token before theirs (see ChunkedCrossAttention). Differs: not in the paper.
+        gate: CCA's output is scaled by tanh of one number ("scalar") or of one per channel, 0 at the start.
+        encoder_hidden_size: Encoder width d_enc; default the base's.
+        encoder_intermediate_size: Inner width of its feed-forward network; default 4 d_enc.
+        encoder_num_layers: Encoder layers.
+        encoder_num_attention_heads, encoder_head_dim: Heads of the encoder.
+        encoder_cross_attention_layers: P_enc, the encoder layers that read H_u, 1-based.
+        encoder_shares_embeddings: The encoder reads the base's token embeddings, through a linear map where widths
+            differ.
+        encoder_init: "random", or "base" to copy the base's first layers, which then read in both directions. It takes
+            the base's sizes, for bases built as Llama.
+        initializer_range: Standard deviation of the random weights.
+        rms_norm_eps: Epsilon of the added RMSNorms; default the base's, or 1e-6.
+    """
+
+    model_type = "retrofit"
+
+    base_config: dict | PreTrainedConfig | None = None
+    base_name_or_path: str | None = None
+    base_revision: str | None = None
+    base_dtype: str | None = None
+    form: str = "paper"
+    chunk_len: int = 64
+    retrieved_len: int = 128
+    num_neighbors: int = 2
+    cca_layers: list[int] | tuple[int, ...] | str | None = None
+    cca_init: Literal["random", "self_attention"] = "random"
+    smeared_keys: bool = False
+    gate: Literal["scalar", "channel"] = "scalar"
+    encoder_hidden_size: int | None = None
+    encoder_intermediate_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_num_attention_heads: int | None = None
+    encoder_head_dim: int | None = None
+    encoder_cross_attention_layers: list[int] | tuple[int, ...] = (1,)
+    encoder_shares_embeddings: bool = True
+    encoder_init: Literal["random", "base"] = "random"
+    initializer_range: float = 0.02
+    rms_norm_eps: float | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.base_config is not None:
+            self._take_from_base()
+        self.encoder_cross_attention_layers = sorted(self.encoder_cross_attention_layers)
+        super().__post_init__(**kwargs)
+
+    def _take_from_base(self) -> None:
+        if isinstance(self.base_config, dict):
+            self.base_config = config_of(self.base_config)
+        text = self.base_config.get_text_config()
+        self.cca_layers = chosen_layers(self.cca_layers, text.num_hidden_layers)
+        own_size = self.encoder_hidden_size in (None, text.hidden_size)
+        self.encoder_hidden_size = self.encoder_hidden_size or text.hidden_size
+        if own_size:
+            heads, head_dim = attention_sizes(text)[::2]
+            self.encoder_num_attention_heads = self.encoder_num_attention_heads or heads
+            self.encoder_head_dim = self.encoder_head_dim or head_dim
+        self.encoder_head_dim = self.encoder_head_dim or min(64, self.encoder_hidden_size)
+        self.encoder_num_attention_heads = self.encoder_num_attention_heads or max(
+            1, self.encoder_hidden_size // self.encoder_head_dim
+        )
+        inner = getattr(text, "intermediate_size", None) if self.encoder_init == "base" else None
+        self.encoder_intermediate_size = self.encoder_intermediate_size or inner or 4 * self.encoder_hidden_size
+        self.rms_norm_eps = self.rms_norm_eps or getattr(text, "rms_norm_eps", None) or 1e-6
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(text, name, None))
+
+    def validate_architecture(self):
+        """Refuse sizes that do not fit together. Called by transformers after construction."""
+        _require_layers("encoder_cross_attention_layers", self.encoder_cross_attention_layers, self.encoder_num_layers)
+        if self.base_config is not None:
+            _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
+            if not self.cca_layers:
+                raise ValueError("cca_layers is empty, so that nothing could read the neighbors; name a layer.")
+        if self.retrieved_len < self.chunk_len:
+            raise ValueError(
+                f"retrieved_len is {self.retrieved_len}, below chunk_len {self.chunk_len}; "
+                "a retrieved value starts with a whole neighbor chunk."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """The base's."""
+        return self._text.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """The base's width d."""
+        return self._text.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The base's."""
+        return self._text.num_hidden_layers
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The base's; None where it has no limit."""
+        return getattr(self._text, "max_position_embeddings", None)
+
+    @property
+    def _text(self) -> PreTrainedConfig:
+        if self.base_config is None:
+            raise AttributeError("this RetrofitConfig has no base_config")
+        return self.base_config.get_text_config()
+
+    @classmethod
+    def checked(cls, **fields) -> "RetrofitConfig":
+        """RetrofitConfig(**fields), but an unknown field raises ValueError instead of being kept."""
+        known = set(cls.__dataclass_fields__)
+        for name in fields:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "see RetrofitConfig for the fields."
+                raise ValueError(f"Unknown field {name!r}; {hint}")
+        return cls(**fields)
+
+
+def chosen_layers(wanted: Sequence[int] | str | None, num_layers: int) -> list[int]:
+    """The layers of P: as given, "middle", or by default every third from 6, scaled to shallow bases."""
+    if wanted is None:
+        return list(range(6 if num_layers >= 12 else (num_layers + 1) // 2, num_layers + 1, 3))
+    if isinstance(wanted, str):
+        if wanted != "middle":
+            raise ValueError(f"cca_layers is {wanted!r}; give layers from 1 to {num_layers}, or 'middle'.")
+        return [(num_layers + 1) // 2]
+    return sorted(wanted)
+
+
+def attention_sizes(base_config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Query heads, key / value heads and head size of a base, as far as its configuration says."""
+    heads = getattr(base_config, "num_attention_heads", None) or 1
+    kv_heads = getattr(base_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
+    return heads, kv_heads if heads % kv_heads == 0 else heads, head_dim
+
+
+def config_of(fields: dict[str, Any]) -> PreTrainedConfig:
+    """A base's configuration from its saved fields; ValueError for a model type that transformers does not know."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = fields.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"base_config has the model type {model_type!r}, which transformers does not know.")
+    return CONFIG_MAPPING[model_type].from_dict(fields)
+
+
+def _require_layers(field: str, layers: Sequence[int], num_layers: int) -> None:
+    for layer in layers:
+        if not 1 <= layer <= num_layers:
+            raise ValueError(f"{field} has {layer}; layers are counted from 1 to {num_layers}.")

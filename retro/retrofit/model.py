@@ -1,0 +1,378 @@
+"""RetrofitForCausalLM: a frozen pretrained causal LM that reads neighbors."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from retro.generation import RetrievalGeneration
+from retro.modules.encoder import chunks_of
+from retro.modules.loss import linear_cross_entropy
+from retro.padding import align_left, align_right
+from retro.retrofit.anatomy import evaluating, find_anatomy, hidden_after, probe_tokens
+from retro.retrofit.bases import open_base, stored_name
+from retro.retrofit.config import RetrofitConfig
+from retro.retrofit.forms import form_class
+from retro.retrofit.hooks import Reading, active, add_hooks, bind_checkpoints
+from retro.retrofit.packing import is_packed, packed_inputs, packing_way
+
+logger = logging.getLogger(__name__)
+BASE_PREFIX = "base."
+
+
+def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **options) -> RetrofitForCausalLM:
+    """Fit a pretrained causal LM for neighbors: it is frozen, and a neighbor encoder and CCA are added.
+
+    Without neighbors the result is the base, bit for bit; with neighbors it equals the base until it is trained.
+
+    Args:
+        base: A Hugging Face name, a folder, a GGUF file, "package:NAME" or a model in memory, which is taken over: its
+            weights stop asking for gradients, and hooks are put in that do nothing without neighbors.
+        dtype, revision: As in from_pretrained, for a base that is loaded here.
+        options: Fields of RetrofitConfig: chunk_len, retrieved_len, cca_layers, form ...
+
+    Raises ValueError, in one sentence, for a base that cannot be loaded or fitted and for unknown options.
+    """
+    loading = {name: value for name, value in (("dtype", dtype), ("revision", revision)) if value is not None}
+    if loading and not isinstance(base, (str, Path)):
+        raise ValueError(f"{', '.join(loading)} is for a base that is loaded here; {type(base).__name__} is a model.")
+    opened = open_base(base, **loading)
+    if not hasattr(opened, "config") or not hasattr(opened, "get_input_embeddings"):
+        raise ValueError(f"base is a {type(base).__name__}; give a Hugging Face causal LM, or where to load one.")
+    implied = {
+        "base_config": _config_to_keep(opened),
+        "base_name_or_path": stored_name(base),
+        "base_revision": revision or getattr(opened.config, "_commit_hash", None),
+        "base_dtype": str(opened.dtype).removeprefix("torch."),
+    }
+    return RetrofitForCausalLM(_checked_config({**implied, **options}), base=opened)
+
+
+def _config_to_keep(base: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the base's configuration, without where its file lay."""
+    config = copy.deepcopy(base.config)
+    config.name_or_path = ""
+    if str(getattr(getattr(config, "quantization_config", None), "quant_method", "")).endswith(("gguf", "GGUF")):
+        del config.quantization_config  # the type of the file; the base is held unpacked
+    return config
+
+
+def _checked_config(fields: dict[str, Any]) -> RetrofitConfig:
+    try:
+        return RetrofitConfig.checked(**fields)
+    except ValueError:
+        raise
+    except Exception as error:  # a strict dataclass wraps what its checks raise
+        if type(error).__module__ != "huggingface_hub.errors":
+            raise
+        raise ValueError(str(error.__cause__ or error)) from None
+
+
+class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin):
+    """A base and a form (see retro.retrofit.forms), which holds every new weight.
+
+    `RetrofitForCausalLM(config)` makes a base of random weights; see `retrofit` and `from_pretrained`.
+
+    Source: RETRO, section B.2.
+    """
+
+    config_class = RetrofitConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: RetrofitConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        if config.base_config is None:
+            raise ValueError("base_config is None; make a RetrofitForCausalLM with retrofit(base, ...).")
+        self.base = _random_base(config) if base is None else base
+        self.base.requires_grad_(False)
+        self.anatomy = find_anatomy(self.base, config.cca_layers)
+        self.form = form_class(config.form)(config, self.base, self.anatomy)
+        self.form.start(self.base, self.anatomy)
+        self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
+        self._no_split_modules = self.base._no_split_modules
+        self.post_init()
+        if hasattr(self.base, "generation_config"):
+            self.generation_config = copy.deepcopy(self.base.generation_config)
+        self._key = _Key()
+        add_hooks(self.base, self.anatomy, self.form.places, self._key)
+        self._packing_way = packing_way(self.base)
+        self._head_is_plain = _head_is_plain(self.base)
+        self.training = self.base.training
+        self.form.train(self.training)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"] | None = None,
+        neighbor_ids: Int[Tensor, "b l k r"] | None = None,
+        neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Int[Tensor, "b n"] | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with labels, the mean loss in nats. Without neighbors this is the base's own forward.
+
+        Args:
+            input_ids: Tokens. Rows may be padded left or right where `attention_mask` says so; with neighbors, chunks
+                are counted, and positions start, from each row's first real token.
+            neighbor_ids: Tokens of the k neighbors [N, F] of each whole chunk, l = n // chunk_len; None is RETRO[OFF].
+            neighbor_mask: True = a real token; a neighbor with no True is missing. Default: all real.
+            labels: As in Hugging Face: shifted inside, -100 ignored.
+            attention_mask: 1 = a real token.
+            document_ids: For packed documents: tokens attend inside their document only, whose positions start at 0,
+                and a token reads E_u only if all of C_u is in its document. Documents are contiguous.
+            return_logits: Whether to give logits. Default: yes, unless training with neighbors and labels; without
+                them the loss is computed in slices where the base's output embeddings allow it.
+            kwargs: As the base takes them: inputs_embeds, position_ids, output_hidden_states, logits_to_keep ...
+
+        Raises ValueError for neighbors that do not fit the tokens, and for a cache beside neighbors.
+        """
+        if neighbor_ids is None and neighbor_mask is not None:
+            raise ValueError("neighbor_mask is given without neighbor_ids.")
+        if neighbor_ids is None and document_ids is None and return_logits is None:
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        _refuse_cache(kwargs)
+        padding = None if attention_mask is None or attention_mask[:, 0].all() else attention_mask
+        if padding is not None:
+            input_ids, labels, document_ids, attention_mask = (
+                align_left(x, padding) for x in (input_ids, labels, document_ids, attention_mask)
+            )
+            kwargs |= {name: align_left(kwargs[name], padding) for name in _PER_TOKEN if kwargs.get(name) is not None}
+        inputs = {"input_ids": input_ids, **kwargs, **self._masks(attention_mask, document_ids), "use_cache": False}
+        reading = None
+        if neighbor_ids is not None:
+            mask = _checked_mask(tokens, neighbor_ids, neighbor_mask, self.config.chunk_len)
+            reading = self._reading(input_ids, neighbor_ids, mask, attention_mask, document_ids)
+            bind_checkpoints(self.base)
+        with active(reading):
+            return self._run(inputs, labels, return_logits, padding)
+
+    def _run(self, inputs, labels, return_logits: bool | None, padding) -> CausalLMOutputWithPast:
+        """The base over rows aligned left, the loss, and the logits where each row had its tokens."""
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        keep = inputs.pop("logits_to_keep", 0)
+        if not return_logits and self._head_is_plain:
+            hidden, _ = _before_head(self.base, shorten=True, **inputs)
+            return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels))
+        alone = keep if labels is None and padding is None else 0
+        outputs = self.base(**inputs, **({"logits_to_keep": alone} if alone else {}))
+        logits = outputs.logits
+        loss = None if labels is None else _loss(logits, labels)
+        if padding is not None:
+            logits = align_right(logits, padding)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits[:, -keep:] if return_logits else None,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def _sliced_loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+        weight = self.base.get_output_embeddings().weight
+        targets = labels[:, 1:].to(hidden.device).flatten()
+        return linear_cross_entropy(hidden[:, :-1].flatten(0, 1).to(weight), weight, targets)
+
+    def _masks(self, attention_mask, document_ids) -> dict[str, Tensor]:
+        """What keeps the documents of a row apart, or the mask as it is."""
+        if not is_packed(document_ids):
+            return {} if attention_mask is None else {"attention_mask": attention_mask}
+        if attention_mask is not None:  # padding stands at the end, where no document goes on after it
+            document_ids = document_ids.masked_fill(attention_mask == 0, int(document_ids.max()) + 1)
+        return packed_inputs(self.base, self._packing_way, document_ids)
+
+    def _reading(self, input_ids, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> Reading | None:
+        m = self.config.chunk_len
+        if neighbor_ids.shape[1] == 0:
+            return None
+        condition_mask = None if attention_mask is None else chunks_of(attention_mask.bool()[..., None], m)[..., 0]
+        return Reading(
+            form=self.form,
+            key=self._key,
+            input_ids=input_ids,
+            neighbor_ids=neighbor_ids,
+            neighbor_mask=neighbor_mask,
+            document_ids=document_ids,
+            condition_mask=condition_mask,
+            embed=self._embed,
+            hidden_after=self.hidden_after,
+        )
+
+    def _embed(self, ids: Int[Tensor, "*s"]) -> Float[Tensor, "*s d"]:
+        embedding = self.base.get_input_embeddings()
+        with torch.no_grad():
+            return embedding(ids.to(embedding.weight.device))
+
+    def hidden_after(self, ids: Int[Tensor, "q r"], mask: Bool[Tensor, "q r"], layer: int) -> Float[Tensor, "q r d"]:
+        """The base's residual stream after a layer, for texts read alone and without neighbors; no gradient."""
+        with active(None):
+            return hidden_after(self.base, self.anatomy, ids, mask, layer)
+
+    def generate(self, inputs: Tensor | None = None, *args, retriever=None, num_neighbors: int | None = None, **kwargs):
+        """Hugging Face's generate(), with retrieval at the end of every chunk; without a retriever the base's own.
+
+        Args: see RetrievalGeneration.generate.
+        """
+        if retriever is None:
+            return self.base.generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, retriever=retriever, num_neighbors=num_neighbors, **kwargs)
+
+    # Weights: which are new, and how they are kept
+
+    def trainable_share(self) -> tuple[int, int]:
+        """Weights that are trained, and all."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """One line, as PEFT prints it."""
+        trained, total = self.trainable_share()
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
+    def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs):
+        """Write the new weights, and a configuration that names the base and its revision."""
+        weights = self.state_dict() if state_dict is None else state_dict
+        new = {name: tensor for name, tensor in weights.items() if not name.startswith(BASE_PREFIX)}
+        if self.config.base_name_or_path is None:
+            logger.warning("the base has no name: from_pretrained(%s, base=...) will need it", save_directory)
+        super().save_pretrained(save_directory, state_dict=new, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args,
+        base: Any = None,
+        config: RetrofitConfig | None = None,
+        dtype: Any = None,
+        **kwargs,
+    ) -> RetrofitForCausalLM:
+        """A fitted model from its folder; the base is loaded again, in the type it had.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a name on the hub.
+            base: The base itself, or another place to load it from. Default: what the folder names.
+            config: In place of the folder's.
+            dtype: Of the base. The new weights keep the type they were saved in.
+            kwargs: cache_dir, token and the like for both; everything else is for the base: device_map,
+                attn_implementation, quantization_config ...
+
+        Raises ValueError for a base that is missing or of other sizes, and for weights that do not fit.
+        """
+        from retro.retrofit.loading import check_base, load_new_weights, split_options
+
+        hub, options = split_options(kwargs)
+        folder = str(pretrained_model_name_or_path)
+        config = RetrofitConfig.from_pretrained(folder, **hub) if config is None else config
+        if base is None and config.base_name_or_path is None:
+            raise ValueError(f"{folder} names no base; give it: from_pretrained(..., base=model).")
+        if base is None and config.base_revision is not None:
+            options.setdefault("revision", config.base_revision)
+        if isinstance(base, (str, Path)) or base is None:
+            options = {"dtype": dtype or config.base_dtype or "auto", **hub, **options}
+            base = open_base(base or config.base_name_or_path, **options)
+        check_base(config, base)
+        model = cls(config, base=base)
+        load_new_weights(model, folder, hub)
+        return model.eval()
+
+    # What Hugging Face asks of a model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def set_attn_implementation(self, *args, **kwargs) -> None:
+        """The base's attention; what is added always runs the fused kernel."""
+        self.base.set_attn_implementation(*args, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: gradients start at the first place that is written to, and none are wanted below it."""
+
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Nothing: the base has tied its own."""
+
+    def init_weights(self) -> None:
+        """Nothing: the base has its weights and the form its start."""
+
+
+class _Key:
+    """Whose hooks are whose; equal only to itself, and copied together with its model."""
+
+
+_PER_TOKEN = ("inputs_embeds", "position_ids")
+
+
+def _random_base(config: RetrofitConfig) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config.base_config))
+
+
+def _before_head(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
+    """What the base's output embeddings are given, and its logits: with `shorten` those of the first token only."""
+    given: list[Tensor] = []
+
+    def keep(module, args):
+        given.append(args[0])
+        return (args[0][:, :1],) if shorten else None
+
+    handle = base.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        logits = base(**inputs).logits
+    finally:
+        handle.remove()
+    return given[-1], logits
+
+
+@torch.no_grad()
+def _head_is_plain(base: PreTrainedModel) -> bool:
+    """Whether logits are just hidden states times the output embeddings, as the loss in slices takes them."""
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    with evaluating(base):
+        hidden, logits = _before_head(base, shorten=False, input_ids=probe_tokens(base), use_cache=False)
+        return torch.equal(head(hidden), logits)
+
+
+def _refuse_cache(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("past_key_values", None) is not None:
+        raise ValueError("past_key_values is given beside neighbors; with neighbors every run is over the whole text.")
+    if kwargs.pop("use_cache", None):
+        raise ValueError("use_cache is true beside neighbors; with neighbors every run is over the whole text.")
+
+
+def _checked_mask(tokens: Tensor, neighbor_ids: Tensor, neighbor_mask: Tensor | None, chunk_len: int) -> Tensor:
+    b, num_chunks = tokens.shape[0], tokens.shape[1] // chunk_len
+    if neighbor_ids.ndim != 4 or neighbor_ids.shape[:2] != (b, num_chunks):
+        raise ValueError(
+            f"neighbor_ids has shape {list(neighbor_ids.shape)}; it must be [b, l, k, r] = "
+            f"[{b}, {num_chunks}, k, r], one row for each whole chunk of {chunk_len} tokens."
+        )
+    if neighbor_mask is None:
+        return torch.ones_like(neighbor_ids, dtype=torch.bool)
+    if neighbor_mask.shape != neighbor_ids.shape:
+        raise ValueError(f"neighbor_mask has shape {list(neighbor_mask.shape)}, neighbor_ids another.")
+    return neighbor_mask.bool()
+
+
+def _loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+    """Mean over the kept labels, 0 where there is none."""
+    targets = labels[:, 1:].to(logits.device).flatten()
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)

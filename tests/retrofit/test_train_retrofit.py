@@ -1,0 +1,102 @@
+"""The recipe: a tiny base over a tiny store, stopped and gone on with, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.stand_ins import make_words_tokenizer
+from tests.train.conftest import stores  # noqa: F401
+
+
+@pytest.fixture
+def base_folder(tmp_path, make_base):
+    folder = tmp_path / "base"
+    make_base("llama", vocab_size=len(make_words_tokenizer(60))).save_pretrained(folder)
+    make_words_tokenizer(60).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_settings(stores, tmp_path, base_folder):  # noqa: F811
+    from retro.train.retrofit import RetrofitSettings
+
+    def make(output: str = "run", **changes):
+        values = dict(
+            output=str(tmp_path / output), base=str(base_folder), store=str(stores["train"]),
+            valid_store=str(stores["valid"]), model={"retrieved_len": 16, "cca_layers": [2, 3]}, window_len=32,
+            batch_size=2, max_steps=6, lr=1e-2, warmup_steps=2, eval_every=3, save_every=3, log_every=2,
+        )  # fmt: skip
+        return RetrofitSettings(**{**values, **changes})
+
+    return make
+
+
+def metrics(output):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def test_only_what_is_new_is_trained_and_kept(make_settings, tmp_path, capsys):
+    from retro.retrofit import RetrofitForCausalLM
+    from retro.train.loop import fit
+    from retro.train.retrofit import prepare
+
+    run = prepare(make_settings())
+    assert "trainable%" in capsys.readouterr().out
+    before = {n: p.clone() for n, p in run.state.model.base.named_parameters()}
+    assert fit(run)
+    assert all(torch.equal(p, before[n]) for n, p in run.state.model.base.named_parameters())
+    for file in (tmp_path / "run").rglob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert all(name.startswith("form.") for name in list(opened.keys())), file
+    scores = [line for line in metrics(tmp_path / "run") if "bits_per_byte_on" in line]
+    assert scores[0]["bits_per_byte_off"] == scores[-1]["bits_per_byte_off"] != scores[-1]["bits_per_byte_on"]
+    loaded = RetrofitForCausalLM.from_pretrained(tmp_path / "run")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, run.state.model.get_parameter(name)), name
+
+
+def test_a_run_in_two_parts_is_one_run(make_settings, tmp_path, monkeypatch):
+    from retro.train import loop
+    from retro.train.retrofit import prepare
+
+    assert loop.fit(prepare(make_settings("whole")))
+    cut = prepare(make_settings("cut"))
+    monkeypatch.setattr(loop, "finish", lambda run: None)
+    cut.num_steps = 3
+    assert loop.fit(cut)
+    monkeypatch.undo()
+    rest = prepare(make_settings("cut"))
+    assert rest.state.step == 3 and loop.fit(rest)
+    whole = RunWeights(tmp_path / "whole")
+    assert whole == RunWeights(tmp_path / "cut")
+
+
+class RunWeights:
+    def __init__(self, folder):
+        from safetensors.torch import load_file
+
+        self.weights = load_file(folder / "model.safetensors")
+
+    def __eq__(self, other):
+        return self.weights.keys() == other.weights.keys() and all(
+            torch.allclose(w, other.weights[n], atol=1e-3) for n, w in self.weights.items()
+        )
+
+
+def test_refusals(make_settings, stores, make_base, tmp_path):  # noqa: F811
+    from retro.train.retrofit import prepare
+
+    with pytest.raises(ValueError, match="retrieval is false, so that nothing would be trained"):
+        make_settings(retrieval=False)
+    with pytest.raises(ValueError, match="has 64 tokens, the base .* 63; build a store with the base's tokenizer"):
+        prepare(make_settings(store=str(stores["other"]), valid_store=None))
+    with pytest.raises(ValueError, match="Unknown field 'layers'"):
+        prepare(make_settings(model={"layers": 3}))
+    with pytest.raises(ValueError, match="model.chunk_len: 4 is not the store's 8; leave it out"):
+        prepare(make_settings(model={"chunk_len": 4}))
+    make_words_tokenizer(59).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="another tokenizer than that of the base"):
+        prepare(make_settings())
