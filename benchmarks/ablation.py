@@ -21,14 +21,19 @@ from retro.train.loop import fit, setup
 from retro.train.pretrain import model_config
 from retro.train.settings import TrainSettings
 
-PAPER = ["model.smeared_keys=false", "model.cca_init=random"]
+ONE_RATE = "lr_ratios={}"  # a random start has nothing to protect
 VARIANTS = {
-    "the recipe: both": [],
-    "as in the paper, random start": PAPER,
-    "smeared keys, random start": ["model.cca_init=random"],
-    "identity start, plain keys": [],
-    "both, content keys (no positions in CCA)": ["model.cca_partial_rotary_factor=0.0"],
     "plain LM": ["retrieval=false"],
+    "the recipe": [],
+    "the recipe, positions in CCA": ["model.cca_partial_rotary_factor=1.0"],
+    "identity start, plain keys": ["lr_ratios={cross_attention.attention: 0.3}"],
+    "smeared keys, random start": ["model.cca_init=random", ONE_RATE],
+    "as in the paper, random start": [
+        "model.smeared_keys=false",
+        "model.cca_init=random",
+        "model.cca_partial_rotary_factor=1.0",
+        ONE_RATE,
+    ],
 }
 
 
@@ -46,7 +51,7 @@ def run(variant: str, overrides: list[str], arguments: argparse.Namespace, folde
     """Train one variant and measure it."""
     given = [f"store={arguments.demo / 'store'}", f"output={folder}", f"max_tokens={arguments.tokens}"]
     settings = load_settings(
-        TrainSettings, find_config("train_demo", "train"), [*given, f"seed={arguments.seed}", *overrides]
+        TrainSettings, find_config("train_small", "train"), [*given, f"seed={arguments.seed}", *overrides]
     )
     fit(setup(settings, model_config, PlainKeys if "plain keys" in variant else RetroForCausalLM))
     model = AutoModelForCausalLM.from_pretrained(folder)

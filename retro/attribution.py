@@ -10,7 +10,7 @@ def sample_text(
     model: Any, tokenizer: Any, prompt: str, retriever: Any, num_neighbors: int | None, **options: Any
 ) -> dict:
     """Sample once: the prompt, the generated text, and for each whole chunk its text and the neighbors it found."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if not inputs["input_ids"].numel():
         raise ValueError("the prompt has no tokens; give at least one character.")
     out = model.generate(

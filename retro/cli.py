@@ -54,7 +54,12 @@ def add_build(verbs: Any) -> None:
         nargs="+",
         help=".jsonl(.gz), .parquet, .txt/.md/.rst, a folder of those, a datasets name or folder, or package:NAME",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="T", help="Hugging Face name or folder")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="T",
+        help="Hugging Face name or folder, a GGUF file, or package:NAME for the GGUF file of an installed package",
+    )
     parser.add_argument(
         "--embedder", default="minilm", metavar="E", help="Hugging Face name or folder; default: minilm"
     )
@@ -268,9 +273,9 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument("--index", default="auto", help="auto, exact, scann or faiss")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--do-sample", action="store_true", help="sample; default: the most likely token")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--temperature", type=float, help="of sampling; default 1")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this mass; default 1")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens; default 50")
     parser.add_argument("--seed", type=int, default=0)
     _add_json(parser)
 
@@ -286,7 +291,10 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError("--store is missing; name a datastore, or say --no-retrieval.")
     model, retriever = _open_model(args.model, None if args.no_retrieval else args.store, args.index)
     torch.manual_seed(args.seed)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k} if args.do_sample else {}
+    given = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if sampling and not args.do_sample:
+        raise ValueError(f"--{next(iter(sampling)).replace('_', '-')} needs --do-sample.")
     sample = sample_text(
         model,
         AutoTokenizer.from_pretrained(args.model),
@@ -344,18 +352,27 @@ def _stamp(store: Any) -> dict[str, str]:
 
 def _open_model(folder: str, store: Any = None, index: str = "auto") -> tuple[Any, Any]:
     """A trained model and, with a store, a retriever over it, refused if the store is another tokenizer's."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from retro.provenance import check_store
     from retro.retrieval import Retriever, Store
 
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (config.json is missing); give the folder that `retro train` wrote.")
+        raise ValueError(f"{folder} holds no model (config.json is missing); give the folder of a trained model.")
     retriever = None
     if store is not None:
         store = store if isinstance(store, Store) else Store.open(store)
         check_store(folder, store)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    device = torch.accelerator.current_accelerator() or "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{folder} holds a damaged model ({error}); copy it again from where it was trained."
+        ) from None
     if store is not None:
         retriever = Retriever(store, index, retrieved_len=getattr(model.config, "retrieved_len", 2 * store.chunk_len))
     return model, retriever

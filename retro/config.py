@@ -116,6 +116,12 @@ class RetroConfig(PreTrainedConfig):
                 f"retrieved_len is {self.retrieved_len}, below chunk_len {self.chunk_len}; "
                 "a retrieved value starts with a whole neighbor chunk."
             )
+        if self.chunk_len < 1 or self.num_neighbors < 1:
+            raise ValueError(f"chunk_len {self.chunk_len} and num_neighbors {self.num_neighbors} must be at least 1.")
+        if not 0 <= self.cca_partial_rotary_factor <= 1:
+            raise ValueError(f"cca_partial_rotary_factor is {self.cca_partial_rotary_factor}; give 0 to 1.")
+        if self.position == "relative" and self.cca_partial_rotary_factor != 1:
+            raise ValueError("cca_partial_rotary_factor needs position='rotary'; leave it at 1 with 'relative'.")
         if self.cca_init == "induction":
             self._validate_induction()
 

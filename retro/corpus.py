@@ -15,6 +15,7 @@ import os
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,10 +119,9 @@ def expand_inputs(inputs: Sequence[str]) -> list[Input]:
     if not found:
         raise ValueError("no input was given; name at least one file, folder, dataset or package:NAME")
     found = _relative_names(found)
-    names = [item.name for item in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the input {name} is given twice; name it once")
+    name, count = Counter(item.name for item in found).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"the input {name} is given twice; name it once")
     return sorted(found, key=lambda item: item.name)
 
 
@@ -152,8 +152,9 @@ def _expand_one(given: str) -> list[Input]:
     path, _, split = given.partition(":") if not os.path.exists(given) else (given, "", "")
     if os.path.isdir(path):
         if any(os.path.exists(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json")):
-            return [Input(os.path.abspath(path), "dataset", path, split)]
-        return _expand_folder(given)
+            return [Input(os.path.abspath(given), "dataset", path, split)]
+        if not split:
+            return _expand_folder(path)
     if _kind_of_file(given) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", given):
         raise FileNotFoundError(f"{given} does not exist")
     return [Input(given, "dataset", path, split)]
@@ -161,7 +162,7 @@ def _expand_one(given: str) -> list[Input]:
 
 def _expand_folder(folder: str) -> list[Input]:
     found = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(parent, name)
@@ -170,6 +171,10 @@ def _expand_folder(folder: str) -> list[Input]:
     if not found:
         raise ValueError(f"the folder {folder} holds no document files; known endings are {', '.join(_SUFFIXES)}")
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _relative_names(found: list[Input]) -> list[Input]:
@@ -183,8 +188,8 @@ def _relative_names(found: list[Input]) -> list[Input]:
     return [Input(relative(item), item.kind, item.path, item.split) for item in found]
 
 
-def _file_digest(paths: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+def _file_digest(paths: Iterable[str], names: Sequence[str] = ()) -> str:
+    digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode())
     for path in paths:
         with open(path, "rb") as handle:
             while block := handle.read(1 << 20):
@@ -262,7 +267,7 @@ def _record_of_line(raw: bytes, place: tuple[str, int], text_field: str) -> Docu
         return Document(f"{file}:{line}", "", place=f"{file}:{line}")
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of more than 4300 digits is a plain ValueError
         return Reject(file, line, f"the line is not JSON ({error})", shown)
     found = document_of(record, place, text_field)
     return Reject(found.file, found.line, found.reason, shown) if isinstance(found, Reject) else found
@@ -275,11 +280,24 @@ def _read_parquet(item: Input, text_field: str) -> Iterator[Document | Reject]:
     try:
         row = 0
         for batch in pq.ParquetFile(item.path).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
+            for record in _records_of_batch(batch):
                 row += 1
-                yield document_of(record, (item.name, row), text_field)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{item.name} is not a readable Parquet file ({error})") from None
+                if isinstance(record, UnicodeDecodeError):
+                    yield Reject(item.name, row, "the row is invalid UTF-8")
+                else:
+                    yield document_of(record, (item.name, row), text_field)
+    except (pa.ArrowInvalid, OSError) as error:  # a damaged page or footer is an OSError that names no file
+        raise ValueError(f"{item.name} is not a readable Parquet file ({error}); restore it from a copy") from None
+
+
+def _records_of_batch(batch: Any) -> list[Any]:
+    """The rows of an Arrow batch; in place of a row that is invalid UTF-8, its error."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [record for row in range(batch.num_rows) for record in _records_of_batch(batch.slice(row, 1))]
 
 
 def _read_text(item: Input, text_field: str) -> Iterator[Document | Reject]:
@@ -425,5 +443,6 @@ def _signature(node: Any, name: str) -> str:
 
 
 def _package_digest(package: str) -> tuple[int, str]:
-    paths = [str(path) for _, path in package_modules(package)]
-    return sum(map(os.path.getsize, paths)), _file_digest(paths)
+    modules = package_modules(package)
+    names, paths = [name for name, _ in modules], [str(path) for _, path in modules]
+    return sum(map(os.path.getsize, paths)), _file_digest(paths, names)

@@ -114,7 +114,7 @@ def _find_neighbors(store) -> None:
 
 def _train(output: Path, name: str, seed: int) -> None:
     given = [f"store={output / 'store'}", f"output={output / name}", f"seed={seed}"]
-    import_module("retro.train.pretrain").main("train_demo", [*given, f"retrieval={str(name == 'retro').lower()}"])
+    import_module("retro.train.pretrain").main("train_small", [*given, f"retrieval={str(name == 'retro').lower()}"])
 
 
 def _measure(output: Path, store, seed: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from retro.padding import align_left
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from retro.retrieval import Neighbors, Retriever
 
 
@@ -25,6 +28,7 @@ class RetrievalSession:
 
     def __init__(self, retriever: Retriever, chunk_len: int, num_neighbors: int):
         self.retriever, self.chunk_len, self.num_neighbors = retriever, chunk_len, num_neighbors
+        self.prompt_mask: Tensor | None = None  # of the prompts as generate() repeats them, one row a beam or sample
         self._found: dict[bytes, Neighbors] = {}
 
     def neighbors(self, rows: Sequence[np.ndarray]) -> list[list[Neighbors]]:
@@ -43,6 +47,8 @@ class RetrievalSession:
 
     def tensors(self, input_ids: Int[Tensor, "b n"], attention_mask: Tensor | None) -> dict[str, Tensor]:
         """neighbor_ids and neighbor_mask [b, l, k, r] of a batch; chunks that a shorter row lacks are masked."""
+        if self.prompt_mask is None:
+            self.prompt_mask = attention_mask
         found = self.neighbors(_real_rows(input_ids, attention_mask))
         num_chunks = input_ids.shape[1] // self.chunk_len
         if num_chunks == 0 or not any(found):
@@ -77,6 +83,7 @@ class RetrievalGeneration:
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args,
         retriever: Retriever | None = None,
         num_neighbors: int | None = None,
@@ -89,17 +96,25 @@ class RetrievalGeneration:
                 row's first real token.
             retriever: Where neighbors come from; None samples RETRO[OFF].
             num_neighbors: k; default `config.num_neighbors`.
-            kwargs: As in Hugging Face. With `return_dict_in_generate=True` the result has `neighbors`: for each row,
-                the `Neighbors` (sources included) of each of its whole chunks.
+            kwargs: As in Hugging Face, but `use_cache` changes nothing. With `return_dict_in_generate=True` the result
+                has `neighbors`: for each row, the `Neighbors` (sources included) of each of its whole chunks.
+
+        Raises ValueError for neighbors given by hand, and for `num_neighbors` below 1 or without a retriever.
         """
-        kwargs["use_cache"] = False
+        _check_neighbors(retriever, num_neighbors, kwargs)
+        if generation_config is None:
+            kwargs["use_cache"] = False
+        else:
+            kwargs.pop("use_cache", None)
+            generation_config = copy(generation_config)
+            generation_config.use_cache = False
         if retriever is None:
-            return super().generate(inputs, *args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
         session = RetrievalSession(retriever, self.config.chunk_len, num_neighbors or self.config.num_neighbors)
-        out = super().generate(inputs, *args, retrieval=session, **kwargs)
+        out = super().generate(inputs, generation_config, *args, retrieval=session, **kwargs)
         if not isinstance(out, Tensor):
-            prompt = kwargs.get("attention_mask")
-            out["neighbors"] = session.neighbors(_real_rows(out.sequences, _whole_mask(out.sequences, prompt)))
+            mask = _whole_mask(out.sequences, session.prompt_mask)
+            out["neighbors"] = session.neighbors(_real_rows(out.sequences, mask))
         return out
 
     def prepare_inputs_for_generation(
@@ -117,9 +132,22 @@ class RetrievalGeneration:
         return inputs
 
 
+def _check_neighbors(retriever: Retriever | None, num_neighbors: int | None, kwargs: dict[str, Any]) -> None:
+    """Refuse what generate() would otherwise ignore."""
+    for name in ("neighbor_ids", "neighbor_mask"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is given to generate(), which searches each new chunk; give a retriever instead.")
+    if num_neighbors is not None and (retriever is None or num_neighbors < 1):
+        raise ValueError(f"num_neighbors is {num_neighbors}; it must be at least 1, beside a retriever.")
+
+
 def _whole_mask(sequences: Tensor, prompt_mask: Tensor | None) -> Tensor | None:
-    """The prompt's mask, repeated for several sequences a prompt, with ones for what was generated."""
+    """The mask of each sequence's prompt, with ones for what was generated.
+
+    `prompt_mask` has p rows a prompt (beams, samples), `sequences` q <= p: row s belongs to prompt s // q.
+    """
     if prompt_mask is None:
         return None
-    mask = prompt_mask.repeat_interleave(sequences.shape[0] // prompt_mask.shape[0], dim=0)
-    return torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+    num_rows = sequences.shape[0]
+    rows = torch.arange(num_rows, device=prompt_mask.device) * prompt_mask.shape[0] // num_rows
+    return torch.nn.functional.pad(prompt_mask[rows], (0, sequences.shape[1] - prompt_mask.shape[1]), value=1)

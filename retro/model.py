@@ -93,15 +93,15 @@ class RetroModel(RetroPreTrainedModel):
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
         retrieves = neighbor_ids is not None and neighbor_ids.shape[1] > 0  # n < m: no whole chunk, identity everywhere
-        mask = _self_attention_mask(h.shape[1], attention_mask, document_ids)
+        mask = None if document_ids is None else _inside_documents(document_ids)
         encoded, states = None, [h]
         for number, layer in enumerate(self.layers, start=1):
-            h = self._run(layer.attend, h, mask)
+            h = self._run(layer, "attend", h, mask)
             if retrieves and number in self.config.cca_layers:
                 if encoded is None:
                     encoded = self._encode(h, neighbor_ids, neighbor_mask, attention_mask)
-                h = self._run(layer.read, h, encoded, neighbor_mask, document_ids)
-            h = self._run(layer.feed, h)
+                h = self._run(layer, "read", h, encoded, neighbor_mask, document_ids)
+            h = self._run(layer, "feed", h)
             states.append(h)
         h = states[-1] = self.norm(h)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -166,8 +166,10 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         document_ids: Int[Tensor, "b n"] | None = None,
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
         return_logits: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Int[Tensor, " p"] = 0,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        use_cache: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats.
 
@@ -183,10 +185,12 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             inputs_embeds: Embeddings in place of `input_ids`.
             return_logits: Whether to give logits. Default: yes, unless training with labels; without them the loss is
                 computed in slices of positions, and the logits of all positions never live at once.
-            logits_to_keep: Logits of the last positions only; 0 = all.
+            logits_to_keep: Logits of the last positions only, or of those a tensor names; 0 = all.
             output_hidden_states: Whether to give the embeddings and every layer's output, the last one normalised;
                 rows that were left-padded come with their padding at the end.
+            output_attentions, use_cache: None or False, as PEFT and trainers pass them; True raises ValueError.
         """
+        _refuse(output_attentions=output_attentions, use_cache=use_cache)
         padding = None if attention_mask is None or attention_mask[:, 0].all() else attention_mask
         if padding is not None:
             input_ids, inputs_embeds, labels, document_ids, attention_mask = (
@@ -208,7 +212,8 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             return_logits = labels is None or not self.training
         if padding is not None:
             hidden = align_right(hidden, padding)
-        logits = self.lm_head(hidden[:, -logits_to_keep:]) if return_logits else None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept]) if return_logits else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def _loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
@@ -269,12 +274,16 @@ def _encoder_embedding(config: RetroConfig) -> nn.Module | None:
     return nn.Linear(config.hidden_size, config.encoder_hidden_size, bias=False)
 
 
-def _self_attention_mask(length: int, attention_mask, document_ids) -> Bool[Tensor, "b n n"] | None:
-    """Causal, inside documents, real keys only; None where plain causal attention says it all.
+def _inside_documents(document_ids: Int[Tensor, "b n"]) -> Bool[Tensor, "b n n"]:
+    """Causal, and inside documents only.
 
-    Rows are right-padded here, so that no real token could see padding before it: padding needs no mask.
+    Padding needs no mask: rows are right-padded here, so that no real token could see padding before it.
     """
-    if document_ids is None:
-        return None
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same.tril()
+    return (document_ids[:, :, None] == document_ids[:, None, :]).tril()
+
+
+def _refuse(**options: bool | None) -> None:
+    """Raise ValueError for what Hugging Face's models can give and this one cannot."""
+    for name, wanted in options.items():
+        if wanted:
+            raise ValueError(f"{name} is {wanted}, which RETRO does not give; leave it out.")

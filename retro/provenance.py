@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from retro.retrieval import Store
 
 FILE = "retro.json"
+_NEEDED = ("tokenizer", "tokenizer_fingerprint", "chunk_len")
 logger = logging.getLogger(__name__)
 
 
@@ -41,9 +42,13 @@ def read_provenance(model_folder: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{file}: not JSON; copy it again from where the model was trained") from None
+    missing = [name for name in _NEEDED if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise ValueError(f"{file}: {missing[0]} is missing; copy it again from where the model was trained")
+    return record
 
 
 def check_store(model_folder: str | Path, store: Store) -> None:

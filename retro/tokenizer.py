@@ -8,6 +8,8 @@ into the text.
 from __future__ import annotations
 
 import io
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ _SEGMENT_CHARS = 1000
 
 
 def train_tokenizer(
-    out: str | Path, inputs: Sequence[str] | Iterable[Document], vocab_size: int = 32_000, text_field: str = "text"
+    out: str | Path,
+    inputs: str | Sequence[str] | Iterable[Document],
+    vocab_size: int = 32_000,
+    text_field: str = "text",
 ) -> Any:
     """Train a tokenizer on documents, save it in the folder `out` and return it.
 
@@ -36,16 +41,16 @@ def train_tokenizer(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is in use; choose another path for the tokenizer")
-    out.mkdir(parents=True, exist_ok=True)
-    inputs = list(inputs)
+    inputs = [os.fspath(inputs)] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     documents = inputs if inputs and isinstance(inputs[0], Document) else read_documents(inputs, text_field=text_field)
+    aside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
+    aside.mkdir(parents=True)
     try:
-        pieces = _train(_segments(documents), vocab_size)
-    except BaseException:
-        out.rmdir()
-        raise
-    tokenizer = _hugging_face(pieces)
-    tokenizer.save_pretrained(out)
+        tokenizer = _hugging_face(_train(_segments(documents), vocab_size))
+        tokenizer.save_pretrained(aside)
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return tokenizer
 
 
@@ -64,10 +69,19 @@ def _train(segments: Iterator[str], vocab_size: int) -> list[str]:
     first = next(segments, None)
     if first is None:
         raise ValueError("the inputs hold no text to train a tokenizer on; give at least one document")
-    model = io.BytesIO()
+    model, failed = io.BytesIO(), []
+
+    def watched() -> Iterator[str]:
+        yield first
+        try:
+            yield from segments
+        except Exception as error:  # SentencePiece would raise another one in its place
+            failed.append(error)
+            raise
+
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=_chained(first, segments),
+            sentence_iterator=watched(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -91,15 +105,12 @@ def _train(segments: Iterator[str], vocab_size: int) -> list[str]:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if failed:
+            raise failed[0] from None
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"vocab_size {vocab_size} does not suit the text ({reason}); try another one") from None
     processor = spm.SentencePieceProcessor(model_proto=model.getvalue())
     return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-
-
-def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _hugging_face(pieces: list[str]) -> Any:

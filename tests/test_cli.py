@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from retro.cli import main
 from retro.corpus import package_documents
 
 README = Path(__file__).parents[1] / "README.md"
-VERBS = ("build", "tokenizer", "neighbors", "search", "train", "evaluate", "generate", "demo")
+VERBS = ("build", "tokenizer", "neighbors", "search", "train", "retrofit", "evaluate", "generate", "demo")
 TINY = [
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
@@ -59,6 +60,9 @@ def made(tmp_path_factory):
             assert command == "retro"
             run([argument.replace("8192", "600") for argument in argv] + (TINY if argv[0] == "train" else []))
     names = {"docs": "docs.jsonl", "heldout": "heldout.jsonl"} | {name: name for name in ("tok", "store", "run")}
+    shutil.copytree(folder / "run", folder / "broken", ignore=shutil.ignore_patterns("checkpoints"))
+    (folder / "broken" / "model.safetensors").write_bytes(b"damaged")
+    names["broken"] = "broken"
     return {name: str(folder / path) for name, path in names.items()} | {"lm": str(folder / "run-lm"), "folder": folder}
 
 
@@ -117,8 +121,42 @@ def test_generate_prints_sources(made, capsys, tmp_path):
     assert "retrieval is off" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_not_trained_again(made, capsys):
-    run(["train", "train_small", f"store={made['store']}", f"output={made['run']}", "retrieval=true", *TINY])
+def test_a_finished_run_is_not_trained_again(made):
+    before = (made["folder"] / "run" / "metrics.jsonl").read_bytes()
+    with inside(made["folder"]):
+        run(["train", "train_small", "store=store", "output=run", *TINY])
+    assert (made["folder"] / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def fitted(made):
+    """A tiny base with the store's tokenizer, fitted for a few steps by the packaged recipe."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(made["tok"])
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    for part in (base, tokenizer):
+        part.save_pretrained(made["folder"] / "base")
+    folder = str(made["folder"] / "fitted")
+    given = [f"base={made['folder'] / 'base'}", f"store={made['store']}", f"output={folder}"]
+    run(["retrofit", "retrofit_smollm2", *given, "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1"])
+    return folder
+
+
+def test_a_fitted_model_is_evaluated_and_sampled_from(fitted, made, capsys, tmp_path):
+    file = tmp_path / "bpb.json"
+    run(["evaluate", fitted, "--store", made["store"], "--data", made["heldout"], "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert result["num_neighbors"] == 2 and result["window_len"] == 2048
+    assert len({result["bpb"][name] for name in ("retro_off", "retro_on", "retro_on_random")}) == 3
+    prompt = " ".join(["rearrange the axes of a tensor"] * 20)
+    capsys.readouterr()
+    run(["generate", fitted, prompt, "--store", made["store"], "--max-new-tokens", "3", "--json", str(file)])
+    assert json.loads(file.read_text())["chunks"][0]["neighbors"][0]["title"] in capsys.readouterr().out
+    run(["generate", fitted, prompt, "--no-retrieval", "--max-new-tokens", "3"])
+    assert "retrieval is off" in capsys.readouterr().out
 
 
 REFUSED = {
@@ -138,6 +176,11 @@ REFUSED = {
     "a packaged config that is not there": (["train", "train_smal", "store={store}", "output={new}"], "train_small"),
     "no store": (["train", "train_small", "store={new}", "output={new}2"], "{new}"),
     "no model": (["evaluate", "{store}", "--store", "{store}", "--data", "{heldout}"], "config.json is missing"),
+    "sampling options without sampling": (
+        ["generate", "{run}", "x", "--no-retrieval", "--top-p", "0.5"],
+        "--do-sample",
+    ),
+    "a damaged model": (["generate", "{broken}", "x", "--no-retrieval"], "damaged"),
     "a prompt without a store": (["generate", "{run}", "x"], "--store is missing"),
     "k beyond the store": (["search", "{store}", "x", "--k", "100000"], "100000"),
     "no such input": (["build", "{new}", "{new}.jsonl", "--tokenizer", "{tok}"], "{new}.jsonl"),

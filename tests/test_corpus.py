@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -68,6 +69,7 @@ def test_every_line_is_accounted_for(tmp_path_factory, lines, end, bom, final):
         (b'"text"', "not an object"),
         (b'{"text": "\xe9"}', "invalid UTF-8"),
         (b'{"text": "\\ud83d"}', "invalid UTF-8"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not JSON"),
         (b"[" * 100_000, "not JSON"),
     ],
 )
@@ -103,6 +105,37 @@ def test_folder_of_many_kinds_is_sorted_and_relative(tmp_path):
     assert records[-1].id == "sub/c.txt" and records[1].line == 2
 
 
+def test_parquet_rows_that_are_not_utf8_and_damaged_files(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets, content = (0).to_bytes(4, "little") + b"\1\0\0\0\2\0\0\0\3\0\0\0", b"a\xffb"
+    column = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(content)])
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": column}), file)
+    first, bad, last = read_documents([str(file)], on_bad="reject")
+    assert (first.text, last.text, last.place) == ("a", "b", "x.parquet:3")
+    assert (bad.file, bad.line) == ("x.parquet", 2) and "invalid UTF-8" in bad.reason
+    file.write_bytes(file.read_bytes()[:-40] + b"\xff" * 32 + file.read_bytes()[-8:])
+    with pytest.raises(ValueError, match=r"x\.parquet is not a readable Parquet file"):
+        list(read_documents([str(file)]))
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "locked" / "b.txt", "b")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        expand_inputs([str(tmp_path)])
+
+
 def test_text_file_that_is_not_utf8(tmp_path):
     with pytest.raises(ValueError, match=r"x\.txt:2: the line is invalid UTF-8"):
         list(read_documents([write(tmp_path / "x.txt", b"good\nbad \xff")]))
@@ -117,6 +150,9 @@ def test_saved_dataset(tmp_path):
     datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "two")
     assert len(list(read_documents([str(tmp_path / "two")]))) == 2
     assert [d.id for d in read_documents([f"{tmp_path / 'two'}:test"])] == ["y"]
+    both = [f"{tmp_path / 'two'}:train", f"{tmp_path / 'two'}:test"]
+    assert [item.name for item in expand_inputs(both)] == ["two:test", "two:train"]
+    assert [d.place for d in read_documents(both)] == ["two:test:1", "two:train:1", "two:train:2"]
     with pytest.raises(ValueError, match="no split 'nope'; it has train, test"):
         list(read_documents([f"{tmp_path / 'two'}:nope"]))
 
@@ -130,6 +166,8 @@ def test_missing_inputs(tmp_path):
         list(read_documents([write(tmp_path / "x.pdf", "x")]))
     with pytest.raises(ValueError, match="holds no document files"):
         list(read_documents([str(tmp_path)]))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        list(read_documents([f"{tmp_path}:train"]))
     with pytest.raises(ValueError, match="no input was given"):
         list(read_documents([]))
     twice = write(tmp_path / "x.txt", "x")
@@ -173,6 +211,13 @@ def test_package_is_read_and_never_imported(package):
         "def Hole.deepen(self, by: int=1) -> None\n\nGo\ndown."
     )
     assert [d.title for d in read_documents(["package:aardvark"])] == []  # all below 200 characters
+
+
+def test_a_renamed_module_is_another_input(package):
+    (before,) = (item.record() for item in expand_inputs(["package:aardvark"]))
+    (package / "dig.py").rename(package / "dug.py")
+    (after,) = (item.record() for item in expand_inputs(["package:aardvark"]))
+    assert before["bytes"] == after["bytes"] and before["sha256"] != after["sha256"]
 
 
 def test_package_that_is_not_there():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from retro.attribution import sample_page, sample_text
 
@@ -40,6 +41,11 @@ def test_greedy_equals_a_loop_by_hand(prompt, model, words_retriever):
     assert out[0].tolist() == by_hand(model, words_retriever, prompt, 20)
 
 
+def sources_of(tokens: list[int], retriever) -> list:
+    """The rows of the store that each whole chunk of a sequence finds."""
+    return [retriever([tokens[i : i + 8]], 2).ids.tolist() for i in range(0, len(tokens) - 7, 8)]
+
+
 def test_ragged_rows_equal_rows_alone(model, words_retriever):
     longest = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
@@ -49,7 +55,7 @@ def test_ragged_rows_equal_rows_alone(model, words_retriever):
     for row, found, prompt in zip(together.sequences.tolist(), together["neighbors"], PROMPTS, strict=True):
         alone = model.generate(torch.tensor([prompt]), **options)[0].tolist()
         assert row[longest - len(prompt) :][: len(alone)] == alone
-        assert len(found) >= len(alone) // 8
+        assert [n.ids.tolist() for n in found[: len(alone) // 8]] == sources_of(alone, words_retriever)
 
 
 def test_each_chunk_is_searched_once(model, words_retriever):
@@ -70,6 +76,41 @@ def test_beams_and_several_sequences(model, words_retriever):
     torch.manual_seed(0)
     sampled = model.generate(torch.tensor([PROMPTS[3]]), num_return_sequences=3, do_sample=True, **options)
     assert len(sampled["neighbors"]) == 3
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["mask given", "mask found from the padding"])
+def test_the_sources_of_padded_prompts_are_those_read(given, model, words_retriever):
+    """Beams and their returned sequences differ in number; chunks are counted from each prompt's first real token."""
+    ids = torch.tensor([[0] * 7 + PROMPTS[2] + PROMPTS[1], PROMPTS[4][:22]])
+    mask = {"attention_mask": (ids != 0).long()} if given else {}
+    options = dict(num_beams=3, num_return_sequences=2, do_sample=False, max_new_tokens=4, eos_token_id=-1)
+    out = model.generate(ids, retriever=words_retriever, return_dict_in_generate=True, **mask, **options)
+    for row, found in zip(out.sequences.tolist(), out["neighbors"], strict=True):
+        tokens = row[7:] if row[0] == 0 else row
+        assert [n.ids.tolist() for n in found] == sources_of(tokens, words_retriever)
+
+
+@pytest.mark.filterwarnings("error:.*generation_config")
+def test_a_generation_config_is_taken_and_left_as_it_was(model, words_retriever):
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, use_cache=True, eos_token_id=-1, pad_token_id=0)
+    ids = torch.tensor([PROMPTS[3]])
+    expected = model.generate(ids, retriever=words_retriever, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    for out in (
+        model.generate(ids, config, retriever=words_retriever),
+        model.generate(input_ids=ids, generation_config=config, retriever=words_retriever),
+        model.generate(ids, retriever=words_retriever, max_new_tokens=5, use_cache=True, eos_token_id=-1),
+    ):
+        assert torch.equal(out, expected)
+    assert config.use_cache is True
+
+
+def test_refuses_what_it_would_ignore(model, words_retriever):
+    prompt = torch.tensor([PROMPTS[3]])
+    with pytest.raises(ValueError, match="neighbor_ids is given to generate"):
+        model.generate(prompt, neighbor_ids=torch.zeros(1, 1, 2, 16, dtype=torch.long))
+    for options in ({"num_neighbors": 2}, {"num_neighbors": 0, "retriever": words_retriever}):
+        with pytest.raises(ValueError, match="num_neighbors is .*; it must be at least 1, beside a retriever"):
+            model.generate(prompt, **options)
 
 
 def test_off_is_a_plain_model(model, words_retriever):

@@ -19,6 +19,8 @@ VARIANTS = {
 @pytest.mark.parametrize("position", ["rotary", "relative"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_numpy(variant, position, make_model, make_batch):
+    if variant == "content keys" and position == "relative":
+        pytest.skip("a share of rotated channels needs rotary positions")
     rng = np.random.default_rng(len(variant))
     model = make_model(seed=1, position=position, **VARIANTS[variant])
     weights = golden.state(model)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import retro
 from retro.config import PRESETS, RetroConfig, default_cca_layers
@@ -69,6 +69,7 @@ def test_loss_is_shifted_cross_entropy_over_kept_labels(make_model, make_batch):
     torch.testing.assert_close(lean.loss, expected)
     assert model(**batch, labels=labels, return_logits=True).logits.shape == (2, 14, 61)
     assert model(**batch, logits_to_keep=3).logits.shape == (2, 3, 61)
+    torch.testing.assert_close(model(**batch, logits_to_keep=torch.tensor([2, 5])).logits, out.logits[:, [2, 5]])
 
 
 def test_every_weight_gets_a_gradient(make_model, make_batch):
@@ -94,6 +95,55 @@ def test_gradient_checkpointing_keeps_retrieval(reentrant, make_model, make_batc
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
     assert gradients[0]["model.encoder.layers.0.attention.q_proj.weight"].abs().sum() > 0
+
+
+def test_trainer(make_model, make_batch, tmp_path):
+    model = make_model()
+    batch = make_batch(model, 14)
+    rows = [{name: tensor[i] for name, tensor in batch.items()} | {"labels": batch["input_ids"][i]} for i in (0, 1)]
+    options = dict(max_steps=4, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+    before = Trainer(model, TrainingArguments(tmp_path, **options), eval_dataset=rows).evaluate()["eval_loss"]
+    trainer = Trainer(
+        model,
+        TrainingArguments(tmp_path, gradient_checkpointing=True, **options),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    encoder = model.model.encoder.layers[0].attention.q_proj.weight.clone()
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    assert not torch.equal(model.model.encoder.layers[0].attention.q_proj.weight, encoder)
+
+
+def test_what_peft_passes_is_taken(make_model, make_batch):
+    model = make_model()
+    batch = make_batch(model, 14)
+    nothing = dict(inputs_embeds=None, output_attentions=None, output_hidden_states=None, return_dict=None)
+    assert torch.equal(model(**batch, **nothing).logits, model(**batch).logits)
+
+
+def test_lora(make_model, make_batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    batch = make_batch(model, 14)
+    fitted = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    )
+    fitted(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in fitted.parameters() if p.requires_grad)
+    fitted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make_model(), tmp_path)
+    torch.testing.assert_close(again(**batch).logits, fitted.eval()(**batch).logits)
+
+
+def test_every_block_runs_through_its_forward(make_model, make_batch):
+    """FSDP and accelerate's device maps hang their hooks there."""
+    model, seen = make_model(), set()
+    blocks = {name: m for name, m in model.named_modules() if type(m).__name__ in model._no_split_modules}
+    for name, block in blocks.items():
+        block.register_forward_hook(lambda *_, name=name: seen.add(name))
+    model(**make_batch(model, 14))
+    assert seen == set(blocks) and len(blocks) == 5
 
 
 @pytest.mark.parametrize("position", ["rotary", "relative"])
@@ -161,6 +211,9 @@ def test_random_start_is_what_it_says():
         ({"cca_layers": [2, 5]}, "cca_layers has 5; layers are counted from 1 to 3"),
         ({"encoder_cross_attention_layers": [3]}, "encoder_cross_attention_layers has 3"),
         ({"retrieved_len": 3}, "retrieved_len is 3, below chunk_len 4"),
+        ({"cca_partial_rotary_factor": 3.0}, "cca_partial_rotary_factor is 3.0; give 0 to 1"),
+        ({"cca_partial_rotary_factor": 0.5, "position": "relative"}, "needs position='rotary'"),
+        ({"num_neighbors": 0}, "must be at least 1"),
         ({"cca_init": "induction"}, "smeared_keys is False; the induction start needs True"),
         ({**INDUCTION, "head_dim": 4}, "num_attention_heads \\* head_dim is 16"),
         ({"hiden_size": 8}, "Unknown model field 'hiden_size'; did you mean hidden_size?"),
@@ -184,5 +237,8 @@ def test_forward_refuses(make_model, make_batch):
         model(batch["input_ids"], neighbor_mask=batch["neighbor_mask"])
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+    for option in ("output_attentions", "use_cache"):
+        with pytest.raises(ValueError, match=f"{option} is True, which RETRO does not give"):
+            model(batch["input_ids"], **{option: True})
     with pytest.raises(ValueError, match="has no CCA layers"):
         make_model(cca_layers=[])(**batch)

@@ -1,5 +1,7 @@
 """The trained tokenizer: lossless, fast, exact offsets."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +60,16 @@ def test_same_text_gives_the_same_bytes(tmp_path, trained):
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
         (tmp_path / "again").joinpath(trained.name_or_path, "tokenizer.json").read_bytes()
     )
+
+
+def test_a_bad_line_is_named_and_a_lone_path_is_one_input(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"text": TEXT}) + "\n{oops\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: the line is not JSON"):
+        train_tokenizer(tmp_path / "t", [str(file)], vocab_size=400)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+    file.write_text(json.dumps({"text": TEXT}))
+    assert len(train_tokenizer(tmp_path / "t", str(file), vocab_size=400)) == 400
 
 
 def test_refusals_leave_nothing(tmp_path):

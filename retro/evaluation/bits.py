@@ -9,7 +9,7 @@ Source: RETRO, sections 2.6 and 4.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,11 @@ from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from retro.corpus import Document
+from retro.data import random_rows
 from retro.evaluation.overlap import longest_common_run
 
 if TYPE_CHECKING:
-    from retro.retrieval import Retriever
+    from retro.retrieval import Retriever, Store
 
 LEAKAGE_NEIGHBORS = 10  # neighbors of a chunk that its overlap is measured against
 LITTLE_OVERLAP = 8  # tokens: the paper's r(C) <= 12.5% for chunks of 64
@@ -101,9 +102,9 @@ def score(
     model: Any,
     data: EvaluationData,
     retrieval: str = "off",
-    values: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+    store: Store | None = None,
+    retrieved_len: int = 128,
     num_neighbors: int | None = None,
-    num_rows: int = 0,
     window_len: int | None = None,
     stride: int | None = None,
     seed: int = 0,
@@ -113,17 +114,18 @@ def score(
 
     Args:
         model: Any Hugging Face causal LM; with neighbors, one of this library's.
-        retrieval: "off", "on", or "random": as many neighbors, each a random row of the store, as a control.
-        values: Store.values with its r bound: rows [...] -> (ids, mask) [..., r]; needed unless "off".
+        retrieval: "off", "on", or "random": as many neighbors, each a random chunk of the store, as a control.
+        store: Where `data`'s neighbors are rows; needed unless "off".
+        retrieved_len: r, tokens of a value [N, F].
         num_neighbors: k, at most what `data` holds; default all.
-        num_rows: Rows of the store, to draw random neighbors from.
         window_len, stride: n and the step between windows, multiples of the chunk length; default 2048 or the model's
             `max_position_embeddings` if smaller, and half of it.
     """
     if retrieval not in RETRIEVAL:
         raise ValueError(f"retrieval is {retrieval!r}; choose one of {', '.join(RETRIEVAL)}.")
     window_len, stride = _window(model, data.chunk_len, window_len, stride)
-    rows = _rows_for(retrieval, data, num_neighbors, num_rows, seed)
+    rows = _rows_for(retrieval, data, store, num_neighbors, seed)
+    values = None if rows is None else lambda places: store.values(places, retrieved_len)
     started, bits = time.perf_counter(), np.zeros(len(data.tokens))
     windows = sorted(_windows(data, window_len // data.chunk_len, stride // data.chunk_len), key=_num_chunks)
     batches = list(_batches(windows, data.chunk_len, model.config.get_text_config().vocab_size))
@@ -153,11 +155,14 @@ def bits_per_byte(
     that share at most 8 tokens in a row with any of their 10 nearest neighbors, "documents", "chunks",
     "chunks_little_overlap", "bytes", "tokens", "num_neighbors", "window_len", "seconds": per column}.
     """
-    k = num_neighbors or model.config.num_neighbors
+    k = model.config.num_neighbors if num_neighbors is None else num_neighbors
+    if k < 1:
+        raise ValueError(f"num_neighbors is {k}; give at least 1, RETRO[OFF] is measured anyway.")
     store = retriever.store
     data = prepare(documents, store.tokenizer, store.chunk_len, retriever, k, progress)
+    window_len, _ = _window(model, data.chunk_len, window_len, None)
     given = dict(window_len=window_len, seed=seed, progress=progress)
-    read = dict(values=lambda rows: store.values(rows, retriever.retrieved_len), num_rows=store.num_chunks)
+    read = dict(store=store, retrieved_len=retriever.retrieved_len)
     scores = {} if baseline is None else {"lm": score(baseline, data, **given)}
     for column, retrieval in (("retro_off", "off"), ("retro_on", "on"), ("retro_on_random", "random")):
         scores[column] = score(model, data, retrieval, num_neighbors=k, **read, **given)
@@ -171,7 +176,7 @@ def bits_per_byte(
         "bytes": int(data.bytes_of_chunk.sum()),
         "tokens": int(data.scored.sum()),
         "num_neighbors": k,
-        "window_len": _window(model, data.chunk_len, window_len, None)[0],
+        "window_len": window_len,
         "seconds": {column: round(s.elapsed_seconds, 2) for column, s in scores.items()},
     }
 
@@ -239,18 +244,19 @@ def _window(model: Any, chunk_len: int, window_len: int | None, stride: int | No
     return window_len, stride
 
 
-def _rows_for(retrieval: str, data: EvaluationData, num_neighbors: int | None, num_rows: int, seed: int):
+def _rows_for(retrieval: str, data: EvaluationData, store: Store | None, num_neighbors: int | None, seed: int):
     """The neighbor rows of every chunk [c, k], or None for retrieval off."""
     if retrieval == "off":
         return None
-    if data.rows is None:
-        raise ValueError(f"retrieval is {retrieval!r}, but the data was prepared without a retriever.")
+    if data.rows is None or store is None:
+        raise ValueError(f"retrieval is {retrieval!r}; it needs data prepared with a retriever, and store=.")
     k = data.rows.shape[1] if num_neighbors is None else num_neighbors
     if k > data.rows.shape[1]:
         raise ValueError(f"num_neighbors is {k}; the data was prepared with {data.rows.shape[1]}.")
     if retrieval == "on":
         return data.rows[:, :k]
-    drawn = np.random.default_rng(seed).integers(0, num_rows, size=(len(data.rows), k))
+    numbers = np.arange(len(data.rows))
+    drawn = random_rows(store, numbers, np.full_like(numbers, -1), k, seed)
     return np.where(data.rows[:, :k] >= 0, drawn, -1)
 
 
@@ -297,13 +303,14 @@ def _inputs(data: EvaluationData, batch: list, rows: np.ndarray | None, values) 
 
 
 @torch.inference_mode()
-def _losses(model: Any, inputs: dict[str, torch.Tensor], data: EvaluationData, batch: list) -> Iterator[np.ndarray]:
+def _losses(model: Any, inputs: dict[str, torch.Tensor], data: EvaluationData, batch: list) -> list[np.ndarray]:
     """For each window, the bits of the scored tokens of each chunk that is new in it."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     logits = model(**inputs).logits[:, :-1].float()
     targets = inputs["input_ids"][:, 1:]
     nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     bits = np.pad(nats.double().cpu().numpy() / np.log(2), ((0, 0), (1, 0))).reshape(len(batch), -1, data.chunk_len)
-    for (start, stop, first_new), row in zip(batch, bits, strict=True):
-        new = row[first_new - start : stop - start]
-        yield (new * data.scored[first_new:stop]).sum(-1)
+    return [
+        (row[first_new - start : stop - start] * data.scored[first_new:stop]).sum(-1)
+        for (start, stop, first_new), row in zip(batch, bits, strict=True)
+    ]

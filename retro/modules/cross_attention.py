@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from retro.modules.attention import Attention
 
 
-def attending_chunks(h: Float[Tensor, "b n d"], chunk_len: int) -> Float[Tensor, "b l m d"]:
+def attending_chunks(h: Shaped[Tensor, "b n d"], chunk_len: int) -> Shaped[Tensor, "b l m d"]:
     """Cut h into attending chunks: C_u+ is the last token of C_u and the first m - 1 tokens of C_{u+1}.
 
         token   0 1 2 3 | 4 5 6 7 | 8 9      m = 4, n = 10, l = 2
@@ -24,7 +24,7 @@ def attending_chunks(h: Float[Tensor, "b n d"], chunk_len: int) -> Float[Tensor,
     return rearrange(padded, "b (l m) d -> b l m d", m=chunk_len)
 
 
-def in_sequence(attended: Float[Tensor, "b l m d"], length: int) -> Float[Tensor, "b n d"]:
+def in_sequence(attended: Shaped[Tensor, "b l m d"], length: int) -> Shaped[Tensor, "b n d"]:
     """Undo `attending_chunks`: put m - 1 zeros back in front and cut to n tokens."""
     m = attended.shape[2]
     flat = rearrange(attended, "b l m d -> b (l m) d")

@@ -33,6 +33,10 @@ class DecoderBlock(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.feed_forward = FeedForward(dim, inner_dim, **feed_forward)
 
+    def forward(self, step: str, *given) -> Float[Tensor, "b n d"]:
+        """One of the three steps by name: hooks of accelerate and FSDP hang on `forward`."""
+        return getattr(self, step)(*given)
+
     def attend(self, h: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n n"] | None) -> Float[Tensor, "b n d"]:
         """H + ATTN(H), causal; `mask` (True = may attend, causality included) replaces the plain causal mask."""
         return h + self.attention(self.attention_norm(h), mask=mask, is_causal=mask is None)

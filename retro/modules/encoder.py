@@ -2,7 +2,7 @@
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from retro.modules.attention import Attention
@@ -93,7 +93,7 @@ class NeighborEncoder(nn.Module):
         return self.norm(e)
 
 
-def chunks_of(h: Float[Tensor, "b n d"], chunk_len: int) -> Float[Tensor, "b l m d"]:
+def chunks_of(h: Shaped[Tensor, "b n d"], chunk_len: int) -> Shaped[Tensor, "b l m d"]:
     """H_1 .. H_l: the whole chunks of h; the tail of n % m tokens is left out."""
     num_chunks = h.shape[1] // chunk_len
     return rearrange(h[:, : num_chunks * chunk_len], "b (l m) d -> b l m d", l=num_chunks, m=chunk_len)

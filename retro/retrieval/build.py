@@ -13,12 +13,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retro.corpus import Document, Input, Reject, expand_inputs, read_documents, read_input
+from retro.pretrained import pretrained_place
 from retro.retrieval.chunks import pad_token_id, tokenize_ids, tokenizer_fingerprint
 from retro.retrieval.embedder import Embedder, embed_chunks, load_embedder, quiet_loading
 from retro.retrieval.files import (
@@ -42,7 +44,7 @@ log = logging.getLogger(__name__)
 KEY_DTYPES = ("float32", "float16", "bfloat16")
 _OWN_NAMES = {"manifest.json", "shards", "tokenizer", "rejects", "index", "neighbors"}
 _TOKENIZE_DOCUMENTS = 256  # documents tokenized at a time
-_EMBED_ROWS = 4096  # chunks decoded and embedded at a time; sorted by length within
+_EMBED_BATCHES = 16  # batches decoded and embedded at a time; sorted by length within
 
 
 @dataclass
@@ -52,7 +54,7 @@ class BuildSettings:
     Arguments:
         store: the folder to write.
         inputs: see `retro.corpus.read_documents`.
-        tokenizer: Hugging Face name or folder.
+        tokenizer: Hugging Face name, folder, GGUF file, or "package:NAME" for the GGUF file of an installed package.
         embedder, pooling, query_prefix, passage_prefix, max_length, normalize: see `load_embedder`.
         key_dtype: "float32", "float16" or "bfloat16".
         chunk_len: m, tokens of a chunk.
@@ -128,8 +130,9 @@ def build_store(
     )
     plan = _plan(settings, items, tokenizer, embedder)
     existing = read_manifest(path) if (path / "manifest.json").exists() else None
-    if existing and existing["state"] == "complete":
+    if existing and existing.get("shards"):
         _check_same(path, existing, plan)
+    if existing and existing["state"] == "complete":
         log.info("%s is complete already", path)
     else:
         _build(path, settings, items, plan, existing, tokenizer, embedder, progress)
@@ -142,12 +145,15 @@ def build_store(
 
 
 def load_tokenizer(name_or_folder: str) -> Any:
-    """A Hugging Face tokenizer by name or folder; ValueError in one sentence if there is none."""
+    """A Hugging Face tokenizer by name, folder, GGUF file or "package:NAME"; ValueError in one sentence if none."""
     from transformers import AutoTokenizer
 
+    place, gguf = pretrained_place(name_or_folder)
+    if gguf and find_spec("gguf") is None:
+        raise ValueError(f"the tokenizer {name_or_folder} is in a GGUF file, which needs gguf; pip install gguf")
     try:
         with quiet_loading():
-            return AutoTokenizer.from_pretrained(name_or_folder)
+            return AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ValueError, ImportError, KeyError, TypeError):
         raise ValueError(
             f"the tokenizer {name_or_folder} is no folder, nor a Hugging Face tokenizer that can be loaded; "
@@ -239,8 +245,8 @@ def _check_same(path: Path, existing: dict[str, Any], plan: dict[str, Any]) -> N
     differing = _differences(existing, plan)
     if differing:
         raise ValueError(
-            f"{path} is a complete store built with other {' and '.join(differing)}; "
-            "choose another path, or delete it to build it again"
+            f"{path} is {'a complete store' if existing['state'] == 'complete' else 'an unfinished store'} built with "
+            f"other {' and '.join(differing)}; choose another path, or delete it to build it again"
         )
 
 
@@ -266,8 +272,8 @@ def _build(
     progress: bool,
 ) -> None:
     created = _missing_folders(path)
+    manifest = _taken_up(path, existing)
     try:
-        manifest = _taken_up(path, plan, existing)
         if manifest is None:
             _clear(path)
             manifest = _write_tokens(path, settings, items, plan, tokenizer, progress)
@@ -284,11 +290,11 @@ def _build(
 
 
 def _clear(path: Path) -> None:
-    """Remove what a build wrote, the manifest first: without it nothing is a store."""
-    (path / "manifest.json").unlink(missing_ok=True)
+    """Remove what an unfinished build wrote, the manifest last: killed here, it is still an unfinished build."""
     for name in _OWN_NAMES - {"manifest.json"}:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
+    (path / "manifest.json").unlink(missing_ok=True)
     _remove_leftovers(path)
 
 
@@ -298,9 +304,9 @@ def _remove_leftovers(path: Path) -> None:
         leftover.unlink()
 
 
-def _taken_up(path: Path, plan: dict[str, Any], existing: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The manifest of a killed build whose tokens are written, if it is the same build and its files are sound."""
-    if not existing or not existing.get("shards") or _differences(existing, plan):
+def _taken_up(path: Path, existing: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The manifest of a killed build whose tokens are written, if its files are sound."""
+    if not existing or not existing.get("shards"):
         return None
     try:
         for record in existing["shards"]:
@@ -353,7 +359,7 @@ def _save_tokenizer(path: Path, tokenizer: Any) -> dict[str, Any]:
         raise ValueError(
             "the tokenizer is another one after saving and loading; use one that save_pretrained keeps as it is"
         )
-    for file in sorted(folder.rglob("*")):
+    for file in (*folder.rglob("*"), folder):
         sync(file)
     return folder_record(folder)
 
@@ -383,11 +389,12 @@ def _write_shard_keys(
     tokens = open_npy(folder / "tokens.npy").reshape(-1, manifest["chunk_len"])
     lens = open_npy(folder / "chunks.npy")["length"]
     stored = narrow_keys(np.zeros((0, embedder.dim), np.float32), manifest["key_dtype"]).dtype
+    step = _EMBED_BATCHES * (getattr(embedder, "batch_size", None) or 16)
     truncated = embedder.num_truncated
     with written_aside(folder / "keys.npy") as aside:
         keys = np.lib.format.open_memmap(aside, "w+", stored, (record["rows"], embedder.dim))
-        for start in range(0, record["rows"], _EMBED_ROWS):
-            stop = min(start + _EMBED_ROWS, record["rows"])
+        for start in range(0, record["rows"], step):
+            stop = min(start + step, record["rows"])
             chunks = [ids[:n] for ids, n in zip(tokens[start:stop], lens[start:stop], strict=True)]
             found = np.asarray(embed_chunks(embedder, tokenizer, chunks), np.float32)
             check_finite(found, record["first_row"] + start, manifest["key_dtype"])
@@ -531,6 +538,7 @@ class _ShardWriter:
         name = f"{len(self.records):05d}"
         folder = self.path / "shards" / name
         folder.mkdir(exist_ok=True)
+        sync(folder.parent)
         chunks = np.concatenate(self._chunks)
         save_npy(folder / "tokens.npy", np.concatenate(self._tokens))
         save_npy(folder / "chunks.npy", chunks)

@@ -88,7 +88,7 @@ def load_embedder(
     folder = _resolve(name_or_folder)
     tokenizer, model = _load(name_or_folder, folder)
     chosen = Pooling(
-        pooling or _pooling_of(folder),
+        pooling or _pooling_of(name_or_folder, folder),
         query_prefix,
         passage_prefix,
         _max_length(folder, tokenizer, model, max_length),
@@ -141,7 +141,13 @@ class TransformerEmbedder:
         import torch
 
         with torch.inference_mode():
-            batch = self.tokenizer.pad({"input_ids": encoded}, padding=True, return_tensors="pt").to(self.device)
+            batch = self.tokenizer.pad(
+                {"input_ids": encoded},
+                padding=True,
+                padding_side="right",  # else the key of a text would depend on its batch
+                return_attention_mask=True,
+                return_tensors="pt",
+            ).to(self.device)
             hidden = self.model(**batch).last_hidden_state.float()  # [c, tokens, d]
             if self.chosen.pooling == "cls":
                 keys = hidden[:, 0]
@@ -220,8 +226,16 @@ def _folder_json(folder: str, name: str) -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else {}
 
 
-def _pooling_of(folder: str) -> str:
-    return "cls" if _folder_json(folder, "1_Pooling/config.json").get("pooling_mode_cls_token") else "mean"
+def _pooling_of(name: str, folder: str) -> str:
+    """What a sentence-transformers folder says, else "mean"; ValueError if that is neither "mean" nor "cls"."""
+    modes = [key for key, chosen in _folder_json(folder, "1_Pooling/config.json").items() if chosen is True]
+    modes = [key.removeprefix("pooling_mode_") for key in modes if key.startswith("pooling_mode_")]
+    if modes and modes not in (["cls_token"], ["mean_tokens"]):
+        raise ValueError(
+            f"the embedder {name} pools by {' and '.join(modes)}, which this library does not; "
+            "give pooling as mean or cls, or another embedder"
+        )
+    return "cls" if modes == ["cls_token"] else "mean"
 
 
 def _max_length(folder: str, tokenizer: Any, model: Any, asked: int | None) -> int:
@@ -231,6 +245,10 @@ def _max_length(folder: str, tokenizer: Any, model: Any, asked: int | None) -> i
             raise ValueError(f"max_length must be from 3 to {limit} for this embedder, not {asked}")
         return asked
     return min(_folder_json(folder, "sentence_bert_config.json").get("max_seq_length") or limit, limit)
+
+
+# What changes an encoder's keys without changing the shape of its weights; recorded where it is not the default.
+_HYPERPARAMETERS = ("layer_norm_eps", "rms_norm_eps", "is_decoder", "sliding_window", "rope_theta", "rope_parameters")
 
 
 def _fingerprint(tokenizer: Any, model: Any, chosen: Pooling) -> str:
@@ -244,6 +262,10 @@ def _fingerprint(tokenizer: Any, model: Any, chosen: Pooling) -> str:
     architecture = {
         key: getattr(model.config, key, None) for key in ("model_type", "num_attention_heads", "hidden_act")
     }
+    usual = type(model.config)()
+    for key in _HYPERPARAMETERS:
+        if (value := getattr(model.config, key, None)) != getattr(usual, key, None):
+            architecture[key] = value
     return stable_hash(
         {
             "weights": digest.hexdigest(),

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import UInt64
@@ -46,7 +47,6 @@ class HeldOut:
         if ngram < 1 or not 0 < threshold <= 1:
             raise ValueError(f"ngram must be at least 1 and threshold in (0, 1], not {ngram} and {threshold}")
         self.ngram, self.threshold = ngram, threshold
-        self._words: dict[str, int] = {}
         self._ids: list[str] = []
         sets = []
         for document in held_out:
@@ -78,13 +78,13 @@ class HeldOut:
         words = _WORD.findall(text.lower())
         if not words:
             return np.zeros(0, np.uint64)
-        hashes = np.asarray([self._hash(word) for word in words], np.uint64)
+        hashes = np.asarray([_hash(word) for word in words], np.uint64)
         width = min(self.ngram, len(words))
         windows = np.lib.stride_tricks.sliding_window_view(hashes, width)
         weights = np.cumprod(np.full(width, _BASE, np.uint64), dtype=np.uint64)
         return np.unique((windows * weights).sum(axis=1, dtype=np.uint64))
 
-    def _hash(self, word: str) -> int:
-        if word not in self._words:
-            self._words[word] = int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest(), "little")
-        return self._words[word]
+
+@lru_cache(maxsize=1 << 20)  # frequent words; a large corpus has far more
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest(), "little")

@@ -70,14 +70,19 @@ def build_index(store: Store, kind: str = "auto", **settings: Any) -> Index:
         return ExactIndex(store)
     chosen = _settings(kind, settings)
     folder = store.path / "index" / _key(store, kind, chosen)
-    if not (folder / "index.json").is_file():
-        _write_index(store, kind, chosen, folder)
+    if (folder / "index.json").is_file():
+        try:
+            return _open_folder(store, folder)
+        except ValueError as error:
+            log.warning("building the index again: %s", error)
+    _write_index(store, kind, chosen, folder)
     return _open_folder(store, folder)
 
 
 def open_index(store: Store, kind: str = "auto") -> Index:
-    """Open an index that `build_index` wrote; "auto" takes the best one there is, else exact search.
+    """Open an index that `build_index` wrote; "auto" takes ScaNN, else faiss, else exact search.
 
+    Of several of a kind, the one of the highest recall is opened.
     Raises ValueError if none of that kind is there for this state of the store, or a file of it is missing or damaged.
     """
     if kind == "exact":
@@ -86,10 +91,13 @@ def open_index(store: Store, kind: str = "auto") -> Index:
     if kind != "auto":
         resolve_kind(kind)
     for name in wanted:
-        for file in sorted((store.path / "index").glob("*/index.json")):
-            record = load_json(file)
-            if record["kind"] == name and record["store"] == store.fingerprint:
-                return _open_folder(store, file.parent)
+        found = [
+            (record["recall"]["recall"], file.parent)
+            for file in (store.path / "index").glob("[!.]*/index.json")
+            if (record := load_json(file))["kind"] == name and record["store"] == store.fingerprint
+        ]
+        if found:
+            return _open_folder(store, max(found)[1])
     if kind == "auto":
         return ExactIndex(store)
     raise ValueError(
@@ -221,7 +229,7 @@ class _KeyBlock:
         rows = self.rows[chosen]
         for q in self._uncertain(top, needed, tolerance, k):
             rows[q], distances[q] = self._all_close(
-                queries[q], scores[q], top[q, k - 1] - 2 * tolerance[q], top.shape[1]
+                queries[q], scores[q], top[q, k - 1] - 3 * tolerance[q], top.shape[1]
             )
         return rows, distances
 
@@ -304,11 +312,11 @@ class ApproximateIndex:
 def rescore(store: Store, queries: Float32[np.ndarray, "q d"], rows: Int64[np.ndarray, "q k"]) -> np.ndarray:
     """Squared distances [q, k] of each query to the stored keys of its rows; infinite where the row is -1."""
     distances = np.full(rows.shape, np.inf)
-    for start in range(0, len(rows), 256):
-        part = slice(start, start + 256)
-        keys = store.keys(np.maximum(rows[part], 0))
-        differences = keys.astype(np.float64) - queries[part].astype(np.float64)[:, None]
-        distances[part] = np.where(rows[part] >= 0, np.einsum("qkd,qkd->qk", differences, differences), np.inf)
+    pairs = np.argwhere(rows >= 0)
+    for start in range(0, len(pairs), _RESCORED_PAIRS):
+        q, c = pairs[start : start + _RESCORED_PAIRS].T
+        differences = store.keys(rows[q, c]).astype(np.float64) - queries[q]
+        distances[q, c] = np.einsum("pd,pd->p", differences, differences)
     return distances
 
 
@@ -362,7 +370,7 @@ def _write_index(store: Store, kind: str, chosen: dict[str, Any], folder: Path) 
         index = _open_parts(store, aside, {**record, "recall": {"recall": 0.0}})
         record["recall"] = measure_recall(index, store, seed=chosen["seed"])
         save_json(aside / "index.json", record)
-        for file in aside.rglob("*"):
+        for file in (*aside.rglob("*"), aside):
             sync(file)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -377,7 +385,8 @@ def _write_index(store: Store, kind: str, chosen: dict[str, Any], folder: Path) 
 def measure_recall(index: Any, store: Store, k: int = 10, sample: int = 256, seed: int = 0) -> dict[str, Any]:
     """Share of the true k nearest rows that the index finds, over sampled rows as queries, each without itself.
 
-    A row found counts if it is no farther than the k-th true one, so that equal distances do not lower the figure.
+    A row found counts if it is no farther than the k-th true one (up to rounding), so that equal distances do not lower
+    the figure.
     """
     rows = store.searchable_rows
     chosen = np.sort(np.random.default_rng(seed).choice(rows, min(sample, len(rows)), replace=False))
@@ -387,7 +396,7 @@ def measure_recall(index: Any, store: Store, k: int = 10, sample: int = 256, see
     queries = store.keys(chosen)
     exact = _without_self(exact_search(store, queries, k + 1), chosen, k)
     found = _without_self(index.search(queries, k + 1), chosen, k)
-    recall = float((found >= exact[:, -1:] - 1e-6).mean())
+    recall = float((found >= exact[:, -1:] * (1 + 1e-6)).mean())  # scores are negative
     return {"k": k, "queries": len(chosen), "recall": recall, "seed": seed}
 
 
@@ -415,7 +424,9 @@ def _open_parts(store: Store, folder: Path, record: dict[str, Any]) -> Approxima
 
 def _write_part(store: Store, kind: str, chosen: dict[str, Any], rows: np.ndarray, part: Path) -> None:
     save_npy(part / "rows.npy", rows)
-    keys = np.concatenate([store.keys(rows[start:stop]) for start, stop in _blocks(len(rows), 1 << 16)])
+    keys = np.empty((len(rows), store.key_dim), np.float32)
+    for start, stop in _blocks(len(rows), 1 << 16):
+        keys[start:stop] = store.keys(rows[start:stop])
     writer = {"scann": _write_scann, "faiss": _write_faiss}[kind]
     writer(keys, part, chosen)
 

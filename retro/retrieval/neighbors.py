@@ -15,12 +15,13 @@ from jaxtyping import Float32, Int64
 
 from retro.retrieval.embedder import Embedder, embed_chunks
 from retro.retrieval.files import check_files, file_record, load_json, open_npy, save_json, save_npy, stable_hash
-from retro.retrieval.index import Index, build_index, exact_search
+from retro.retrieval.index import Index, build_index, check_queries, exact_search, resolve_kind
 from retro.retrieval.store import Store
 
 log = logging.getLogger(__name__)
 
 _QUERY_ROWS = 4096  # chunks searched at a time
+_FETCHED_HITS = 1 << 20  # hits held at a time while the over-fetch grows
 EXCLUDE = ("same_document", "none")
 
 
@@ -61,10 +62,14 @@ def build_neighbors(
     """
     queries = queries or store
     _check(store, queries, k, exclude)
-    settings = {"k": k, "exclude": exclude, "index": index}
+    settings = {"k": k, "exclude": exclude, "index": resolve_kind(index)}
     folder = _folder(store, queries, settings)
-    if not (folder / "neighbors.json").is_file():
-        _write_table(store, queries, settings, folder, embedder, progress)
+    if (folder / "neighbors.json").is_file():
+        try:
+            return _open(folder, k)
+        except ValueError as error:
+            log.warning("computing the table again: %s", error)
+    _write_table(store, queries, settings, folder, embedder, progress)
     return _open(folder, k)
 
 
@@ -110,7 +115,10 @@ def _check(store: Store, queries: Store, k: int, exclude: str) -> None:
                 "build both with the same"
             )
     if store.chunk_len != queries.chunk_len:
-        raise ValueError(f"{store.path} has chunks of {store.chunk_len} tokens, {queries.path} of {queries.chunk_len}")
+        raise ValueError(
+            f"{store.path} has chunks of {store.chunk_len} tokens, {queries.path} of {queries.chunk_len}; "
+            "build both with the same chunk_len"
+        )
 
 
 def _folder(store: Store, queries: Store, settings: dict[str, Any]) -> Path:
@@ -141,6 +149,7 @@ def _write_table(
             excluded = None if documents is None else documents[part]
             rows[part], distances[part] = _nearest(store, engine, keys, k, excluded, bar)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "neighbors.json").unlink(missing_ok=True)
     save_npy(folder / "rows.npy", rows)
     save_npy(folder / "distances.npy", distances)
     record = {**settings, "store": store.fingerprint, "queries": queries.fingerprint, "chunks": queries.num_chunks}
@@ -168,7 +177,7 @@ def search_excluding(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The k nearest rows of each query outside its excluded document rows: rows, scores and mask [q, k].
 
-    The over-fetch doubles, for the queries that need it, until k rows survive or the whole index was asked.
+    The over-fetch doubles, for the queries that need it, until k rows survive or the index has no more to give.
     """
     if excluded is None or not any(excluded):
         return engine.search(keys, k)
@@ -176,17 +185,20 @@ def search_excluding(
     scores = np.full((len(keys), k), -np.inf, np.float32)
     waiting, fetch = np.arange(len(keys)), k + 8
     while len(waiting):
-        fetch = min(fetch, engine.num_rows)
-        found, found_scores, mask = engine.search(keys[waiting], max(fetch, 1))
-        kept = mask & ~_in_documents(store, found, [excluded[q] for q in waiting])
-        order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
-        kept = np.take_along_axis(kept, order, 1)
-        width = order.shape[1]
-        rows[waiting, :width] = np.where(kept, np.take_along_axis(found, order, 1), -1)
-        scores[waiting, :width] = np.where(kept, np.take_along_axis(found_scores, order, 1), -np.inf)
+        fetch = max(min(fetch, engine.num_rows), 1)
+        size, short = max(_FETCHED_HITS // fetch, 1), []
+        for start in range(0, len(waiting), size):
+            group = waiting[start : start + size]
+            found, found_scores, mask = engine.search(keys[group], fetch)
+            kept = mask & ~_in_documents(store, found, [excluded[q] for q in group])
+            order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+            kept, width = np.take_along_axis(kept, order, 1), order.shape[1]
+            rows[group, :width] = np.where(kept, np.take_along_axis(found, order, 1), -1)
+            scores[group, :width] = np.where(kept, np.take_along_axis(found_scores, order, 1), -np.inf)
+            short.append(group[(kept.sum(1) < k) & mask[:, -1]])  # a masked hit: the engine found no more than that
         if fetch >= engine.num_rows:
             break
-        waiting, fetch = waiting[kept.sum(1) < k], fetch * 2
+        waiting, fetch = np.concatenate(short), fetch * 2
     return rows, scores, rows >= 0
 
 
@@ -224,10 +236,11 @@ def _query_embedder(queries: Store, embedder: Embedder | None) -> Embedder | Non
 def _query_keys(queries: Store, rows: np.ndarray, embedder: Embedder | None) -> Float32[np.ndarray, "q d"]:
     if embedder is None:
         return queries.keys(rows)
-    return embed_chunks(embedder, queries.tokenizer, queries.token_lists(rows), is_query=True)
+    return check_queries(embed_chunks(embedder, queries.tokenizer, queries.token_lists(rows), is_query=True), queries)
 
 
 def _bar(total: int, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="neighbors", unit=" chunks", disable=not progress, smoothing=0.05)
+    shown = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"  # n grows by parts of a chunk
+    return tqdm(total=total, desc="neighbors", unit=" chunks", disable=not progress, smoothing=0.05, bar_format=shown)

@@ -16,7 +16,7 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class Anatomy:
 
     layers_name: str
     num_layers: int
-    attention_name: str
+    attention_name: str | None
     writers: dict[int, Writer]
 
     def layers(self, base: nn.Module) -> nn.ModuleList:
@@ -63,7 +63,7 @@ class Anatomy:
 
 
 def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
-    """The anatomy of a causal LM, with the writers of `layers`. Runs it once over a few tokens.
+    """The anatomy of a causal LM, with the writers of `layers`. Where there are any, runs it once over a few tokens.
 
     Raises ValueError, naming what is missing, for a model that cannot be fitted.
     """
@@ -72,6 +72,8 @@ def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
         raise ValueError(f"{kind} cannot be fitted: it is an encoder-decoder, not a decoder-only causal LM.")
     layers_name, blocks = _layer_list(base)
     attention_names = {number: _attention_name(kind, number, blocks) for number in layers}
+    if not layers:
+        return Anatomy(layers_name, len(blocks), None, {})
     traces = _trace(base, {number: blocks[number - 1] for number in layers})
     writers = {
         number: _find_writer(kind, number, attention_names[number], trace) for number, trace in sorted(traces.items())
@@ -288,7 +290,7 @@ class _Reached(Exception):
 def hidden_after(
     base: nn.Module, anatomy: Anatomy, ids: Int[Tensor, "q r"], mask: Bool[Tensor, "q r"], layer: int
 ) -> Float[Tensor, "q r d"]:
-    """The base's residual stream after a layer, each row read alone; the layers above are not run.
+    """The base's residual stream after a layer, each row read alone; no dropout, and the layers above are not run.
 
     `mask` is a prefix, as of retrieved values: what stands behind it is arbitrary.
     """
@@ -300,9 +302,8 @@ def hidden_after(
 
     handle = anatomy.layer(base, layer).register_forward_hook(keep)
     try:
-        base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
-    except _Reached:
-        pass
+        with evaluating(base), suppress(_Reached):
+            base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
     finally:
         handle.remove()
     return kept[0]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGE = "package:"
+from retro.pretrained import PACKAGE, pretrained_place
 
 
 def open_base(base: Any, **options) -> Any:
@@ -24,7 +23,7 @@ def open_base(base: Any, **options) -> Any:
         return base
     from transformers import AutoModelForCausalLM
 
-    place, gguf = _place(base)
+    place, gguf = pretrained_place(base)
     try:
         return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
     except (OSError, ImportError, KeyError) as error:
@@ -35,7 +34,7 @@ def base_tokenizer(base: str | Path) -> Any:
     """The tokenizer that comes with a base given by name, folder, GGUF file or package."""
     from transformers import AutoTokenizer
 
-    place, gguf = _place(base)
+    place, gguf = pretrained_place(base)
     try:
         return AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ImportError, KeyError) as error:
@@ -49,28 +48,6 @@ def stored_name(base: Any) -> str | None:
     if base is None or str(base).startswith(PACKAGE):
         return base
     return str(Path(base).resolve()) if Path(base).exists() else str(base)
-
-
-def _place(base: str | Path) -> tuple[str, dict[str, str]]:
-    """What from_pretrained wants: a name or folder, and gguf_file where it is one."""
-    path = _packaged_gguf(str(base)) if str(base).startswith(PACKAGE) else Path(base)
-    if path.suffix != ".gguf":
-        return str(base), {}
-    if not path.is_file():
-        raise ValueError(f"base: {base} is no file; give the path of a GGUF file that is there.")
-    return str(path.parent), {"gguf_file": path.name}
-
-
-def _packaged_gguf(base: str) -> Path:
-    name = base.removeprefix(PACKAGE)
-    try:
-        files = metadata.files(name) or []
-    except metadata.PackageNotFoundError:
-        raise ValueError(f"base: the package {name} is not installed; pip install {name}") from None
-    found = [Path(file.locate()) for file in files if file.suffix == ".gguf"]
-    if len(found) != 1:
-        raise ValueError(f"base: the package {name} holds {len(found)} GGUF files; name the file itself.")
-    return found[0]
 
 
 def _sentence(what: str, base: Any, error: Exception) -> str:

@@ -7,6 +7,15 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+FORM_FIELDS = {
+    "pointer": ("key_layer", "key_lags"),
+    "paper": (
+        "cca_layers", "cca_init", "smeared_keys", "gate", "encoder_hidden_size", "encoder_intermediate_size",
+        "encoder_num_layers", "encoder_num_attention_heads", "encoder_head_dim", "encoder_cross_attention_layers",
+        "encoder_shares_embeddings", "encoder_init", "initializer_range",
+    ),
+}  # fmt: skip
+
 
 @strict
 class RetrofitConfig(PreTrainedConfig):
@@ -18,8 +27,16 @@ class RetrofitConfig(PreTrainedConfig):
             "package:NAME" (see `open_base`). None: the base must be given when loading.
         base_revision: The revision of that name.
         base_dtype: The base's type when it was fitted, in which it is loaded again.
-        form: What is added, and where: see retro.retrofit.forms.
+        form: What is added, and where: "pointer" or "paper", see retro.retrofit.forms. The fields below that name one
+            are refused beside the other.
         chunk_len, retrieved_len, num_neighbors: m, r and k, as in RetroConfig.
+        rms_norm_eps: Epsilon of the added RMSNorms; default the base's, or 1e-6.
+
+    The pointer:
+        key_layer: The layer whose output, of text and neighbors, is compared; default 8 of 30, and in proportion.
+        key_lags: How many tokens before the compared ones count too; fewer than chunk_len.
+
+    The paper's form:
         cca_layers: The layers P with chunked cross-attention, 1-based; or "middle", one layer halfway. Default: every
             third layer from 6 in a base of 12 layers or more; in a shallower one every third from the middle.
         cca_init: "random", or "self_attention" to copy CCA's projections and norm from its layer's self-attention.
@@ -35,7 +52,6 @@ class RetrofitConfig(PreTrainedConfig):
         encoder_init: "random", or "base" to copy the base's first layers, which then read in both directions. It takes
             the base's sizes, for bases built as Llama.
         initializer_range: Standard deviation of the random weights.
-        rms_norm_eps: Epsilon of the added RMSNorms; default the base's, or 1e-6.
     """
 
     model_type = "retrofit"
@@ -44,10 +60,13 @@ class RetrofitConfig(PreTrainedConfig):
     base_name_or_path: str | None = None
     base_revision: str | None = None
     base_dtype: str | None = None
-    form: str = "paper"
+    form: str = "pointer"
     chunk_len: int = 64
     retrieved_len: int = 128
     num_neighbors: int = 2
+    rms_norm_eps: float | None = None
+    key_layer: int | None = None
+    key_lags: int = 3
     cca_layers: list[int] | tuple[int, ...] | str | None = None
     cca_init: Literal["random", "self_attention"] = "random"
     smeared_keys: bool = False
@@ -61,7 +80,6 @@ class RetrofitConfig(PreTrainedConfig):
     encoder_shares_embeddings: bool = True
     encoder_init: Literal["random", "base"] = "random"
     initializer_range: float = 0.02
-    rms_norm_eps: float | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -76,6 +94,17 @@ class RetrofitConfig(PreTrainedConfig):
         if isinstance(self.base_config, dict):
             self.base_config = config_of(self.base_config)
         text = self.base_config.get_text_config()
+        if self.form == "pointer":
+            self.key_layer = self.key_layer or max(1, round(text.num_hidden_layers * 8 / 30))
+        elif self.form == "paper":
+            self._take_sizes(text)
+        self.rms_norm_eps = self.rms_norm_eps or getattr(text, "rms_norm_eps", None) or 1e-6
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(text, name, None))
+
+    def _take_sizes(self, text: PreTrainedConfig) -> None:
+        """Layers and sizes of the paper's form."""
         self.cca_layers = chosen_layers(self.cca_layers, text.num_hidden_layers)
         own_size = self.encoder_hidden_size in (None, text.hidden_size)
         self.encoder_hidden_size = self.encoder_hidden_size or text.hidden_size
@@ -89,23 +118,42 @@ class RetrofitConfig(PreTrainedConfig):
         )
         inner = getattr(text, "intermediate_size", None) if self.encoder_init == "base" else None
         self.encoder_intermediate_size = self.encoder_intermediate_size or inner or 4 * self.encoder_hidden_size
-        self.rms_norm_eps = self.rms_norm_eps or getattr(text, "rms_norm_eps", None) or 1e-6
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(text, name, None))
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
-        _require_layers("encoder_cross_attention_layers", self.encoder_cross_attention_layers, self.encoder_num_layers)
-        if self.base_config is not None:
-            _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
-            if not self.cca_layers:
-                raise ValueError("cca_layers is empty, so that nothing could read the neighbors; name a layer.")
+        self._refuse_fields_of_other_forms()
+        if self.form == "pointer":
+            self._check_pointer()
+        elif self.form == "paper":
+            self._check_paper()
         if self.retrieved_len < self.chunk_len:
             raise ValueError(
                 f"retrieved_len is {self.retrieved_len}, below chunk_len {self.chunk_len}; "
                 "a retrieved value starts with a whole neighbor chunk."
             )
+
+    def _refuse_fields_of_other_forms(self) -> None:
+        for form, fields in FORM_FIELDS.items():
+            for name in fields:
+                default, value = getattr(type(self), name, None), getattr(self, name)
+                default = list(default) if isinstance(default, tuple) else default
+                if form != self.form and value != default:
+                    raise ValueError(f"{name} is {value!r}, but form is {self.form!r}; it belongs to form={form!r}.")
+
+    def _check_pointer(self) -> None:
+        if self.base_config is not None:
+            _require_layers("key_layer", [self.key_layer], self.num_hidden_layers)
+        if not 0 <= self.key_lags < self.chunk_len:
+            raise ValueError(
+                f"key_lags is {self.key_lags}; it must be 0 or more, and less than chunk_len {self.chunk_len}."
+            )
+
+    def _check_paper(self) -> None:
+        _require_layers("encoder_cross_attention_layers", self.encoder_cross_attention_layers, self.encoder_num_layers)
+        if self.base_config is not None:
+            _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
+            if not self.cca_layers:
+                raise ValueError("cca_layers is empty, so that nothing could read the neighbors; name a layer.")
 
     @property
     def vocab_size(self) -> int:

@@ -1,7 +1,11 @@
 """What a RETRO-fit adds to a base, one class for each form.
 
-A form is a module that holds every new weight. It names the places of the residual stream that it wants to see, and at
-each place gives what to add there. Hooks, the base and its dtype are not its business.
+A form is a module that holds every new weight. It names the places of the residual stream that it wants to see, and
+writes in one of two ways: at each place it gives what to add to the stream, or, when the run is over, what to mix with
+the logits. Hooks, the base and its dtype are not its business.
+
+    "pointer"   copies from the neighbors by the base's own features: see retro.retrofit.pointer
+    "paper"     the paper's encoder and chunked cross-attention: PaperForm
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from retro.modules.feed_forward import ResidualLinear
 from retro.retrofit.anatomy import Anatomy
 from retro.retrofit.config import RetrofitConfig, attention_sizes
 from retro.retrofit.hooks import Place, Reading
+from retro.retrofit.pointer import PointerForm
 from retro.retrofit.starts import (
     encoder_rope_theta,
     require_llama,
@@ -43,6 +48,21 @@ class Form(Protocol):
         The gradient of the whole must flow through what is returned and `reading.state` only. With gradient
         checkpointing a place is computed again, in the backward pass: the same place must do the same work again.
         """
+
+    def mixture(self, reading: Reading) -> Mixture | None:
+        """What to mix with the base's logits, once it has run over the text; None for a form that wrote before."""
+
+
+class Mixture(Protocol):
+    """A distribution of a form's own, mixed with the base's."""
+
+    def edit(self, logits: Float[Tensor, "b s v"]) -> Float[Tensor, "b s v"]:
+        """The mixture's logits at the last s positions of the text, from the base's and in their type."""
+
+    def log_likelihood(
+        self, logits: Float[Tensor, "b s v"], targets: Int[Tensor, "b s"], start: int
+    ) -> Float[Tensor, "b s"]:
+        """The mixture's log-probability of a token each at positions start, start + 1, ..., from the base's logits."""
 
 
 class GatedCrossAttention(nn.Module):
@@ -105,6 +125,9 @@ class PaperForm(nn.Module):
             for x in (reading.state["encoded"], reading.neighbor_mask, reading.document_ids)
         )
         return cca(h, encoded, mask, documents)
+
+    def mixture(self, reading: Reading) -> None:
+        """None: what there was to say is in the stream."""
 
     def _encode(self, h: Float[Tensor, "b n d"], reading: Reading) -> Float[Tensor, "b l k r c"]:
         shares = self.config.encoder_shares_embeddings
@@ -173,7 +196,7 @@ def _cross_attention(config: RetrofitConfig) -> GatedCrossAttention:
     )
 
 
-FORMS: dict[str, type] = {"paper": PaperForm}
+FORMS: dict[str, type] = {"pointer": PointerForm, "paper": PaperForm}
 
 
 def form_class(name: str) -> type:

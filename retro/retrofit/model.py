@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.generation import RetrievalGeneration
 from retro.modules.encoder import chunks_of
-from retro.modules.loss import linear_cross_entropy
+from retro.modules.loss import SLICE_TOKENS, linear_cross_entropy
 from retro.padding import align_left, align_right
 from retro.retrofit.anatomy import evaluating, find_anatomy, hidden_after, probe_tokens
 from retro.retrofit.bases import open_base, stored_name
 from retro.retrofit.config import RetrofitConfig
-from retro.retrofit.forms import form_class
+from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.hooks import Reading, active, add_hooks, bind_checkpoints
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
 
@@ -30,7 +31,7 @@ BASE_PREFIX = "base."
 
 
 def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **options) -> RetrofitForCausalLM:
-    """Fit a pretrained causal LM for neighbors: it is frozen, and a neighbor encoder and CCA are added.
+    """Fit a pretrained causal LM for neighbors: it is frozen, and what reads them is added.
 
     Without neighbors the result is the base, bit for bit; with neighbors it equals the base until it is trained.
 
@@ -38,7 +39,8 @@ def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **opt
         base: A Hugging Face name, a folder, a GGUF file, "package:NAME" or a model in memory, which is taken over: its
             weights stop asking for gradients, and hooks are put in that do nothing without neighbors.
         dtype, revision: As in from_pretrained, for a base that is loaded here.
-        options: Fields of RetrofitConfig: chunk_len, retrieved_len, cca_layers, form ...
+        options: Fields of RetrofitConfig: form, chunk_len, retrieved_len ... The default form is "pointer", which
+            copies from the neighbors by the base's own features; "paper" adds the paper's encoder and CCA.
 
     Raises ValueError, in one sentence, for a base that cannot be loaded or fitted and for unknown options.
     """
@@ -95,7 +97,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             raise ValueError("base_config is None; make a RetrofitForCausalLM with retrofit(base, ...).")
         self.base = _random_base(config) if base is None else base
         self.base.requires_grad_(False)
-        self.anatomy = find_anatomy(self.base, config.cca_layers)
+        self.anatomy = find_anatomy(self.base, config.cca_layers or [])
         self.form = form_class(config.form)(config, self.base, self.anatomy)
         self.form.start(self.base, self.anatomy)
         self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
@@ -156,32 +158,46 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             mask = _checked_mask(tokens, neighbor_ids, neighbor_mask, self.config.chunk_len)
             reading = self._reading(input_ids, neighbor_ids, mask, attention_mask, document_ids)
             bind_checkpoints(self.base)
-        with active(reading):
-            return self._run(inputs, labels, return_logits, padding)
+        return self._run(inputs, reading, labels, return_logits, padding)
 
-    def _run(self, inputs, labels, return_logits: bool | None, padding) -> CausalLMOutputWithPast:
+    def _run(self, inputs, reading, labels, return_logits: bool | None, padding) -> CausalLMOutputWithPast:
         """The base over rows aligned left, the loss, and the logits where each row had its tokens."""
         if return_logits is None:
             return_logits = labels is None or not self.training
         keep = inputs.pop("logits_to_keep", 0)
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
         if not return_logits and self._head_is_plain:
-            hidden, _ = _before_head(self.base, shorten=True, **inputs)
-            return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels))
-        alone = keep if labels is None and padding is None else 0
-        outputs = self.base(**inputs, **({"logits_to_keep": alone} if alone else {}))
-        logits = outputs.logits
-        loss = None if labels is None else _loss(logits, labels)
-        if padding is not None:
+            with active(reading):
+                hidden, _ = _before_head(self.base, shorten=True, **inputs)
+            return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels, reading))
+        alone = keep if isinstance(keep, int) and labels is None and padding is None else 0
+        with active(reading):
+            outputs = self.base(**inputs, **({"logits_to_keep": alone} if alone else {}))
+        logits, mixture = outputs.logits, self._mixture(reading)
+        if mixture is None:
+            loss = None if labels is None else _loss(logits, labels)
+        else:
+            loss = None if labels is None else _mixed_loss(mixture, labels, lambda part: logits[:, part])
+            logits = mixture.edit(logits) if return_logits else None
+        if padding is not None and return_logits:
             logits = align_right(logits, padding)
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits[:, -keep:] if return_logits else None,
+            logits=logits[:, kept] if return_logits else None,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
 
-    def _sliced_loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
-        weight = self.base.get_output_embeddings().weight
+    def _mixture(self, reading: Reading | None) -> Mixture | None:
+        return None if reading is None else self.form.mixture(reading)
+
+    def _sliced_loss(
+        self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"], reading: Reading | None
+    ) -> Float[Tensor, ""]:
+        head, mixture = self.base.get_output_embeddings(), self._mixture(reading)
+        if mixture is not None:
+            return _mixed_loss(mixture, labels, lambda part: head(hidden[:, part]))
+        weight = head.weight
         targets = labels[:, 1:].to(hidden.device).flatten()
         return linear_cross_entropy(hidden[:, :-1].flatten(0, 1).to(weight), weight, targets)
 
@@ -225,7 +241,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
         Args: see RetrievalGeneration.generate.
         """
-        if retriever is None:
+        if retriever is None and num_neighbors is None:
             return self.base.generate(inputs, *args, **kwargs)
         return super().generate(inputs, *args, retriever=retriever, num_neighbors=num_neighbors, **kwargs)
 
@@ -376,3 +392,17 @@ def _loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Float[T
     targets = labels[:, 1:].to(logits.device).flatten()
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)
+
+
+def _mixed_loss(
+    mixture: Mixture, labels: Int[Tensor, "b n"], logits_of: Callable[[slice], Float[Tensor, "b s v"]]
+) -> Float[Tensor, ""]:
+    """Mean over the kept labels, 0 where there is none; logits are asked for in slices of positions."""
+    b, n = labels.shape
+    step, totals = max(1, SLICE_TOKENS // b), []
+    for start in range(0, n - 1, step):
+        logits = logits_of(slice(start, min(start + step, n - 1)))
+        targets = labels[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
+        log_p = mixture.log_likelihood(logits, targets.clamp(min=0), start)
+        totals.append((log_p * (targets != -100)).sum())
+    return -sum(totals) / (labels[:, 1:] != -100).sum().clamp(min=1)

@@ -66,8 +66,7 @@ def test_equals_a_naive_reading_of_each_document(retrieval, words_store, words_t
     """One window holds each document: the bits are those of a forward pass over the document alone."""
     model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
     data = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
-    values = lambda rows: words_store.values(rows, 16)  # noqa: E731
-    bits = score(model, data, retrieval, values, window_len=64).bits
+    bits = score(model, data, retrieval, words_store, 16, window_len=64).bits
     for number, document in enumerate(DOCUMENTS):
         ids = torch.tensor([[*words_tokenizer(document.text)["input_ids"], words_tokenizer.eos_token_id]])
         whole = ids.shape[1] // 8
@@ -121,11 +120,14 @@ def test_refusals(words_tokenizer, words_retriever, make_model):
         score(model, data, window_len=20)
     with pytest.raises(ValueError, match="stride is 32, more than window_len 16"):
         score(model, data, window_len=16, stride=32)
-    with pytest.raises(ValueError, match="prepared without a retriever"):
+    with pytest.raises(ValueError, match="it needs data prepared with a retriever, and store="):
         score(model, data, "on")
     with pytest.raises(ValueError, match="choose one of off, on, random"):
         score(model, data, "sometimes")
     with pytest.raises(ValueError, match="no text to evaluate"):
         prepare([], words_tokenizer, 8)
     with pytest.raises(ValueError, match="num_neighbors is 3; the data was prepared with 2"):
-        score(model, prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2), "on", num_neighbors=3)
+        prepared = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
+        score(model, prepared, "on", words_retriever.store, num_neighbors=3)
+    with pytest.raises(ValueError, match="num_neighbors is 0; give at least 1"):
+        bits_per_byte(model, DOCUMENTS, words_retriever, num_neighbors=0)

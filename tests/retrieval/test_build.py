@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from retro.retrieval import BuildSettings, Store, build_store
+from retro.retrieval import build as build_module
 from retro.retrieval.files import sha256_file
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
@@ -96,6 +97,66 @@ def test_a_complete_store_is_opened_and_other_settings_are_refused(settings, tok
     with pytest.raises(ValueError, match="other inputs"):
         build(settings, tokenizer)
     assert files_of(settings.store) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_unfinished_store_of_other_settings_is_not_thrown_away(settings, tokenizer):
+    settings = replace(settings, shard_chunks=4)
+    assert killed_at(19, lambda: build(settings, tokenizer)) == 9
+    before = files_of(settings.store)
+    with pytest.raises(ValueError, match="an unfinished store built with other min_chunk_len"):
+        build(settings, tokenizer, min_chunk_len=1)
+    assert files_of(settings.store) == before
+
+
+def test_a_kill_while_clearing_leaves_what_can_be_built_again(settings, tokenizer, monkeypatch):
+    Path(settings.inputs[0]).write_text('{"text": "w1"}\n{oops\n')
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build_module.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            build(settings, tokenizer)
+    write_jsonl(Path(settings.inputs[0]), [{"text": "w1 w2"}])
+    assert build(settings, tokenizer).num_documents == 1
+
+
+def test_an_error_of_the_disk_keeps_what_was_built(settings, tokenizer, monkeypatch):
+    settings = replace(settings, shard_chunks=4)
+    assert killed_at(19, lambda: build(settings, tokenizer)) == 9
+    before = files_of(settings.store)
+
+    def broken(*args, **kwargs):
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(build_module, "check_files", broken)
+    with pytest.raises(OSError, match="input/output"):
+        build(settings, tokenizer)
+    assert files_of(settings.store) == before
+
+
+def test_progress_moves_with_every_few_batches(settings, tokenizer, monkeypatch):
+    steps = []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, step=1):
+            steps.append(step)
+
+    monkeypatch.setattr(build_module, "_bar", lambda *args: Bar())
+    write_jsonl(Path(settings.inputs[0]), [{"text": words(4 * 600, 1)}])
+    store = build(settings, tokenizer)
+    assert store.num_chunks == 601 and steps[-3:] == [256, 256, 89]
 
 
 @pytest.mark.parametrize(

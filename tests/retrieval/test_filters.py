@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro.corpus import Document
+from retro.retrieval import filters as filters_module
 from retro.retrieval import near_copies
 from tests.stand_ins import words
 
@@ -28,6 +29,10 @@ def test_against_sets(text, held_out, threshold):
     assert bool(found) == (best >= threshold)
     if found:
         assert abs(found[0].jaccard - best) < 1e-12 and jaccard(text, held_out[int(found[0].held_out_id)], 3) == best
+
+
+def test_words_are_not_kept_for_ever():
+    assert filters_module._hash.cache_info().maxsize
 
 
 def test_a_changed_end_is_a_near_copy_and_another_text_is_not():

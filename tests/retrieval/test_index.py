@@ -7,7 +7,7 @@ import pytest
 
 from retro.retrieval import Store, build_index, open_index
 from retro.retrieval import index as index_module
-from retro.retrieval.index import exact_search, resolve_kind
+from retro.retrieval.index import exact_search, measure_recall, rescore, resolve_kind
 from tests.stand_ins import make_store, words
 
 APPROXIMATE = [kind for kind in ("scann", "faiss") if index_module._importable(kind)]
@@ -163,6 +163,41 @@ def test_missing_or_damaged_files_of_an_index_are_named(copy, kind):
     largest.unlink()
     with pytest.raises(ValueError, match=f"{largest.name} is missing"):
         open_index(copy, kind)
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_a_damaged_index_is_built_again(copy, kind):
+    folder = build_index(copy, kind).folder
+    next(folder.glob("0*/rows.npy")).unlink()
+    assert build_index(copy, kind).folder == folder and open_index(copy, kind).folder == folder
+
+
+def test_of_several_indexes_the_best_is_opened(copy):
+    pytest.importorskip("faiss")
+    for probes in (2, 1, 60, 3):
+        build_index(copy, "faiss", lists=60, probes=probes)
+    assert open_index(copy, "faiss").record["settings"]["probes"] == 60
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e4])
+def test_recall_does_not_depend_on_the_length_of_keys(scale):
+    """An index that answers with the query itself and the nine rows after it, against a true one."""
+    keys = (scale * np.random.default_rng(0).normal(size=(2000, 8))).astype(np.float32)
+    store = Keys(keys, np.arange(2000), np.arange(2000))
+
+    class Fixed:
+        def search(self, queries, k):
+            own = exact_search(store, queries, 1)[0]
+            rows = (own + np.arange(k)) % 2000
+            return rows, -rescore(store, queries, rows).astype(np.float32), rows >= 0
+
+    class True_:
+        def search(self, queries, k):
+            rows = exact_search(store, queries, k)[0]
+            return rows, -rescore(store, queries, rows).astype(np.float32), rows >= 0
+
+    assert measure_recall(Fixed(), store)["recall"] < 0.05
+    assert measure_recall(True_(), store)["recall"] == 1.0
 
 
 def test_an_index_moves_with_its_store(copy, tmp_path):

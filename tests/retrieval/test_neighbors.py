@@ -5,6 +5,7 @@ import pytest
 
 from retro.retrieval import build_neighbors, open_neighbors
 from retro.retrieval import neighbors as neighbors_module
+from retro.retrieval.index import exact_search
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 
@@ -67,6 +68,39 @@ def test_a_long_book_loses_no_neighbors(tmp_path, tokenizer, index, monkeypatch)
     assert np.sort(rows, axis=1).tolist() == [[10_001, 10_002]] * 3
 
 
+class Engine:
+    """Exact search that finds only the rows below `seen`, and notes what it was asked."""
+
+    kind = "exact"
+
+    def __init__(self, store, seen):
+        self.store, self.seen, self.num_rows, self.asked = store, seen, store.num_chunks, []
+
+    def search(self, queries, k):
+        self.asked.append((len(queries), k))
+        rows, scores, mask = exact_search(self.store, queries, self.num_rows)
+        order = np.argsort(~(mask & (rows < self.seen)), axis=1, kind="stable")[:, :k]
+        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+        mask = (rows >= 0) & (rows < self.seen)
+        return np.where(mask, rows, -1), np.where(mask, scores, -np.inf), mask
+
+
+def test_over_fetch_is_bounded(store, monkeypatch):
+    """It stops when the engine has no more to give, and holds few hits at a time; the answers stay the same."""
+    rows = np.arange(store.num_chunks)
+    keys, own = store.keys(rows), [{row} for row in store.document_rows(rows).tolist()]
+    poor = Engine(store, 15)
+    found, _, mask = neighbors_module.search_excluding(poor, store, keys, 10, own)
+    assert (found < 15).all() and not mask.all() and max(k for _, k in poor.asked) == 18
+    expected = neighbors_module.search_excluding(Engine(store, 10**6), store, keys, 60, own)
+    monkeypatch.setattr(neighbors_module, "_FETCHED_HITS", 500)
+    engine = Engine(store, 10**6)
+    found = neighbors_module.search_excluding(engine, store, keys, 60, own)
+    assert all(q * k <= 500 for q, k in engine.asked) and len({k for _, k in engine.asked}) > 1
+    for mine, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
 def test_missing_neighbors_are_masked(tmp_path, tokenizer):
     store = make_store(tmp_path, [words(40, 1), words(3, 2)], tokenizer)
     for index in ("exact", "auto"):
@@ -108,8 +142,14 @@ def test_refusals(store, tmp_path, tokenizer):
         build_neighbors(store, 1, longer)
 
 
+def test_progress_is_in_whole_chunks(store, capsys):
+    build_neighbors(store, 7, progress=True)
+    assert f"{store.num_chunks}/{store.num_chunks} [" in capsys.readouterr().err
+
+
 def test_damaged_tables_are_named(store):
     table = build_neighbors(store, 5)
     (table.path / "distances.npy").unlink()
     with pytest.raises(ValueError, match=r"distances\.npy is missing"):
         open_neighbors(store, k=5)
+    np.testing.assert_array_equal(build_neighbors(store, 5).rows, table.rows)  # computed again

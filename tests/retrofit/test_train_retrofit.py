@@ -9,6 +9,8 @@ from safetensors import safe_open
 from tests.stand_ins import make_words_tokenizer
 from tests.train.conftest import stores  # noqa: F401
 
+forms = pytest.mark.parametrize("form", ["paper", "pointer"])
+
 
 @pytest.fixture
 def base_folder(tmp_path, make_base):
@@ -22,10 +24,11 @@ def base_folder(tmp_path, make_base):
 def make_settings(stores, tmp_path, base_folder):  # noqa: F811
     from retro.train.retrofit import RetrofitSettings
 
-    def make(output: str = "run", **changes):
+    def make(output: str = "run", form: str = "pointer", **changes):
+        model = {"form": form, "retrieved_len": 16} | ({"cca_layers": [2, 3]} if form == "paper" else {})
         values = dict(
             output=str(tmp_path / output), base=str(base_folder), store=str(stores["train"]),
-            valid_store=str(stores["valid"]), model={"retrieved_len": 16, "cca_layers": [2, 3]}, window_len=32,
+            valid_store=str(stores["valid"]), model=model, window_len=32,
             batch_size=2, max_steps=6, lr=1e-2, warmup_steps=2, eval_every=3, save_every=3, log_every=2,
         )  # fmt: skip
         return RetrofitSettings(**{**values, **changes})
@@ -38,12 +41,13 @@ def metrics(output):
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
-def test_only_what_is_new_is_trained_and_kept(make_settings, tmp_path, capsys):
+@forms
+def test_only_what_is_new_is_trained_and_kept(form, make_settings, tmp_path, capsys):
     from retro.retrofit import RetrofitForCausalLM
     from retro.train.loop import fit
     from retro.train.retrofit import prepare
 
-    run = prepare(make_settings())
+    run = prepare(make_settings(form=form))
     assert "trainable%" in capsys.readouterr().out
     before = {n: p.clone() for n, p in run.state.model.base.named_parameters()}
     assert fit(run)
@@ -58,17 +62,18 @@ def test_only_what_is_new_is_trained_and_kept(make_settings, tmp_path, capsys):
         assert torch.equal(parameter, run.state.model.get_parameter(name)), name
 
 
-def test_a_run_in_two_parts_is_one_run(make_settings, tmp_path, monkeypatch):
+@forms
+def test_a_run_in_two_parts_is_one_run(form, make_settings, tmp_path, monkeypatch):
     from retro.train import loop
     from retro.train.retrofit import prepare
 
-    assert loop.fit(prepare(make_settings("whole")))
-    cut = prepare(make_settings("cut"))
+    assert loop.fit(prepare(make_settings("whole", form)))
+    cut = prepare(make_settings("cut", form))
     monkeypatch.setattr(loop, "finish", lambda run: None)
     cut.num_steps = 3
     assert loop.fit(cut)
     monkeypatch.undo()
-    rest = prepare(make_settings("cut"))
+    rest = prepare(make_settings("cut", form))
     assert rest.state.step == 3 and loop.fit(rest)
     whole = RunWeights(tmp_path / "whole")
     assert whole == RunWeights(tmp_path / "cut")

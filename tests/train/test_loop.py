@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import retro
@@ -271,6 +272,26 @@ def test_parameters_with_a_learning_rate_of_their_own(prepare, make_settings):
         prepare(make_settings("other", lr_ratios={"encodr": 0.1}))
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one precision a process; the next Accelerator may take another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bf16_and_gradient_checkpointing_stay_near_the_plain_run(prepare, make_settings, tmp_path, fresh_accelerate):
+    fit(prepare(make_settings("plain", log_every=1, lr=1e-3)))
+    fit(prepare(make_settings("checkpointed", log_every=1, lr=1e-3, gradient_checkpointing=True)))
+    assert_close_runs(tmp_path / "plain", tmp_path / "checkpointed")
+    fresh_accelerate(reset_partial_state=True)
+    run = prepare(make_settings("bf16", log_every=1, lr=1e-3, mixed_precision="bf16"))
+    fit(run)
+    assert {parameter.dtype for parameter in run.state.model.parameters()} == {torch.float32}
+    plain, low = ([m["loss"] for m in metrics(tmp_path / name) if "loss" in m] for name in ("plain", "bf16"))
+    assert low == pytest.approx(plain, rel=2e-2) and low != plain
+
+
 def test_accumulated_micro_batches_weigh_by_their_tokens(prepare, make_settings, tmp_path):
     fit(prepare(make_settings("one", batch_size=4, log_every=1, lr=1e-3)))
     fit(prepare(make_settings("four", batch_size=1, gradient_accumulation_steps=4, log_every=1, lr=1e-3)))
@@ -362,7 +383,7 @@ def test_the_trained_folder_is_a_model_that_knows_its_store(make_settings, prepa
     assert AutoTokenizer.from_pretrained(folder)("w1 w2").input_ids == run.store.tokenizer("w1 w2").input_ids
     record = json.loads((folder / "retro.json").read_text())
     assert record["store_fingerprint"] == run.store.fingerprint
-    assert record["embedder"]["name"] == "hashed-words" and record["library_version"] == retro.__version__
+    assert record["embedder"]["name"] == "hashing" and record["library_version"] == retro.__version__
     for path in (folder, last_checkpoint(folder)):
         check_store(path, Store.open(stores["train"]))
         check_store(path, Store.open(stores["valid"]))
@@ -383,6 +404,14 @@ def test_a_folder_that_does_not_say_where_it_comes_from_passes_with_a_warning(st
     assert "no retro.json" in caplog.text
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"tokenizer": "t"}'])
+def test_a_damaged_record_is_refused_in_one_sentence(stores, tmp_path, text):
+    (tmp_path / "retro.json").write_text(text)
+    with pytest.raises(ValueError, match="retro.json: .*; copy it again") as error:
+        check_store(tmp_path, Store.open(stores["train"]))
+    assert "\n" not in str(error.value)
+
+
 def test_nothing_is_pickled(make_settings, prepare, tmp_path):
     fit(prepare(make_settings(max_steps=2)))
     kinds = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -395,7 +424,7 @@ def test_models_of_presets_take_vocabulary_and_chunks_from_the_store(make_settin
         make_settings(model={"preset": "172m", "hidden_size": 64, "cca_layers": None}), store
     )
     assert (config.vocab_size, config.chunk_len, config.hidden_size, config.position) == (63, 8, 64, "relative")
-    assert (config.pad_token_id, config.eos_token_id, config.max_position_embeddings) == (0, 2, 32)
+    assert (config.pad_token_id, config.eos_token_id, config.max_position_embeddings) == (0, 1, 32)
 
 
 # Processes

@@ -1,0 +1,253 @@
+"""The pointer form against loops, and what it promises: a distribution, nothing where nothing may be read."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, retrofit
+from retro.retrofit.hooks import Place
+
+IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
+M, LAGS = 4, 3
+
+
+@pytest.fixture
+def opened(make_fitted, open_gates):
+    """opened(name): a pointer whose every weight is away from its start."""
+
+    def make(name="llama", **options):
+        model = make_fitted(name, form="pointer", **options)
+        open_gates(model)
+        with torch.no_grad():
+            for parameter in model.form.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+def stream(base, ids, layer):
+    """The residual stream after a layer, by the base's own account; after the last one it is seen before the norm."""
+    if layer == len(base.model.layers):
+        seen = []
+        handle = base.model.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        base(ids)
+        handle.remove()
+        return seen[0]
+    return base(ids, output_hidden_states=True).hidden_states[layer]
+
+
+def probabilities_by_loops(model, row, neighbor_ids, neighbor_mask, documents):
+    """p' of every position of one row, written out from the formulas."""
+    form, base = model.form, model.base
+    p = base(row[None]).logits[0].softmax(-1)
+    h, last = stream(base, row[None], model.config.key_layer)[0], stream(base, row[None], 3)[0]
+    result = p.clone()
+    for t in range(len(row)):
+        u = (t + 1) // M - 1
+        if u < 0 or any(documents[i] != documents[t] for i in range(u * M, t + 1)):
+            continue
+        scores, tokens = [], []
+        for ids, mask in zip(neighbor_ids[u], neighbor_mask[u], strict=True):
+            length = int(mask.sum())
+            if length == 0:
+                continue
+            read = stream(base, ids[None, :length], model.config.key_layer)[0]
+            for j in range(length - 1):
+                matches = [
+                    form.lags[i] * torch.cosine_similarity(form.query(h[t - i]), form.key(read[j - i]), dim=0)
+                    for i in range(LAGS + 1)
+                    if j - i >= 0
+                ]
+                scores.append(sum(matches))
+                tokens.append(int(ids[j + 1]))
+        if not scores:
+            continue
+        scores = torch.stack(scores)
+        weights = (form.log_sharpness.exp() * scores).softmax(0)
+        copied = torch.zeros_like(p[t])
+        for weight, token in zip(weights, tokens, strict=True):
+            copied[token] += weight
+        agreement = sum(weight * p[t, token] for weight, token in zip(weights, tokens, strict=True))
+        gate = form.gate
+        belief = (last[t] / (last[t].square().mean() + 1e-6).sqrt()) @ gate.hidden + gate.bias
+        belief = belief + gate.match * scores.max() + gate.likelihood * torch.log(agreement + 1e-6)
+        g = torch.tanh(gate.opening.abs()) * torch.sigmoid(belief)
+        result[t] = (1 - g) * p[t] + g * copied
+    return result
+
+
+@pytest.mark.parametrize("documents", [[0] * 14, [0] * 8 + [1] * 6])
+def test_logits_and_loss_are_the_formulas(documents, opened, make_neighbors):
+    model, neighbors = opened(rms_norm_eps=1e-6), make_neighbors(2, 3)
+    assert (model.form.gate.opening.abs() > 0.5).all()
+    documents_ids = torch.tensor([documents, [0] * 14])
+    packed = len(set(documents)) > 1
+    with torch.no_grad():
+        logits = model(IDS, **neighbors, **({"document_ids": documents_ids} if packed else {})).logits
+        for b, row in enumerate(IDS):
+            if packed and b == 0:  # the base over each document alone; a neighbor is read in the first one only
+                parts = [
+                    probabilities_by_loops(model, row[:8], *(v[b, :2] for v in neighbors.values()), documents[:8]),
+                    probabilities_by_loops(model, row[8:], *(v[b, 2:] for v in neighbors.values()), documents[8:]),
+                ]
+                expected = torch.cat(parts)
+            else:
+                expected = probabilities_by_loops(model, row, *(v[b] for v in neighbors.values()), [0] * 14)
+            torch.testing.assert_close(logits[b].softmax(-1), expected, rtol=1e-4, atol=1e-6)
+        if not packed:
+            torch.testing.assert_close(logits.logsumexp(-1), model(IDS).logits.logsumexp(-1))
+    labels = IDS.masked_fill(torch.rand(IDS.shape) < 0.2, -100)
+    expected = F.cross_entropy(
+        model(IDS, **neighbors).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(model(IDS, **neighbors, labels=labels).loss, expected)
+    torch.testing.assert_close(model.train()(IDS, **neighbors, labels=labels).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gptj"])
+def test_the_loss_in_slices(name, opened, make_neighbors, monkeypatch):
+    """Whatever the slices, for a plain output matrix and for others, with and without logits; and its gradients."""
+    from retro.retrofit import model as module
+    from retro.retrofit import pointer
+
+    model, neighbors, results = opened(name), make_neighbors(2, 3), []
+    for tokens in (1000, 6):
+        monkeypatch.setattr(module, "SLICE_TOKENS", tokens)
+        monkeypatch.setattr(pointer, "SLICE_TOKENS", tokens)
+        for lean in (True, False):
+            model.zero_grad()
+            out = model(IDS, **neighbors, labels=IDS, return_logits=not lean)
+            out.loss.backward()
+            assert (out.logits is None) == lean
+            results.append((out.loss.detach(), [p.grad.clone() for p in model.form.parameters()]))
+            if not lean:
+                expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten())
+                torch.testing.assert_close(out.loss, expected)
+    for loss, gradients in results[1:]:
+        torch.testing.assert_close(loss, results[0][0])
+        for one, other in zip(gradients, results[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_it_finds_what_the_text_repeats(make_fitted):
+    """A text copied from its neighbor: the pointer as it starts stands on the next token, from the fourth on."""
+    model = make_fitted(form="pointer", retrieved_len=14)
+    ids = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:14][None] + 3
+    neighbor_ids = torch.stack([ids.flip(1), ids], 1)[:, None].repeat(1, 3, 1, 1)
+    with torch.no_grad():
+        model.form.gate.opening.fill_(3.0)
+        p = model(ids, neighbor_ids).logits.softmax(-1)
+    found = p[0, M - 1 : -1].gather(-1, ids[0, M:, None])[:, 0]
+    base = model(ids).logits.softmax(-1)[0, M - 1 : -1].gather(-1, ids[0, M:, None])[:, 0]
+    assert (found > 5 * base).all() and found.mean() > 0.3
+
+
+def test_extreme_logits_stay_finite(make_fitted, make_neighbors, open_gates):
+    """A base so sure that probabilities underflow, and a gate driven fully open."""
+    model, neighbors = make_fitted(form="pointer"), make_neighbors(2, 3)
+    open_gates(model, to=50.0)
+    with torch.no_grad():
+        model.base.lm_head.weight.mul_(1e3)
+        model.form.gate.bias.fill_(1e3)
+    out = model(IDS, **neighbors, labels=IDS, return_logits=True)
+    assert out.logits.isfinite().all() and out.loss.isfinite()
+    torch.testing.assert_close(out.logits.logsumexp(-1), model(IDS).logits.logsumexp(-1))
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.form.parameters())
+
+
+def test_the_gate_is_alive_on_both_sides_of_0(make_fitted, make_neighbors):
+    model, neighbors = make_fitted(form="pointer"), make_neighbors(2, 3)
+    logits = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            model.form.gate.opening.fill_(0.7 * sign)
+        logits.append(model(IDS, **neighbors).logits)
+    assert torch.equal(*logits) and not torch.equal(logits[0], model(IDS).logits)
+
+
+def test_the_start_is_the_same_every_time(make_base):
+    base = make_base()
+    one, two = (retrofit(base, chunk_len=4, retrieved_len=8).form.state_dict() for _ in range(2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert torch.equal(one["key.weight"], torch.eye(16)) and one["key.bias"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mamba", {}),
+        ("recurrent_gemma", {}),
+        ("falcon_h1", dict(mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8)),
+    ],
+)
+def test_bases_without_a_place_for_cca(name, changes, make_base, make_neighbors, open_gates):
+    """Nothing is written inside a layer, so that no self-attention is needed there."""
+    base = make_base(name, **changes)
+    model, neighbors = retrofit(base, chunk_len=4, retrieved_len=8), make_neighbors(2, 3)
+    expected = base(IDS).logits
+    assert torch.equal(model(IDS, **neighbors).logits, expected)
+    open_gates(model)
+    after = model(IDS, **neighbors).logits
+    assert not torch.equal(after, expected)
+    ids = IDS.clone()
+    ids[:, 11] = (ids[:, 11] + 5) % 61 + 3
+    torch.testing.assert_close(model(ids, **neighbors).logits[:, :11], after[:, :11], rtol=1e-4, atol=1e-5)
+
+
+def test_options(make_base, make_fitted, make_neighbors, open_gates, tmp_path):
+    for num_layers, layer in ((1, 1), (3, 1), (12, 3), (30, 8), (32, 9)):
+        assert RetrofitConfig(base_config=make_base(num_hidden_layers=num_layers).config).key_layer == layer
+    model = make_fitted(form="pointer", key_layer=3, key_lags=0)
+    assert model.form.places == [Place(3, "end")] and model.form.lags.tolist() == [1.0]
+    open_gates(model)
+    model.save_pretrained(tmp_path)
+    loaded = RetrofitForCausalLM.from_pretrained(tmp_path, base=model.base)
+    assert (loaded.config.key_layer, loaded.config.key_lags) == (3, 0)
+    assert torch.equal(loaded(IDS, **make_neighbors(2, 3)).logits, model(IDS, **make_neighbors(2, 3)).logits)
+    for options, words in (
+        ({"cca_layers": [2]}, r"cca_layers is \[2\], but form is 'pointer'; it belongs to form='paper'"),
+        ({"gate": "channel"}, "gate is 'channel', but form is 'pointer'"),
+        ({"key_layer": 4}, "key_layer has 4; layers are counted from 1 to 3"),
+        ({"key_lags": 4}, "key_lags is 4; it must be 0 or more, and less than chunk_len 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_fitted(form="pointer", **options)
+    with pytest.raises(ValueError, match="key_layer is 2, but form is 'paper'; it belongs to form='pointer'"):
+        make_fitted(form="paper", key_layer=2)
+
+
+def test_under_autocast(opened, make_neighbors):
+    model, neighbors = opened(), make_neighbors(2, 3)
+    expected = model(IDS, **neighbors, labels=IDS).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.train()(IDS, **neighbors, labels=IDS).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.05)
+
+
+def test_what_is_trained_in_the_base_gets_its_gradient(opened, make_neighbors):
+    """As with adapters on the base: through the base's probabilities, the gate and the queries."""
+    model, neighbors, gradients = opened().train(), make_neighbors(2, 3), []
+    weight = model.base.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for lean in (True, False):
+            model.zero_grad()
+            out = model(IDS, **neighbors, labels=IDS, return_logits=not lean)
+            loss = out.loss if lean else F.cross_entropy(out.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+            loss.backward()
+            gradients.append(weight.grad.clone())
+    assert gradients[0].abs().sum() > 0
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-6)
+
+
+def test_logits_of_some_positions(opened, make_neighbors):
+    model, neighbors = opened(), make_neighbors(2, 3)
+    logits = model(IDS, **neighbors).logits
+    torch.testing.assert_close(model(IDS, **neighbors, logits_to_keep=3).logits, logits[:, -3:])
+    places = torch.tensor([2, 11])
+    torch.testing.assert_close(model(IDS, **neighbors, logits_to_keep=places).logits, logits[:, places])
