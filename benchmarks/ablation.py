@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from retro.corpus import read_documents
-from retro.evaluation import bits_per_byte
+from retro.evaluation import bits_per_byte, prepare, score
 from retro.model import RetroForCausalLM
 from retro.retrieval import Retriever, Store
 from retro.settings import find_config, load_settings
@@ -55,11 +55,9 @@ def run(variant: str, overrides: list[str], arguments: argparse.Namespace, folde
     )
     fit(setup(settings, model_config, PlainKeys if "plain keys" in variant else RetroForCausalLM))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    documents = list(read_documents([str(arguments.demo / "valid.jsonl")]))
+    documents = list(read_documents([str(arguments.demo / "valid.jsonl")]))[: arguments.documents]
     retriever = Retriever(Store.open(arguments.demo / "store"))
     if not settings.retrieval:
-        from retro.evaluation import prepare, score
-
         data = prepare(documents, retriever.store.tokenizer, retriever.store.chunk_len)
         return {"bpb": {"lm": score(model, data).bits_per_byte(data)}}
     return bits_per_byte(model, documents, retriever, progress=True)
@@ -69,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder that `retro demo` wrote")
     parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--documents", type=int, help="measure on so many held-out documents; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="where models are written")
     parser.add_argument("--json", type=Path)

@@ -1,10 +1,11 @@
 """RetroConfig: the sizes of a RETRO and the paper's presets."""
 
-from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from retro.settings import unknown_name
 
 # Tables 2 and 10: width, feed-forward width, heads, head size, layers, learning rate's preset aside. CCA every third
 # layer from 6 (Table 2's parameter counts; Table 10's "from 9" contradicts them), an encoder of 2 x 896 everywhere.
@@ -17,8 +18,20 @@ _PRESETS = {
 PRESETS = tuple(_PRESETS)
 
 
+class CheckedFields:
+    """For configurations: `checked` refuses a field that transformers would keep without a word."""
+
+    @classmethod
+    def checked(cls, **fields):
+        """cls(**fields); ValueError for a field that is not one of the class, with the nearest that is."""
+        for name in fields:
+            if name not in cls.__dataclass_fields__:
+                raise ValueError(unknown_name(name, cls.__dataclass_fields__, "model field"))
+        return cls(**fields)
+
+
 @strict
-class RetroConfig(PreTrainedConfig):
+class RetroConfig(CheckedFields, PreTrainedConfig):
     """Sizes and options of a RETRO; names are Hugging Face's where it has one.
 
     Args:
@@ -148,17 +161,6 @@ class RetroConfig(PreTrainedConfig):
             raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
         encoder = dict(encoder_hidden_size=896, encoder_num_attention_heads=16, encoder_head_dim=64)
         return cls.checked(**{**_PRESETS[name], **encoder, "position": "relative", **overrides})
-
-    @classmethod
-    def checked(cls, **fields) -> "RetroConfig":
-        """RetroConfig(**fields), but an unknown field raises ValueError instead of being kept, as transformers does."""
-        known = set(cls.__dataclass_fields__)
-        for name in fields:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "see RetroConfig for the fields."
-                raise ValueError(f"Unknown model field {name!r}; {hint}")
-        return cls(**fields)
 
 
 def default_cca_layers(num_layers: int) -> list[int]:

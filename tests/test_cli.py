@@ -53,7 +53,7 @@ def made(tmp_path_factory):
         for number, document in enumerate(package_documents(["einops"])):
             line = json.dumps({"id": document.id, "title": document.title, "text": document.text}) + "\n"
             (valid if number % 4 == 0 else train).write(line)
-    (block,) = (block for block in readme_blocks("bash") if "retro build" in block)
+    (block,) = (block for block in readme_blocks("bash") if "retro tokenizer" in block)
     with inside(folder):
         for line in block.splitlines():
             command, *argv = shlex.split(line, comments=True)

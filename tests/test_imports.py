@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # what each room of the house may import of the house; a room is the longest prefix that matches
 MAY_IMPORT = {
     "retro.corpus": set(),
-    "retro.config": set(),
+    "retro.config": {"retro.settings"},
     "retro.settings": set(),
     "retro.padding": set(),
     "retro.pretrained": set(),
@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "retro.retrieval": {"retro.corpus", "retro.tokenizer", "retro.pretrained"},
     "retro.model": {"retro.config", "retro.modules", "retro.padding", "retro.generation"},
     "retro.generation": {"retro.padding", "retro.retrieval"},
-    "retro.retrofit": {"retro.modules", "retro.padding", "retro.pretrained", "retro.generation"},
+    "retro.retrofit": {"retro.config", "retro.modules", "retro.padding", "retro.pretrained", "retro.generation"},
     "retro.data": {"retro.retrieval"},
     "retro.provenance": {"retro.retrieval"},
 }

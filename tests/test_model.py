@@ -216,7 +216,7 @@ def test_random_start_is_what_it_says():
         ({"num_neighbors": 0}, "must be at least 1"),
         ({"cca_init": "induction"}, "smeared_keys is False; the induction start needs True"),
         ({**INDUCTION, "head_dim": 4}, "num_attention_heads \\* head_dim is 16"),
-        ({"hiden_size": 8}, "Unknown model field 'hiden_size'; did you mean hidden_size?"),
+        ({"hiden_size": 8}, "hiden_size: unknown model field; did you mean hidden_size?"),
         ({"position": "absolute"}, "position"),
     ],
 )

@@ -16,7 +16,7 @@ from retro.config import RetroConfig
 from retro.model import RetroForCausalLM
 from retro.retrieval import Store
 from retro.settings import find_config, load_settings
-from retro.train.loop import fit, setup
+from retro.train.loop import fit, run_script, setup
 from retro.train.settings import TrainSettings
 
 
@@ -66,19 +66,5 @@ def model_config(settings: TrainSettings, store: Store) -> RetroConfig:
     return config
 
 
-def _run() -> int:
-    """The script: its arguments are CONFIG key=value ...; a user's error is one line and exit code 2."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: pretrain.py CONFIG [key=value ...]", file=sys.stderr)
-        return 0 if len(sys.argv) > 1 else 2
-    try:
-        if not main(sys.argv[1], sys.argv[2:]):
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_run())
+    sys.exit(run_script(main))

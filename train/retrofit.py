@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from retro.retrieval import Store
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, open_base, retrofit
 from retro.settings import find_config, load_settings
-from retro.train.loop import Run, fit, setup
+from retro.train.loop import Run, fit, run_script, setup
 from retro.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -123,19 +123,5 @@ def check_tokenizer(base_name: str, base: PreTrainedModel, store: Store) -> None
         )
 
 
-def _run() -> int:
-    """The script: its arguments are CONFIG key=value ...; a user's error is one line and exit code 2."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: retrofit.py CONFIG [key=value ...]", file=sys.stderr)
-        return 0 if len(sys.argv) > 1 else 2
-    try:
-        if not main(sys.argv[1], sys.argv[2:]):
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_run())
+    sys.exit(run_script(main))

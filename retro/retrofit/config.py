@@ -1,11 +1,12 @@
 """RetrofitConfig: the base, and the sizes of what is added to it."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from retro.config import CheckedFields
 
 FORM_FIELDS = {
     "pointer": ("key_layer", "key_lags"),
@@ -18,7 +19,7 @@ FORM_FIELDS = {
 
 
 @strict
-class RetrofitConfig(PreTrainedConfig):
+class RetrofitConfig(CheckedFields, PreTrainedConfig):
     """Sizes and options of a RETRO-fitted model. What is None comes from the base.
 
     Args:
@@ -180,17 +181,6 @@ class RetrofitConfig(PreTrainedConfig):
         if self.base_config is None:
             raise AttributeError("this RetrofitConfig has no base_config")
         return self.base_config.get_text_config()
-
-    @classmethod
-    def checked(cls, **fields) -> "RetrofitConfig":
-        """RetrofitConfig(**fields), but an unknown field raises ValueError instead of being kept."""
-        known = set(cls.__dataclass_fields__)
-        for name in fields:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "see RetrofitConfig for the fields."
-                raise ValueError(f"Unknown field {name!r}; {hint}")
-        return cls(**fields)
 
 
 def chosen_layers(wanted: Sequence[int] | str | None, num_layers: int) -> list[int]:

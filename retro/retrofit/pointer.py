@@ -203,8 +203,8 @@ class CopyMixture:
 
 
 def _log_change(
-    gate: Float[Tensor, "*s"], copied: Float[Tensor, "*s"], log_p: Float[Tensor, "*s"]
-) -> Float[Tensor, "*s"]:
+    gate: Float[Tensor, "*#s"], copied: Float[Tensor, "*#s"], log_p: Float[Tensor, "*#s"]
+) -> Float[Tensor, "*#s"]:
     """log(p' / p) = log(1 - g + g p_copy / p), exactly 0 for g = 0; log(g p_copy / p) where p is too small for that."""
     held = log_p.clamp(min=LEAST_LOG_P)
     ratio = copied * torch.exp(-held)

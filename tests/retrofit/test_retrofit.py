@@ -357,7 +357,7 @@ def test_architectures_that_cannot_be_fitted(model_type, words, make_base):
         ("llama", {"cca_layers": "last"}, "give layers from 1 to 3, or 'middle'"),
         ("llama", {"retrieved_len": 2}, "retrieved_len is 2, below chunk_len 4"),
         ("llama", {"form": "new"}, "form is 'new'; choose one of pointer, paper"),
-        ("llama", {"chunklen": 4}, "Unknown field 'chunklen'; did you mean chunk_len?"),
+        ("llama", {"chunklen": 4}, "chunklen: unknown model field; did you mean chunk_len?"),
         ("llama", {"dtype": torch.bfloat16}, "dtype is for a base that is loaded here"),
         ("bloom", {"encoder_init": "base"}, "BloomForCausalLM has no self_attn in its layers"),
         ("qwen2", {"encoder_init": "base"}, "Qwen2ForCausalLM has a bias in q_proj"),

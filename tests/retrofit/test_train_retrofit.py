@@ -98,7 +98,7 @@ def test_refusals(make_settings, stores, make_base, tmp_path):  # noqa: F811
         make_settings(retrieval=False)
     with pytest.raises(ValueError, match="has 64 tokens, the base .* 63; build a store with the base's tokenizer"):
         prepare(make_settings(store=str(stores["other"]), valid_store=None))
-    with pytest.raises(ValueError, match="Unknown field 'layers'"):
+    with pytest.raises(ValueError, match="layers: unknown model field"):
         prepare(make_settings(model={"layers": 3}))
     with pytest.raises(ValueError, match="model.chunk_len: 4 is not the store's 8; leave it out"):
         prepare(make_settings(model={"chunk_len": 4}))
