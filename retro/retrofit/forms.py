@@ -10,7 +10,7 @@ the logits. Hooks, the base and its dtype are not its business.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +53,7 @@ class Form(Protocol):
         """What to mix with the base's logits, once it has run over the text; None for a form that wrote before."""
 
 
+@runtime_checkable
 class Mixture(Protocol):
     """A distribution of a form's own, mixed with the base's."""
 
