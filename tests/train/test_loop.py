@@ -479,5 +479,5 @@ def test_the_script_says_a_mistake_in_one_line(make_settings, tmp_path, monkeypa
     save_settings(make_settings(window_len=30), tmp_path / "a.yaml")
     for arguments, said in ((["batch_sise=3"], "batch_sise: unknown"), ([], "window_len: 30 is not a multiple")):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", str(tmp_path / "a.yaml"), *arguments])
-        assert pretrain._run() == 2
+        assert loop.run_script(pretrain.main) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")
