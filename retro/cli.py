@@ -194,18 +194,12 @@ def search(args: argparse.Namespace) -> int:
 
 def add_train(verbs: Any) -> None:
     parser = _verb(verbs, "train", train, "train a RETRO, or a plain LM, from scratch")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a packaged one: train_small ...")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="e.g. store=stores/docs output=runs/a lr=1e-3"
-    )
+    _add_recipe(parser, "train_small ...", "store=stores/docs output=runs/a lr=1e-3")
 
 
 def train(args: argparse.Namespace) -> int:
     """Train as CONFIG and key=value say. The same command goes on from the last checkpoint in `output`."""
-    finished = import_module("retro.train.pretrain").main(args.config, args.overrides)
-    if not finished:
-        print("stopped; the same command goes on from the last checkpoint")
-    return 0
+    return _run_recipe("retro.train.pretrain", args)
 
 
 # retrofit
@@ -213,18 +207,12 @@ def train(args: argparse.Namespace) -> int:
 
 def add_retrofit(verbs: Any) -> None:
     parser = _verb(verbs, "retrofit", retrofit, "teach a pretrained LM to read neighbors; its own weights stay")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a packaged one: retrofit_smollm2")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="e.g. base=gpt2 store=stores/docs output=runs/fitted"
-    )
+    _add_recipe(parser, "retrofit_smollm2", "base=gpt2 store=stores/docs output=runs/fitted")
 
 
 def retrofit(args: argparse.Namespace) -> int:
     """RETRO-fit as CONFIG and key=value say. The same command goes on from the last checkpoint in `output`."""
-    finished = import_module("retro.train.retrofit").main(args.config, args.overrides)
-    if not finished:
-        print("stopped; the same command goes on from the last checkpoint")
-    return 0
+    return _run_recipe("retro.train.retrofit", args)
 
 
 # evaluate
@@ -328,6 +316,17 @@ def demo(args: argparse.Namespace) -> int:
 
 
 # what several verbs share
+
+
+def _add_recipe(parser: argparse.ArgumentParser, packaged: str, example: str) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=f"a YAML file, or the name of a packaged one: {packaged}")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=f"e.g. {example}")
+
+
+def _run_recipe(module: str, args: argparse.Namespace) -> int:
+    if not import_module(module).main(args.config, args.overrides):
+        print("stopped; the same command goes on from the last checkpoint")
+    return 0
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from retro.config import RetroConfig
 from retro.generation import RetrievalGeneration
 from retro.modules import Attention, ChunkedCrossAttention, DecoderBlock, NeighborEncoder
+from retro.modules.cross_attention import checked_neighbor_mask
 from retro.modules.encoder import chunks_of
 from retro.modules.feed_forward import ResidualLinear
 from retro.modules.loss import linear_cross_entropy
@@ -128,17 +129,7 @@ class RetroModel(RetroPreTrainedModel):
             return None
         if not self.config.cca_layers:
             raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
-        num_chunks = h.shape[1] // self.config.chunk_len
-        if neighbor_ids.ndim != 4 or neighbor_ids.shape[:2] != (h.shape[0], num_chunks):
-            raise ValueError(
-                f"neighbor_ids has shape {list(neighbor_ids.shape)}; it must be [b, l, k, r] = "
-                f"[{h.shape[0]}, {num_chunks}, k, r], one row for each whole chunk of {self.config.chunk_len} tokens."
-            )
-        if neighbor_mask is None:
-            return torch.ones_like(neighbor_ids, dtype=torch.bool)
-        if neighbor_mask.shape != neighbor_ids.shape:
-            raise ValueError(f"neighbor_mask has shape {list(neighbor_mask.shape)}, neighbor_ids another.")
-        return neighbor_mask.bool()
+        return checked_neighbor_mask(neighbor_ids, neighbor_mask, h.shape[0], h.shape[1], self.config.chunk_len)
 
 
 class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixin):

@@ -45,6 +45,23 @@ def may_read(
     return present & (document_of_token == document_of_chunk[..., None])
 
 
+def checked_neighbor_mask(
+    neighbor_ids: Int[Tensor, "..."], neighbor_mask: Tensor | None, batch_size: int, length: int, chunk_len: int
+) -> Bool[Tensor, "b l k r"]:
+    """The mask of neighbors given for [b, n] tokens, all True by default; ValueError for shapes that do not fit."""
+    num_chunks = length // chunk_len
+    if neighbor_ids.ndim != 4 or neighbor_ids.shape[:2] != (batch_size, num_chunks):
+        raise ValueError(
+            f"neighbor_ids has shape {list(neighbor_ids.shape)}; it must be [b, l, k, r] = "
+            f"[{batch_size}, {num_chunks}, k, r], one row for each whole chunk of {chunk_len} tokens."
+        )
+    if neighbor_mask is None:
+        return torch.ones_like(neighbor_ids, dtype=torch.bool)
+    if neighbor_mask.shape != neighbor_ids.shape:
+        raise ValueError(f"neighbor_mask has shape {list(neighbor_mask.shape)}, neighbor_ids another.")
+    return neighbor_mask.bool()
+
+
 class ChunkedCrossAttention(nn.Module):
     """CCA(H, E): for each attending chunk one softmax over the k * r tokens of its neighbors.
 

@@ -16,6 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.generation import RetrievalGeneration
+from retro.modules.cross_attention import checked_neighbor_mask
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import SLICE_TOKENS, linear_cross_entropy
 from retro.padding import align_left, align_right
@@ -155,7 +156,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         inputs = {"input_ids": input_ids, **kwargs, **self._masks(attention_mask, document_ids), "use_cache": False}
         reading = None
         if neighbor_ids is not None:
-            mask = _checked_mask(tokens, neighbor_ids, neighbor_mask, self.config.chunk_len)
+            mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, *tokens.shape[:2], self.config.chunk_len)
             reading = self._reading(input_ids, neighbor_ids, mask, attention_mask, document_ids)
             bind_checkpoints(self.base)
         return self._run(inputs, reading, labels, return_logits, padding)
@@ -371,20 +372,6 @@ def _refuse_cache(kwargs: dict[str, Any]) -> None:
         raise ValueError("past_key_values is given beside neighbors; with neighbors every run is over the whole text.")
     if kwargs.pop("use_cache", None):
         raise ValueError("use_cache is true beside neighbors; with neighbors every run is over the whole text.")
-
-
-def _checked_mask(tokens: Tensor, neighbor_ids: Tensor, neighbor_mask: Tensor | None, chunk_len: int) -> Tensor:
-    b, num_chunks = tokens.shape[0], tokens.shape[1] // chunk_len
-    if neighbor_ids.ndim != 4 or neighbor_ids.shape[:2] != (b, num_chunks):
-        raise ValueError(
-            f"neighbor_ids has shape {list(neighbor_ids.shape)}; it must be [b, l, k, r] = "
-            f"[{b}, {num_chunks}, k, r], one row for each whole chunk of {chunk_len} tokens."
-        )
-    if neighbor_mask is None:
-        return torch.ones_like(neighbor_ids, dtype=torch.bool)
-    if neighbor_mask.shape != neighbor_ids.shape:
-        raise ValueError(f"neighbor_mask has shape {list(neighbor_mask.shape)}, neighbor_ids another.")
-    return neighbor_mask.bool()
 
 
 def _loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
