@@ -43,6 +43,7 @@ setup(
         "protobuf>=4",
         "safetensors>=0.5",
         "numpy>=1.26",
+        "scipy>=1.11",
         "pyarrow>=17",
         "PyYAML>=6",
         "jsonargparse>=4.40",

@@ -202,7 +202,7 @@ def parameter_groups(
 
 def training_windows(settings: TrainSettings, store: Store, retrieved_len: int) -> Windows:
     """The windows of the store to train on."""
-    table = open_neighbors(store, k=settings.num_neighbors) if settings.retrieval else None
+    table = open_neighbors(store, k=settings.num_neighbors, index=settings.index) if settings.retrieval else None
     return _windows(settings, store, table, store, retrieved_len)
 
 
@@ -216,7 +216,7 @@ def validation_windows(settings: TrainSettings, store: Store, retrieved_len: int
             f"valid_store {settings.valid_store} and store {settings.store} differ in tokenizer or chunk length; "
             "build both with the same"
         )
-    table = open_neighbors(store, queries=valid, k=settings.num_neighbors) if settings.retrieval else None
+    table = open_neighbors(store, valid, settings.num_neighbors, index=settings.index) if settings.retrieval else None
     return _windows(settings, valid, table, store, retrieved_len)
 
 

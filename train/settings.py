@@ -25,6 +25,7 @@ class TrainSettings:
     retrieval: false trains the same decoder as a plain language model: no CCA, no encoder, no neighbors.
     random_neighbors: replace each neighbor by a random chunk of another document: a control.
     num_neighbors: k in training, at most what the neighbor table holds.
+    index: the kind of index whose neighbor table is read ("tfidf" ...); any, the exact one first, if null.
     window_len: n, tokens in a window; a multiple of the store's chunk length m.
     batch_size: windows per process and micro-batch; a step of all processes takes batch_size *
         gradient_accumulation_steps * processes windows.
@@ -47,6 +48,7 @@ class TrainSettings:
     retrieval: bool = True
     random_neighbors: bool = False
     num_neighbors: int = 2
+    index: str | None = None
     window_len: int = 2048
     batch_size: int = 8
     gradient_accumulation_steps: int = 1

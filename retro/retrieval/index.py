@@ -110,7 +110,7 @@ def resolve_kind(kind: str) -> str:
     if kind == "auto":
         return next((name for name in ("scann", "faiss") if _importable(name)), "exact")
     if kind not in KINDS:
-        raise ValueError(f"the index kind must be auto, {', '.join(KINDS)}, not {kind!r}")
+        raise ValueError(f"the index kind must be auto, {', '.join(KINDS)}, tfidf or bm25, not {kind!r}")
     if not _importable(kind):
         remedy = {
             "scann": "pip install scann (Linux)",

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from retro.retrieval.chunks import decode_chunks
-from retro.retrieval.embedder import Embedder, load_embedder
-from retro.retrieval.index import Index, open_index
-from retro.retrieval.neighbors import search_excluding
+from retro.retrieval.embedder import Embedder
+from retro.retrieval.queries import Queries
+from retro.retrieval.search import Searcher, open_searcher
 from retro.retrieval.store import Store
 
 
@@ -48,15 +48,16 @@ class Retriever:
     """Nearest chunks of a store for any text or tokens.
 
     Arguments:
-        index: "auto" (the best index built, else exact search), "exact", "scann", "faiss", or an `Index`.
-        embedder: None loads the one that the store's manifest names; another one is refused.
+        index: "auto" (the best index of keys built, else exact search), "exact", "scann", "faiss", "tfidf", "bm25",
+            several joined by "+" (see retro.retrieval.search), or a `Searcher`.
+        embedder: None loads the one that the store's manifest names, if the index goes by keys; another one is refused.
         num_neighbors, retrieved_len: k and r where a call does not say otherwise.
     """
 
     def __init__(
         self,
         store: Store | str | Path,
-        index: str | Index = "auto",
+        index: str | Searcher = "auto",
         embedder: Embedder | None = None,
         num_neighbors: int = 2,
         retrieved_len: int = 128,
@@ -66,8 +67,7 @@ class Retriever:
                 f"num_neighbors and retrieved_len must be at least 1, not {num_neighbors} and {retrieved_len}"
             )
         self.store = store if isinstance(store, Store) else Store.open(store)
-        self.embedder = embedder_of(self.store, embedder)
-        self.index: Index = open_index(self.store, index) if isinstance(index, str) else index
+        self.index: Searcher = open_searcher(self.store, index, embedder) if isinstance(index, str) else index
         self.num_neighbors, self.retrieved_len = num_neighbors, retrieved_len
         self._document_rows: dict[str, int] | None = None
 
@@ -90,15 +90,14 @@ class Retriever:
         """
         k = self.num_neighbors if num_neighbors is None else num_neighbors
         self._check_k(k)
-        texts = self._texts(queries, mask)
-        excluded = self._excluded(exclude_documents, len(texts))
-        rows = np.full((len(texts), k), -1, np.int64)
-        scores = np.full((len(texts), k), -np.inf, np.float32)
-        asked = np.asarray([q for q, text in enumerate(texts) if text.strip()], np.int64)
+        asked_for = self._queries(queries, mask)
+        excluded = self._excluded(exclude_documents, len(asked_for))
+        rows = np.full((len(asked_for), k), -1, np.int64)
+        scores = np.full((len(asked_for), k), -np.inf, np.float32)
+        asked = np.asarray([q for q, text in enumerate(asked_for.texts) if text.strip()], np.int64)
         if len(asked):
-            keys = self.embedder.embed([texts[q] for q in asked], is_query=True)
             blocked = None if excluded is None else [excluded[q] for q in asked]
-            rows[asked], scores[asked], _ = search_excluding(self.index, self.store, keys, k, blocked)
+            rows[asked], scores[asked], _ = self.index.search(asked_for[asked], k, blocked)
         tokens, token_mask = self.store.values(rows, self.retrieved_len)
         return Neighbors(rows, tokens, token_mask, scores, self.sources(rows))
 
@@ -131,17 +130,17 @@ class Retriever:
                 f"k must be from 1 to the {self.index.num_rows} searchable chunks of {self.store.path}, not {k}"
             )
 
-    def _texts(self, queries: Any, mask: Any) -> list[str]:
+    def _queries(self, queries: Any, mask: Any) -> Queries:
         if isinstance(queries, str):
             raise ValueError("queries must be a list of texts or of token ids, not one text; write [text]")
         if len(queries) and isinstance(queries[0], str):
-            return list(queries)
+            return Queries(self.store.tokenizer, texts=queries)
         lists = queries.tolist() if hasattr(queries, "tolist") else [list(query) for query in queries]
         if mask is not None:
             lists = [
                 [t for t, real in zip(q, m, strict=True) if real] for q, m in zip(lists, mask.tolist(), strict=True)
             ]
-        return decode_chunks(self.store.tokenizer, lists)
+        return Queries(self.store.tokenizer, tokens=lists)
 
     def _excluded(self, names: Sequence[set[str]] | None, num_queries: int) -> list[set[int]] | None:
         """Ids of excluded documents to document rows; ids that the store does not hold exclude nothing."""
@@ -152,19 +151,3 @@ class Retriever:
         if self._document_rows is None:
             self._document_rows = {name: row for row, name in enumerate(self.store.document_ids)}
         return [{self._document_rows[name] for name in wanted if name in self._document_rows} for wanted in names]
-
-
-def embedder_of(store: Store, embedder: Embedder | None = None) -> Embedder:
-    """The given embedder, or the one that the store's manifest names; refused if its fingerprint is not the store's."""
-    if embedder is None:
-        described = store.manifest["embedder"]
-        choices = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
-        if not all(name in described for name in choices):
-            raise ValueError(
-                f"{store.path} was built with an embedder of your own ({described['name']}); give it as embedder="
-            )
-        beside = store.path / described["name"]
-        name = str(beside) if beside.is_dir() else described["name"]
-        embedder = load_embedder(name, **{choice: described[choice] for choice in choices})
-    store.check_embedder(embedder)
-    return embedder

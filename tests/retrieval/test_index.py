@@ -210,7 +210,7 @@ def test_an_index_moves_with_its_store(copy, tmp_path):
 
 
 def test_kinds(monkeypatch):
-    with pytest.raises(ValueError, match="must be auto, exact, scann, faiss, not 'hnsw'"):
+    with pytest.raises(ValueError, match="must be auto, exact, scann, faiss, tfidf or bm25, not 'hnsw'"):
         resolve_kind("hnsw")
     monkeypatch.setattr(index_module, "_importable", lambda kind: kind == "exact")
     assert resolve_kind("auto") == "exact"

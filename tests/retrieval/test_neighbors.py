@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from retro.retrieval import build_neighbors, open_neighbors
-from retro.retrieval import neighbors as neighbors_module
-from retro.retrieval.index import exact_search
+from retro.retrieval import search as search_module
+from retro.retrieval.index import build_index, exact_search
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 
@@ -51,11 +51,10 @@ def test_opened_again_and_cut_to_k(store):
 
 
 @pytest.mark.parametrize("index", ["exact", "auto", "faiss"])
-def test_a_long_book_loses_no_neighbors(tmp_path, tokenizer, index, monkeypatch):
+def test_a_long_book_loses_no_neighbors(tmp_path, tokenizer, index):
     """A book of 10,000 chunks of which every one is nearer to the query than the two other documents."""
     if index == "faiss":
         pytest.importorskip("faiss")
-    monkeypatch.setattr(neighbors_module, "_QUERY_ROWS", 10_100)
     book = " ".join(["w1 w2 w3 w4"] * 10_000)
     store = make_store(tmp_path, [book, "w5 w6 w7", "w8 w9 w10"], tokenizer)
     assert store.num_chunks == 10_003
@@ -63,8 +62,8 @@ def test_a_long_book_loses_no_neighbors(tmp_path, tokenizer, index, monkeypatch)
     if index == "exact":
         rows = build_neighbors(store, 2).rows[[0, 5_000, 10_000]]
     else:
-        engine = neighbors_module.build_index(store, index)
-        rows = neighbors_module.search_excluding(engine, store, keys, 2, [{0}] * 3)[0]
+        engine = build_index(store, index)
+        rows = search_module.search_excluding(engine, store, keys, 2, [{0}] * 3)[0]
     assert np.sort(rows, axis=1).tolist() == [[10_001, 10_002]] * 3
 
 
@@ -90,12 +89,12 @@ def test_over_fetch_is_bounded(store, monkeypatch):
     rows = np.arange(store.num_chunks)
     keys, own = store.keys(rows), [{row} for row in store.document_rows(rows).tolist()]
     poor = Engine(store, 15)
-    found, _, mask = neighbors_module.search_excluding(poor, store, keys, 10, own)
+    found, _, mask = search_module.search_excluding(poor, store, keys, 10, own)
     assert (found < 15).all() and not mask.all() and max(k for _, k in poor.asked) == 18
-    expected = neighbors_module.search_excluding(Engine(store, 10**6), store, keys, 60, own)
-    monkeypatch.setattr(neighbors_module, "_FETCHED_HITS", 500)
+    expected = search_module.search_excluding(Engine(store, 10**6), store, keys, 60, own)
+    monkeypatch.setattr(search_module, "_FETCHED_HITS", 500)
     engine = Engine(store, 10**6)
-    found = neighbors_module.search_excluding(engine, store, keys, 60, own)
+    found = search_module.search_excluding(engine, store, keys, 60, own)
     assert all(q * k <= 500 for q, k in engine.asked) and len({k for _, k in engine.asked}) > 1
     for mine, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(mine, other)

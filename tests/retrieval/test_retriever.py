@@ -68,7 +68,7 @@ def test_excluded_documents(retriever):
 def test_query_and_key_are_embedded_by_the_same_function(retriever):
     store, rows = retriever.store, np.arange(retriever.store.num_chunks)
     np.testing.assert_array_equal(
-        embed_chunks(retriever.embedder, store.tokenizer, store.token_lists(rows)), store.keys(rows)
+        embed_chunks(retriever.index.embedder, store.tokenizer, store.token_lists(rows)), store.keys(rows)
     )
 
 
