@@ -72,7 +72,7 @@ class LexicalIndex:
             found = block @ self._matrix
             for q in range(found.shape[0]):
                 part = slice(found.indptr[q], found.indptr[q + 1])
-                blocked = excluded[start + q] if excluded is not None else ()
+                blocked = set() if excluded is None else excluded[start + q]
                 best, values = self._best(found.indices[part], found.data[part], k, blocked)
                 rows[start + q, : len(best)], scores[start + q, : len(best)] = best, values
 
@@ -169,7 +169,7 @@ def _bm25s() -> Any:
     try:
         import bm25s
     except ImportError:
-        raise ValueError("the index kind bm25 needs bm25s, which is not installed; pip install bm25s") from None
+        raise ValueError("the index kind bm25 needs bm25s, which is not installed; pip install retro-lm[eval]") from None
     return bm25s
 
 

