@@ -170,6 +170,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     retriever = Retriever(store, arguments.index)
     data = prepare(list(read_documents(arguments.data)), store.tokenizer, store.chunk_len, retriever, max(arguments.k))
     sample = Sample(data, store, arguments.window, arguments.seed)
+    sample.starts = sample.starts[: arguments.max_windows]
     print(f"{len(sample.starts)} windows, {sample.num_tokens():,} tokens, {sample.num_bytes():,} bytes")
     table = Table(sample)
     settings = load_settings(RetrofitSettings, arguments.fitted / "config.yaml", [])
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--index", default="auto")
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="prepending takes the first")
     parser.add_argument("--window", type=int, default=512, help="tokens scored in a window")
+    parser.add_argument("--max-windows", type=int, help="the first so many of the documents; default: all")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--prepend", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

@@ -101,9 +101,9 @@ def open_neighbors(
     if not found:
         raise ValueError(
             f"{store.path} has no neighbor table with k >= {k or 1} for {(queries or store).path}; "
-            f"write one with `retro neighbors {store.path} --k {k or 2}`"
+            f"write one with `retro neighbors {store.path} --k {k or 2}"
             + (f" --queries {queries.path}" if queries else "")
-            + (f" --index {index}" if index else "")
+            + (f" --index {index}`" if index else "`")
         )
     best = min(found) if k else max(found, key=lambda item: (item[0], not item[1]))
     return _open(best[2], k or best[0])
