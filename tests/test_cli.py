@@ -17,7 +17,8 @@ from retro.cli import main
 from retro.corpus import package_documents
 
 README = Path(__file__).parents[1] / "README.md"
-VERBS = ("build", "tokenizer", "neighbors", "search", "train", "retrofit", "evaluate", "generate", "demo")
+VERBS = ("build", "tokenizer", "neighbors", "search", "train", "retrofit", "evaluate", "leakage", "sweep")
+VERBS += ("generate", "serve", "demo")
 TINY = [
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
@@ -112,11 +113,11 @@ def test_evaluate(made, capsys, tmp_path):
 
 
 def test_generate_prints_sources(made, capsys, tmp_path):
-    prompt = " ".join(["rearrange the axes of a tensor"] * 20)
+    prompt = " ".join(["rearrange the axes of a tensor"] * 10)
     file = tmp_path / "sample.json"
     run(["generate", made["run"], prompt, "--store", made["store"], "--max-new-tokens", "4", "--json", str(file)])
-    sample, printed = json.loads(file.read_text()), capsys.readouterr().out
-    assert sample["chunks"][0]["neighbors"][0]["title"] in printed
+    (sample,), printed = json.loads(file.read_text())["texts"], capsys.readouterr().out
+    assert sample["chunks"][1]["neighbors"][0]["title"] in printed
     run(["generate", made["run"], prompt, "--no-retrieval", "--max-new-tokens", "4", "--do-sample", "--seed", "1"])
     assert "retrieval is off" in capsys.readouterr().out
 
@@ -140,7 +141,7 @@ def fitted(made):
     for part in (base, tokenizer):
         part.save_pretrained(made["folder"] / "base")
     folder = str(made["folder"] / "fitted")
-    given = [f"base={made['folder'] / 'base'}", f"store={made['store']}", f"output={folder}"]
+    given = [f"base={made['folder'] / 'base'}", f"store={made['store']}", f"output={folder}", "index=null", "num_neighbors=2"]
     run(["retrofit", "retrofit_smollm2", *given, "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1"])
     return folder
 
@@ -151,10 +152,11 @@ def test_a_fitted_model_is_evaluated_and_sampled_from(fitted, made, capsys, tmp_
     result = json.loads(file.read_text())
     assert result["num_neighbors"] == 2 and result["window_len"] == 2048
     assert len({result["bpb"][name] for name in ("retro_off", "retro_on", "retro_on_random")}) == 3
-    prompt = " ".join(["rearrange the axes of a tensor"] * 20)
+    prompt = " ".join(["rearrange the axes of a tensor"] * 10)
     capsys.readouterr()
     run(["generate", fitted, prompt, "--store", made["store"], "--max-new-tokens", "3", "--json", str(file)])
-    assert json.loads(file.read_text())["chunks"][0]["neighbors"][0]["title"] in capsys.readouterr().out
+    (sample,) = json.loads(file.read_text())["texts"]
+    assert sample["chunks"][1]["neighbors"][0]["title"] in capsys.readouterr().out
     run(["generate", fitted, prompt, "--no-retrieval", "--max-new-tokens", "3"])
     assert "retrieval is off" in capsys.readouterr().out
 

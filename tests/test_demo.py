@@ -44,7 +44,7 @@ def test_plot_and_closing_page(tmp_path):
     columns = {"lm": 2.0, "retro_off": 2.5, "retro_on": 1.5, "retro_on_random": 3.0}
     result = {"bpb": columns, "bpb_little_overlap": columns, "documents": 3, "chunks": 9, "chunks_little_overlap": 4}
     result |= {"bytes": 1000, "num_neighbors": 2, "seconds": 120.0, "near_copies_removed": 5}
-    page = closing_page(tmp_path, result, {"prompt": "p", "text": "t", "chunks": []})
+    page = closing_page(tmp_path, result, "a sample")
     assert "25.0% below lm, 40.0% below retro_off, 50.0% below retro_on_random" in page
     assert "removed from the datastore: 5" in page and str(tmp_path / "results.json") in page
 

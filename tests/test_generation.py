@@ -1,11 +1,17 @@
 """generate() with retrieval: the same tokens as a hand-written loop, for single, ragged and beam batches."""
 
+import threading
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
-from retro.attribution import sample_page, sample_text
+from retro.cache import RetroCache
+from retro.generation import RetrievalError
+from tests.searches import Failing, RandomNeighbors
 
 
 @pytest.fixture
@@ -106,11 +112,28 @@ def test_a_generation_config_is_taken_and_left_as_it_was(model, words_retriever)
 
 def test_refuses_what_it_would_ignore(model, words_retriever):
     prompt = torch.tensor([PROMPTS[3]])
-    with pytest.raises(ValueError, match="neighbor_ids is given to generate"):
-        model.generate(prompt, neighbor_ids=torch.zeros(1, 1, 2, 16, dtype=torch.long))
-    for options in ({"num_neighbors": 2}, {"num_neighbors": 0, "retriever": words_retriever}):
+    on = {"retriever": words_retriever}
+    for options in ({"num_neighbors": 2}, {"num_neighbors": 0, **on}):
         with pytest.raises(ValueError, match="num_neighbors is .*; it must be at least 1, beside a retriever"):
             model.generate(prompt, **options)
+    for options, words in (
+        ({"neighbor_mask": torch.ones(1, 1, 2, 16)}, "neighbor_mask is given without neighbor_ids"),
+        ({"neighbor_ids": torch.zeros(1, 2, 16)}, r"neighbor_ids has shape \[1, 2, 16\]; it must be \[b, l, k, r\]"),
+        ({"lookahead": 2}, "lookahead is 2; it must be from 0 to chunk_len - 1 = 7, with a retriever"),
+        ({"lookahead": 8, **on}, "lookahead is 8; it must be from 0 to chunk_len - 1 = 7, with a retriever"),
+        ({"on_retrieval_error": "off"}, "on_retrieval_error is 'off'; give 'raise' or 'off', with a retriever"),
+        ({"on_retrieval_error": "stop", **on}, "on_retrieval_error is 'stop'; give 'raise' or 'off'"),
+        ({"prompt_lookup_num_tokens": 3, **on}, "assisted generation takes tokens back, and with them neighbors"),
+        ({"past_key_values": DynamicCache(), **on}, "past_key_values is a DynamicCache"),
+        ({"document_ids": prompt}, "document_ids"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(prompt, max_new_tokens=3, **options)
+
+
+def test_a_plain_model_refuses_neighbors(make_model, words_retriever):
+    with pytest.raises(ValueError, match="neighbors are asked for, but this model has no CCA layers"):
+        make_model(cca_layers=[]).generate(torch.tensor([PROMPTS[3]]), retriever=words_retriever)
 
 
 def test_off_is_a_plain_model(model, words_retriever):
@@ -123,15 +146,308 @@ def test_off_is_a_plain_model(model, words_retriever):
         assert off[0, 25] == model(torch.tensor([ids])).logits[0, -1].argmax()
 
 
-def test_sample_with_its_sources(model, words_tokenizer, words_retriever):
-    prompt = " ".join(f"w{i}" for i in range(12))
-    sample = sample_text(model, words_tokenizer, prompt, words_retriever, 2, max_new_tokens=8, do_sample=False)
-    assert sample["prompt"] == prompt and sample["chunks"][0]["text"] == " ".join(f"w{i}" for i in range(8))
-    neighbor = sample["chunks"][0]["neighbors"][0]
-    found = words_retriever([sample["chunks"][0]["text"]], 2)
-    assert neighbor["document_id"] == found.sources[0][0].document_id
-    assert neighbor["score"] == pytest.approx(float(found.scores[0, 0]), abs=1e-5)
-    page = sample_page(sample)
-    assert prompt in page and f"{neighbor['title']}, chunk {neighbor['position'] + 1}" in page
-    with pytest.raises(ValueError, match="the prompt has no tokens"):
-        sample_text(model, words_tokenizer, "", words_retriever, 2)
+# The cached run against the whole run at every step, which `use_cache=False` is
+
+
+RAGGED = [1, 3, 7, 8, 9, 16, 21]
+WAYS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+    "beams": {"num_beams": 3},
+    "beams, some returned": {"num_beams": 3, "num_return_sequences": 2, "early_stopping": True},
+    "sampled beams": {"num_beams": 2, "do_sample": True, "temperature": 2.0},
+    "looking ahead": {"lookahead": 3},
+    "looking ahead with beams": {"lookahead": 7, "num_beams": 3},
+    "three neighbors": {"num_neighbors": 3},
+}
+CACHES = {"growing": {}, "static": {"cache_implementation": "static"}, "prompt in pieces": {"prefill_chunk_size": 5}}
+
+
+def ragged(lens: list[int], vocab_size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    longest = max(lens)
+    ids = torch.randint(3, vocab_size, (len(lens), longest), generator=generator)
+    mask = (torch.arange(longest) >= longest - torch.tensor(lens)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def outcome(model, seed: int = 0, **options):
+    torch.manual_seed(seed)
+    return model.generate(**{"max_new_tokens": 19, "do_sample": False, "return_dict_in_generate": True, **options})
+
+
+def ids_of(neighbors: list[list]) -> list[list]:
+    return [[one.ids.tolist() for one in row] for row in neighbors]
+
+
+@pytest.mark.parametrize(
+    ("way", "cache"),
+    [(way, "growing") for way in WAYS]
+    + [(way, cache) for way in ("greedy", "looking ahead with beams") for cache in ("static", "prompt in pieces")],
+)
+def test_cached_equals_whole(way, cache, model, words_tokenizer):
+    vocab_size = len(words_tokenizer)
+    prompts, search = ragged(RAGGED, vocab_size), RandomNeighbors(vocab_size, 16)
+    options = {"retriever": search, **WAYS[way]}
+    whole = outcome(model, **prompts, **options, use_cache=False)
+    cached = outcome(model, **prompts, **options, **CACHES[cache])
+    assert torch.equal(cached.sequences, whole.sequences)
+    assert ids_of(cached["neighbors"]) == ids_of(whole["neighbors"])
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams", "looking ahead", "three neighbors"])
+def test_each_row_is_as_if_alone(way, model, words_tokenizer):
+    vocab_size = len(words_tokenizer)
+    prompts, search = ragged(RAGGED, vocab_size), RandomNeighbors(vocab_size, 16)
+    together = outcome(model, **prompts, retriever=search, **WAYS[way])
+    for i, length in enumerate(RAGGED):
+        alone = outcome(model, input_ids=prompts["input_ids"][i : i + 1, -length:], retriever=search, **WAYS[way])
+        expected = alone.sequences[0].tolist()
+        assert together.sequences[i].tolist()[max(RAGGED) - length :][: len(expected)] == expected
+        count = len(alone["neighbors"][0])
+        assert ids_of(together["neighbors"])[i][:count] == ids_of(alone["neighbors"])[0]
+
+
+def test_off_is_cached_too(model, words_tokenizer):
+    prompts = ragged(RAGGED, len(words_tokenizer))
+    for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}):
+        if "prompt_lookup_num_tokens" in options:
+            prompts = {"input_ids": prompts["input_ids"][-1:].repeat(1, 2)}
+        uncached = {name: x for name, x in options.items() if name == "num_beams"}
+        whole = outcome(model, **prompts, **uncached, use_cache=False)
+        assert torch.equal(outcome(model, **prompts, **options).sequences, whole.sequences)
+
+
+def test_a_token_is_one_step_and_a_chunk_one_search_and_one_encoding(model, words_tokenizer):
+    search, steps, encoded = RandomNeighbors(len(words_tokenizer), 16), [], []
+    model.model.layers[0].register_forward_pre_hook(lambda m, args: steps.append((args[0], tuple(args[1].shape[:2]))))
+    model.model.encoder.register_forward_pre_hook(lambda m, args: encoded.append(tuple(args[0].shape[:2])))
+    model.generate(
+        torch.tensor([PROMPTS[4][:20]] * 2), retriever=search, max_new_tokens=13, eos_token_id=-1, use_cache=True
+    )
+    lengths = [shape for step, shape in steps if step == "extend"]
+    assert lengths == [(2, 20)] + [(2, 1)] * 12
+    assert encoded[0] == (4, 1) and len(encoded) == 3  # two chunks of two rows at once, then 24 and 32
+    assert len(search.asked) == len(set(search.asked))
+
+
+def test_streamer_and_stopping_criteria(model, words_tokenizer):
+    from transformers import StoppingCriteria
+
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, tokens):
+            self.tokens += tokens.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 18)
+
+    streamer, search = Streamer(), RandomNeighbors(len(words_tokenizer), 16)
+    out = model.generate(
+        torch.tensor([PROMPTS[3]]),
+        retriever=search,
+        streamer=streamer,
+        stopping_criteria=[Stop()],
+        max_new_tokens=50,
+        eos_token_id=-1,
+    )
+    assert out.shape[1] == 18 and streamer.ended and streamer.tokens == out[0].tolist()
+
+
+def test_neighbors_given_beforehand(model, words_tokenizer):
+    """They are read as if searched; chunks beyond them have none; beams and samples share those of their prompt."""
+    vocab_size = len(words_tokenizer)
+    prompts, search = ragged([9, 17], vocab_size), RandomNeighbors(vocab_size, 16)
+    generator = torch.Generator().manual_seed(1)
+    given = {
+        "neighbor_ids": torch.randint(3, vocab_size, (2, 3, 2, 16), generator=generator),
+        "neighbor_mask": torch.rand(2, 3, 2, 1, generator=generator).gt(0.3).expand(2, 3, 2, 16),
+    }
+    for options in ({}, {"num_beams": 2, "num_return_sequences": 2}, {"cache_implementation": "static"}):
+        uncached = {name: x for name, x in options.items() if name != "cache_implementation"}
+        whole = outcome(model, **prompts, **given, **uncached, use_cache=False)
+        cached = outcome(model, **prompts, **given, **options)
+        assert torch.equal(cached.sequences, whole.sequences) and "neighbors" not in cached
+    tokens = outcome(model, **prompts, **given, eos_token_id=-1).sequences[:1, 8:]  # the first row: 9 + 19 tokens
+    ids, mask = torch.zeros(1, 3, 2, 16, dtype=torch.long), torch.zeros(1, 3, 2, 16, dtype=torch.bool)
+    ids[:, :3], mask[:, :3] = given["neighbor_ids"][:1], given["neighbor_mask"][:1]
+    with torch.no_grad():
+        for t in range(9, 28):
+            known = {"neighbor_ids": ids[:, : t // 8], "neighbor_mask": mask[:, : t // 8]}
+            assert model(tokens[:, :t], **known).logits[0, -1].argmax() == tokens[0, t]
+    few = {name: x[:, :1] for name, x in given.items()}
+    missing = {"neighbor_ids": given["neighbor_ids"], "neighbor_mask": given["neighbor_mask"].clone()}
+    missing["neighbor_mask"][:, 1:] = False
+    assert torch.equal(outcome(model, **prompts, **few).sequences, outcome(model, **prompts, **missing).sequences)
+    with pytest.raises(ValueError, match="neighbor_ids has 2 rows, and there are 1 prompts"):
+        model.generate(torch.tensor([PROMPTS[3]]), **given)
+    with pytest.raises(ValueError, match="a retriever and neighbor_ids are both given"):
+        model.generate(**prompts, **given, retriever=search)
+
+
+def test_going_on_from_a_cache(model, words_tokenizer):
+    """Another call with the whole text so far: retrieval may be on, off or with another k in each."""
+    search = RandomNeighbors(len(words_tokenizer), 16)
+    options = dict(eos_token_id=-1, max_new_tokens=11)
+    prompt = torch.tensor([PROMPTS[3]])
+    once = outcome(model, input_ids=prompt, retriever=search, **options | {"max_new_tokens": 22})
+    first = outcome(model, input_ids=prompt, retriever=search, **options)
+    second = outcome(
+        model, input_ids=first.sequences, retriever=search, past_key_values=first.past_key_values, **options
+    )
+    assert torch.equal(second.sequences, once.sequences)
+    assert ids_of(second["neighbors"]) == ids_of(once["neighbors"])
+    off = outcome(model, input_ids=second.sequences, past_key_values=second.past_key_values, **options)
+    on = outcome(
+        model,
+        input_ids=off.sequences,
+        past_key_values=off.past_key_values,
+        retriever=search,
+        num_neighbors=1,
+        **options,
+    )
+    text = on.sequences
+    chunks = text[0, :48].view(6, 8).tolist()
+    found = [search([chunk], k) for chunk, k in zip(chunks, [2, 2, 2, 2, 2, 1], strict=True)]
+    ids, mask = torch.zeros(1, 6, 2, 16, dtype=torch.long), torch.zeros(1, 6, 2, 16, dtype=torch.bool)
+    for u, one in enumerate(found):
+        k = one.tokens.shape[1]
+        ids[0, u, :k], mask[0, u, :k] = torch.from_numpy(one.tokens[0]), torch.from_numpy(one.mask[0])
+    mask[0, 3:5] = False  # became whole while retrieval was off
+    with torch.no_grad():
+        for t in range(42, 53):
+            assert model(text[:, :t], ids[:, : t // 8], mask[:, : t // 8]).logits[0, -1].argmax() == text[0, t]
+    with pytest.raises(
+        ValueError, match="attention_mask has 43 columns and input_ids 1; with neighbors give the whole"
+    ):
+        model.generate(text[:, :1], attention_mask=torch.ones(1, 43), retriever=search, past_key_values=RetroCache(8))
+
+
+# When a search fails
+
+
+def test_a_failing_retriever_stops_with_its_reason(model, words_tokenizer):
+    vocab_size = len(words_tokenizer)
+    prompts = ragged([21, 9], vocab_size)
+    second = tuple(prompts["input_ids"][1, -9:-1].tolist())
+    search = Failing(lambda query: query == second, vocab_size, 16)
+    with pytest.raises(RetrievalError, match="retrieval for chunk 1 of row 1 failed: the index is away") as error:
+        model.generate(**prompts, retriever=search, max_new_tokens=4)
+    assert isinstance(error.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_or_goes_on_without_neighbors(lookahead, model, words_tokenizer, caplog):
+    """Only chunks whose own search fails go without; said once."""
+    vocab_size = len(words_tokenizer)
+    prompts = ragged([21, 9], vocab_size)
+    search = Failing(lambda query: sum(query) % 2 == 0, vocab_size, 16)
+    options = dict(retriever=search, on_retrieval_error="off", lookahead=lookahead, eos_token_id=-1)
+    with caplog.at_level("WARNING", logger="retro.generation"):
+        out = outcome(model, **prompts, **options)
+    assert len([r for r in caplog.records if r.name == "retro.generation"]) == 1
+    whole = outcome(model, **prompts, **options, use_cache=False)
+    assert torch.equal(out.sequences, whole.sequences)
+    lost = [bool((one.ids == -1).all() and not one.mask.any()) for row in out["neighbors"] for one in row]
+    assert True in lost and False in lost
+    if not lookahead:
+        chunks = [
+            row[i : i + 8] for row, pad in zip(out.sequences.tolist(), (0, 12), strict=True) for i in range(pad, 33, 8)
+        ]
+        assert [sum(chunk) % 2 == 0 for chunk in chunks] <= lost
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        (lambda found: None, "the retriever gave a NoneType; it must give Neighbors"),
+        (lambda found: found[:0], r"the retriever gave tokens \[0, 2, 16\].*here with q = 1"),
+        (
+            lambda found: replace(found, tokens=found.tokens + 1000),
+            "and the model has 103; is its store made with another",
+        ),
+    ],
+)
+def test_what_a_retriever_may_not_give(gives, words, model, words_tokenizer):
+    search = RandomNeighbors(len(words_tokenizer), 16)
+    with pytest.raises(RetrievalError, match=words):
+        model.generate(torch.tensor([PROMPTS[3]]), retriever=lambda q, num_neighbors: gives(search(q, num_neighbors)))
+
+
+def test_neighbors_of_other_numbers_and_lengths(model, words_tokenizer):
+    """A callable may give fewer, or shorter ones, in some calls."""
+    search = RandomNeighbors(len(words_tokenizer), 16)
+
+    def uneven(queries, num_neighbors):
+        k, r = (1, 9) if int(np.sum(queries)) % 2 else (num_neighbors, 16)
+        found = search(queries, num_neighbors)
+        return replace(found, ids=found.ids[:, :k], tokens=found.tokens[:, :k, :r], mask=found.mask[:, :k, :r])
+
+    prompts = ragged([9], len(words_tokenizer))
+    whole = outcome(model, **prompts, retriever=uneven, use_cache=False, eos_token_id=-1, max_new_tokens=40)
+    assert torch.equal(
+        outcome(model, **prompts, retriever=uneven, eos_token_id=-1, max_new_tokens=40).sequences, whole.sequences
+    )
+
+
+# Looking ahead
+
+
+@pytest.mark.parametrize("lookahead", [1, 3, 7])
+def test_queries_are_known_so_many_tokens_before_the_end(lookahead, model, words_tokenizer):
+    search = RandomNeighbors(len(words_tokenizer), 16)
+    prompt = torch.tensor([PROMPTS[4][:12]])
+    out = outcome(model, input_ids=prompt, retriever=search, lookahead=lookahead, eos_token_id=-1)
+    tokens = out.sequences[0].tolist()  # 12 + 19: chunks end at 8 (in the prompt), 16, 24
+    expected = [tokens[:8]] + [tokens[end - lookahead - 8 : end - lookahead] for end in (16, 24)]
+    assert [list(query) for query in search.asked][:3] == expected  # the next search may have been started
+    assert ids_of(out["neighbors"])[0] == [search([query], 2).ids.tolist() for query in expected]
+
+
+def test_the_first_query_may_be_short(model, words_tokenizer):
+    search = RandomNeighbors(len(words_tokenizer), 16)
+    out = model.generate(torch.tensor([[5], [6]]), retriever=search, lookahead=3, max_new_tokens=9, eos_token_id=-1)
+    assert [list(query) for query in search.asked] == out[:, :5].tolist()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_search_runs_beside_decoding_and_no_thread_stays(fails, model, words_tokenizer):
+    """The tokens after the query are decoded while the search is still under way."""
+    steps, search, overlapped, under_way = [], RandomNeighbors(len(words_tokenizer), 16), [], []
+    model.model.layers[0].register_forward_pre_hook(lambda m, args: steps.append(1) if args[0] == "extend" else None)
+
+    def slow(queries, num_neighbors):
+        assert not under_way, "one at a time"
+        under_way.append(1)
+        if search.asked:  # chunk 2 of 9 + 12 tokens: the prompt, then token 13 starts the search, token 16 needs it
+            deadline = time.monotonic() + 30
+            while len(steps) < 1 + 6 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            overlapped.append(len(steps) >= 1 + 6)
+        under_way.clear()
+        if fails and search.asked:
+            raise ConnectionError("away")
+        return search(queries, num_neighbors)
+
+    options = dict(retriever=slow, lookahead=3, max_new_tokens=12, eos_token_id=-1)
+    if fails:
+        with pytest.raises(RetrievalError, match="chunk 2 of row 0 failed: away"):
+            model.generate(torch.tensor([PROMPTS[3]]), **options)
+    else:
+        model.generate(torch.tensor([PROMPTS[3]]), **options)
+    assert overlapped[0]
+    assert not [t for t in threading.enumerate() if t.name.startswith("retro-retrieval")]
+    if not fails:
+        assert all(name.startswith("retro-retrieval") for name in search.threads)
+
+
+def test_without_looking_ahead_there_is_no_thread(model, words_tokenizer):
+    search = RandomNeighbors(len(words_tokenizer), 16)
+    model.generate(torch.tensor([PROMPTS[3]]), retriever=search, max_new_tokens=12)
+    assert search.threads == {threading.current_thread().name}

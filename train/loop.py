@@ -72,16 +72,18 @@ def setup(
     settings: TrainSettings,
     make_config: Callable[[TrainSettings, Store], PreTrainedConfig],
     model_class: type[PreTrainedModel],
+    make_windows: Callable[[TrainSettings, Store, int], Windows] | None = None,
 ) -> Run:
     """Open the data, make the model or read it from the last checkpoint of the output folder, check that both fit.
 
     make_config: the model's configuration for a store. model_class: makes a model of it, and reads checkpoints.
+    make_windows: what is trained on, from settings, store and r, if not the windows of the store.
     Raises ValueError for data or a checkpoint that do not fit the settings.
     """
     store = Store.open(settings.store)
     check_window(settings.window_len, store.chunk_len)
     config = make_config(settings, store)
-    windows = training_windows(settings, store, config.retrieved_len)
+    windows = (make_windows or training_windows)(settings, store, config.retrieved_len)
     valid = validation_windows(settings, store, config.retrieved_len)
     accelerator, output = make_accelerator(settings), Path(settings.output)
     identity = run_identity(settings, windows, accelerator.num_processes)

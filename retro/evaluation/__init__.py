@@ -7,9 +7,18 @@ _HOME = {
     "EvaluationData": "bits",
     "bits_per_byte": "bits",
     "bits_table": "bits",
+    "perplexity_table": "bits",
     "prepare": "bits",
     "score": "bits",
+    "leakage_table": "leakage",
+    "measure_leakage": "leakage",
     "longest_common_run": "overlap",
+    "Reading": "sweeps",
+    "sweep_datastore": "sweeps",
+    "sweep_models": "sweeps",
+    "sweep_neighbors": "sweeps",
+    "sweep_table": "sweeps",
+    "sweep_tokens": "sweeps",
 }
 __all__ = list(_HOME)
 

@@ -1,13 +1,33 @@
 """Multi-head attention, self or cross, in one call of the fused kernel."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retro.modules.feed_forward import ResidualLinear
-from retro.modules.positions import POSITIONS, RelativePositions, rotate
+from retro.modules.positions import POSITIONS, RelativePositions, turn, turns
+
+
+class Past(NamedTuple):
+    """What self-attention of new tokens needs of the tokens before them.
+
+    update: takes the keys and values of the new tokens and a layer's index, and gives those of all, [b, h, j, dh].
+    positions: of the new tokens, counted as the keys are; turns: the same for rotary positions. mask, is_causal: which
+    keys may be attended. tables: see RelativePositions.
+    """
+
+    update: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    positions: Int[Tensor, " i"]
+    turns: tuple[Tensor, Tensor]
+    mask: Bool[Tensor, "#b 1 i j"] | None
+    is_causal: bool
+    tables: dict
 
 
 class Attention(nn.Module):
@@ -65,40 +85,83 @@ class Attention(nn.Module):
         NaN: the caller discards it. `is_causal` asks for i == j and cannot be combined with `mask`.
         """
         keys = x if keys is None else keys
-        values = keys if values is None else values
         query_positions = _count_from_zero(x) if query_positions is None else query_positions
         key_positions = _count_from_zero(keys) if key_positions is None else key_positions
-        q = rearrange(self.q_proj(x), "b i (h dh) -> b h i dh", h=self.num_heads)
-        k = rearrange(self.k_proj(keys), "b j (h dh) -> b h j dh", h=self.num_key_value_heads)
-        v = rearrange(self.v_proj(values), "b j (h dh) -> b h j dh", h=self.num_key_value_heads)
-        if self.relative is None:
-            q, k = self._rotated(q, query_positions), self._rotated(k, key_positions)
-            out = self._fused(q, k, v, _attendable(mask), is_causal)
-        else:
-            bias = self._relative_bias(q, query_positions, key_positions, _attendable(mask), is_causal)
-            out = self._fused(q + self.relative.content_bias[:, None], k, v, bias, False)
-        return self.o_proj(rearrange(out, "b h i dh -> b i (h dh)"))
+        k, v = self.keys_and_values(keys, keys if values is None else values, key_positions)
+        return self.attend(x, k, v, query_positions, key_positions, attendable(mask), is_causal)
 
-    def _rotated(self, x, positions) -> Tensor:
+    def keys_and_values(
+        self,
+        keys: Float[Tensor, "b j c"],
+        values: Float[Tensor, "b j c"],
+        positions: Int[Tensor, "*#b j"] | tuple[Tensor, Tensor],
+    ) -> tuple[Float[Tensor, "b h j dh"], Float[Tensor, "b h j dh"]]:
+        """What `attend` reads, and a cache may keep: projected, and turned where positions are rotary.
+
+        Positions may be given as `turns` of them.
+        """
+        k, v = (_split(x, self.num_key_value_heads) for x in (self.k_proj(keys), self.v_proj(values)))
+        return k if self.relative is not None else self._rotated(k, positions), v
+
+    def attend(
+        self,
+        x: Float[Tensor, "b i d"],
+        k: Float[Tensor, "b h j dh"],
+        v: Float[Tensor, "b h j dh"],
+        query_positions: Int[Tensor, "*#b i"] | tuple[Tensor, Tensor],
+        key_positions: Int[Tensor, " j"] | None = None,
+        mask: Bool[Tensor, "#b 1 #i j"] | None = None,
+        is_causal: bool = False,
+        tables: dict | None = None,
+    ) -> Float[Tensor, "b i d"]:
+        """Attend what `keys_and_values` gave. Relative positions need `key_positions`; see them for `tables`.
+
+        Each query of `mask` has a key that it may attend, see `attendable`.
+        """
+        q = _split(self.q_proj(x), self.num_heads)
+        if self.relative is None:
+            out = self._fused(self._rotated(q, query_positions), k, v, mask, is_causal)
+        else:
+            bias = self._relative_bias(q, query_positions, key_positions, mask, is_causal, tables)
+            out = self._fused(q + self.relative.content_bias[:, None], k, v, bias, False)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def extend(self, x: Float[Tensor, "b i d"], past: Past, layer: int) -> Float[Tensor, "b i d"]:
+        """Self-attention of new tokens to all so far, in the layer of this index."""
+        positions, key_positions = past.turns, None
+        k, v = past.update(*self.keys_and_values(x, x, positions), layer)
+        if self.relative is not None:
+            positions, key_positions = past.positions, torch.arange(k.shape[2], device=x.device)
+        return self.attend(x, k, v, positions, key_positions, past.mask, past.is_causal, past.tables)
+
+    def _rotated(self, x: Tensor, positions: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """The first `rotary_dim` channels of each head turned by their positions, the rest as they are."""
-        turned = rotate(x[..., : self.rotary_dim], positions, self.rope_theta)
-        return turned if self.rotary_dim == self.head_dim else torch.cat([turned, x[..., self.rotary_dim :]], dim=-1)
+        dim = self.rotary_dim
+        if dim == 0:
+            return x
+        by = positions if isinstance(positions, tuple) else turns(positions, dim, self.rope_theta)
+        return turn(x, *by) if dim == self.head_dim else torch.cat([turn(x[..., :dim], *by), x[..., dim:]], dim=-1)
 
     def _fused(self, q, k, v, mask, is_causal: bool) -> Tensor:
         grouped = self.num_heads != self.num_key_value_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
-    def _relative_bias(self, q, query_positions, key_positions, mask, is_causal: bool) -> Tensor:
+    def _relative_bias(self, q, query_positions, key_positions, mask, is_causal: bool, tables) -> Tensor:
         if is_causal:
             mask = query_positions[:, None] >= key_positions[None, :]
-        bias = self.relative(q, query_positions, key_positions) * self.head_dim**-0.5
+        bias = self.relative(q, query_positions, key_positions, tables) * self.head_dim**-0.5
         return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+
+
+def _split(x: Float[Tensor, "b j d"], heads: int) -> Float[Tensor, "b h j dh"]:
+    """b j (h dh) -> b h j dh. Not by einops, whose every call costs as much as a small product: one token feels it."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _count_from_zero(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device)
 
 
-def _attendable(mask: Bool[Tensor, "b #i j"] | None) -> Bool[Tensor, "b 1 #i j"] | None:
+def attendable(mask: Bool[Tensor, "b #i j"] | None) -> Bool[Tensor, "b 1 #i j"] | None:
     """Add the head axis and open the rows in which nothing may be attended: a softmax over nothing is NaN."""
     return None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:, None]

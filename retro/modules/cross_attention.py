@@ -6,7 +6,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from retro.modules.attention import Attention
+from retro.modules.attention import Attention, attendable
 
 
 def attending_chunks(h: Shaped[Tensor, "b n d"], chunk_len: int) -> Shaped[Tensor, "b l m d"]:
@@ -88,21 +88,48 @@ class ChunkedCrossAttention(nn.Module):
         document_ids: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """What the neighbors add to h. At least one whole chunk is needed."""
-        b, num_chunks, k, r, _ = encoded.shape
-        query_positions, key_positions = cca_positions(self.chunk_len, r, k, h.device)
-        out = self.attention(
+        b, _, k, r, _ = encoded.shape
+        query_positions, _ = cca_positions(self.chunk_len, r, k, h.device)
+        keys, values = self.keys_and_values(rearrange(encoded, "b l k r c -> (b l) k r c"))
+        out = self.attend(
             rearrange(attending_chunks(h, self.chunk_len), "b l m d -> (b l) m d"),
-            keys=rearrange(self._keys(encoded), "b l k r c -> (b l) (k r) c"),
-            values=rearrange(encoded, "b l k r c -> (b l) (k r) c"),
-            query_positions=query_positions,
-            key_positions=key_positions,
-            mask=rearrange(neighbor_mask, "b l k r -> (b l) 1 (k r)"),
+            keys,
+            values,
+            attendable(rearrange(neighbor_mask, "b l k r -> (b l) 1 (k r)")),
+            query_positions,
         )
         out = rearrange(out, "(b l) m d -> b l m d", b=b)
         readable = may_read(neighbor_mask, self.chunk_len, document_ids)
         return in_sequence(out.masked_fill(~readable[..., None], 0.0), h.shape[1])
 
-    def _keys(self, encoded: Float[Tensor, "b l k r c"]) -> Float[Tensor, "b l k r c"]:
+    def keys_and_values(
+        self, encoded: Float[Tensor, "c k r d"]
+    ) -> tuple[Float[Tensor, "c h k r dh"], Float[Tensor, "c h k r dh"]]:
+        """What `attend` reads of the encoded neighbors of c chunks."""
+        k, r = encoded.shape[1:3]
+        _, positions = cca_positions(self.chunk_len, r, k, encoded.device)
+        flat, smeared = (rearrange(x, "c k r d -> c (k r) d") for x in (encoded, self._keys(encoded)))
+        keys, values = self.attention.keys_and_values(smeared, flat, positions)
+        return tuple(rearrange(x, "c h (k r) dh -> c h k r dh", k=k) for x in (keys, values))
+
+    def attend(
+        self,
+        h: Float[Tensor, "c w d"],
+        keys: Float[Tensor, "c h k r dh"],
+        values: Float[Tensor, "c h k r dh"],
+        mask: Bool[Tensor, "c 1 1 kr"] | None,
+        query_positions: Int[Tensor, "*#c w"],
+        tables: dict | None = None,
+    ) -> Float[Tensor, "c w d"]:
+        """What w tokens of each of c attending chunks read; see `cca_positions`. Arbitrary where there is no key."""
+        k, r = keys.shape[2:4]
+        key_positions = None
+        if self.attention.relative is not None:
+            _, key_positions = cca_positions(self.chunk_len, r, k, h.device)
+        keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+        return self.attention.attend(h, keys, values, query_positions, key_positions, mask, tables=tables)
+
+    def _keys(self, encoded: Float[Tensor, "c k r d"]) -> Float[Tensor, "c k r d"]:
         if self.smear is None:
             return encoded
         before = F.pad(encoded[..., :-1, :], (0, 0, 1, 0))

@@ -1,9 +1,11 @@
 """The decoder block: FFW(ATTN(H)), and FFW(CCA(ATTN(H), E)) in the layers of P."""
 
+from collections.abc import Callable
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retro.modules.attention import Attention
+from retro.modules.attention import Attention, Past
 from retro.modules.cross_attention import ChunkedCrossAttention
 from retro.modules.feed_forward import FeedForward
 
@@ -41,6 +43,10 @@ class DecoderBlock(nn.Module):
         """H + ATTN(H), causal; `mask` (True = may attend, causality included) replaces the plain causal mask."""
         return h + self.attention(self.attention_norm(h), mask=mask, is_causal=mask is None)
 
+    def extend(self, h: Float[Tensor, "b n d"], past: Past, layer: int) -> Float[Tensor, "b n d"]:
+        """H + ATTN(H) of new tokens, which attend all so far."""
+        return h + self.attention.extend(self.attention_norm(h), past, layer)
+
     def read(
         self,
         h: Float[Tensor, "b n d"],
@@ -50,6 +56,12 @@ class DecoderBlock(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """H + CCA(H, E)."""
         return h + self.cross_attention(self.cross_attention_norm(h), encoded, neighbor_mask, document_ids)
+
+    def read_held(
+        self, h: Float[Tensor, "b n d"], reader: Callable[[ChunkedCrossAttention, Tensor], Tensor]
+    ) -> Float[Tensor, "b n d"]:
+        """H + CCA(H, E) of new tokens, where a cache holds what CCA reads."""
+        return h + reader(self.cross_attention, self.cross_attention_norm(h))
 
     def feed(self, h: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """H + FFW(H)."""

@@ -12,18 +12,32 @@ POSITIONS = ("rotary", "relative")
 
 
 def rotate(
-    x: Float[Tensor, "b h n dh"], positions: Int[Tensor, " n"], theta: float = 10_000.0
+    x: Float[Tensor, "b h n dh"], positions: Int[Tensor, "*#b n"], theta: float = 10_000.0
 ) -> Float[Tensor, "b h n dh"]:
     """Turn each pair of channels of x by an angle that grows with the position (Su et al. 2021).
 
     The product of a rotated query and a rotated key depends on their distance only. The head size must be even.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = positions.float()[:, None] * frequencies  # [n, dh/2]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turn(x, *turns(positions, x.shape[-1], theta))
+
+
+def turns(
+    positions: Int[Tensor, "*#b n"], dim: int, theta: float = 10_000.0
+) -> tuple[Float[Tensor, "*#b 1 n dim"], Float[Tensor, "*#b 1 n dim"]]:
+    """The cosines and signed sines that `turn` takes, for `dim` channels: (cos, cos) and (-sin, sin)."""
+    half = dim // 2
+    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angles = positions.float()[..., None, :, None] * frequencies  # [*b, 1, n, dim/2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def turn(
+    x: Float[Tensor, "b h n dh"], cos: Float[Tensor, "*#b 1 n dh"], sin: Float[Tensor, "*#b 1 n dh"]
+) -> Float[Tensor, "b h n dh"]:
+    """Turn channels i and i + dh/2 of x together."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def cosine_vectors(distances: Int[Tensor, " t"], dim: int) -> Float[Tensor, "t dim"]:
@@ -48,13 +62,30 @@ class RelativePositions(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(num_heads, head_dim))  # v
 
     def forward(
-        self, q: Float[Tensor, "b h i dh"], query_positions: Int[Tensor, " i"], key_positions: Int[Tensor, " j"]
+        self,
+        q: Float[Tensor, "b h i dh"],
+        query_positions: Int[Tensor, "*#b i"],
+        key_positions: Int[Tensor, " j"],
+        tables: dict | None = None,
     ) -> Float[Tensor, "b h i j"]:
-        """The positional part of the logits, before scaling."""
-        distance = query_positions[:, None] - key_positions[None, :]
-        lowest, highest = distance.min(), distance.max()
-        every = torch.arange(int(lowest), int(highest) + 1, device=q.device)
+        """The positional part of the logits, before scaling. `tables` keeps R c(distance) from one call to the next."""
+        distance = query_positions[..., :, None] - key_positions
+        lowest, highest = int(distance.min()), int(distance.max())
+        logits = (q + self.position_bias[:, None]) @ self._table(lowest, highest, tables)  # [b, h, i, t]
+        index = (distance - lowest)[..., None, :, :]
+        return logits.gather(-1, index.expand(*q.shape[:3], -1))
+
+    def _table(self, lowest: int, highest: int, tables: dict | None) -> Float[Tensor, "h dh t"]:
+        """R c(distance) of each distance from `lowest` to `highest`; what `tables` lacks is made with room to grow."""
+        if tables is None or (torch.is_grad_enabled() and self.proj.weight.requires_grad):
+            return self._project(lowest, highest)
+        first, table = tables.get(id(self), (0, None))
+        if table is None or lowest < first or highest >= first + table.shape[-1]:
+            last = highest if table is None else highest + table.shape[-1]
+            first, table = tables[id(self)] = (min(first, lowest), self._project(min(first, lowest), last))
+        return table[..., lowest - first : highest + 1 - first]
+
+    def _project(self, lowest: int, highest: int) -> Float[Tensor, "h dh t"]:
+        every = torch.arange(lowest, highest + 1, device=self.proj.weight.device)
         table = self.proj(cosine_vectors(every, self.dim).to(self.proj.weight.dtype))
-        table = rearrange(table, "t (h dh) -> h dh t", h=self.num_heads)
-        logits = (q + self.position_bias[:, None]) @ table  # [b, h, i, t]
-        return logits.gather(-1, (distance - lowest).expand(*q.shape[:3], -1))
+        return rearrange(table, "t (h dh) -> h dh t", h=self.num_heads)

@@ -10,6 +10,8 @@ the logits. Hooks, the base and its dtype are not its business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +47,8 @@ class Form(Protocol):
     def update(self, place: Place, h: Float[Tensor, "b n d"], reading: Reading) -> Float[Tensor, "b n d"] | None:
         """What to add to the residual stream h at a place, in any type; None to only look.
 
+        With `reading.cache` h is that of new tokens, and what later ones need is kept there.
+
         The gradient of the whole must flow through what is returned and `reading.state` only. With gradient
         checkpointing a place is computed again, in the backward pass: the same place must do the same work again.
         """
@@ -58,7 +62,7 @@ class Mixture(Protocol):
     """A distribution of a form's own, mixed with the base's."""
 
     def edit(self, logits: Float[Tensor, "b s v"]) -> Float[Tensor, "b s v"]:
-        """The mixture's logits at the last s positions of the text, from the base's and in their type."""
+        """The mixture's logits at the last s positions of the run, from the base's and in their type."""
 
     def log_likelihood(
         self, logits: Float[Tensor, "b s v"], targets: Int[Tensor, "b s"], start: int
@@ -83,6 +87,12 @@ class GatedCrossAttention(nn.Module):
         document_ids: Int[Tensor, "b n"] | None,
     ) -> Float[Tensor, "b n d"]:
         return self.gate.tanh() * self.cross_attention(self.norm(h), encoded, neighbor_mask, document_ids)
+
+    def read_held(
+        self, h: Float[Tensor, "b n d"], reader: Callable[[ChunkedCrossAttention, Tensor], Tensor]
+    ) -> Float[Tensor, "b n d"]:
+        """The same of new tokens, where a cache holds what CCA reads."""
+        return self.gate.tanh() * reader(self.cross_attention, self.norm(h))
 
 
 class PaperForm(nn.Module):
@@ -116,30 +126,51 @@ class PaperForm(nn.Module):
             for layer, cca in self.cca.items():
                 start_cca_from_self_attention(cca, self.config, base, anatomy, int(layer))
 
-    def update(self, place: Place, h: Float[Tensor, "b n d"], reading: Reading) -> Float[Tensor, "b n d"]:
+    def update(self, place: Place, h: Float[Tensor, "b n d"], reading: Reading) -> Float[Tensor, "b n d"] | None:
         cca = self.cca[str(place.layer)]
         h = h.to(cca.gate.dtype)
+        if reading.cache is not None:
+            return self._update_held(place, cca, h, reading)
         if place == self.places[0]:
-            reading.state["encoded"] = self._encode(h, reading)
+            conditions = chunks_of(h, self.config.chunk_len)
+            reading.state["encoded"] = self._encode(
+                reading, reading.neighbor_ids, reading.neighbor_mask, conditions, reading.condition_mask
+            )
         encoded, mask, documents = (
             x if x is None else x.to(h.device)
             for x in (reading.state["encoded"], reading.neighbor_mask, reading.document_ids)
         )
         return cca(h, encoded, mask, documents)
 
+    def _update_held(
+        self, place: Place, cca: GatedCrossAttention, h: Float[Tensor, "b s d"], reading: Reading
+    ) -> Float[Tensor, "b s d"] | None:
+        """With a cache: only neighbors of chunks that the new tokens make whole are encoded."""
+        cache, call = reading.cache, reading.call
+        if place == self.places[0]:
+            conditions = cache.conditions(h, call)
+            if call.found:
+                ids, mask = call.neighbor_ids[:, None], call.neighbor_mask[:, None]
+                call.encoded = self._encode(reading, ids, mask, conditions[:, None])[:, 0]
+        return cca.read_held(h, partial(cache.read, f"cca.{place.layer}", call)) if call.reads else None
+
     def mixture(self, reading: Reading) -> None:
         """None: what there was to say is in the stream."""
 
-    def _encode(self, h: Float[Tensor, "b n d"], reading: Reading) -> Float[Tensor, "b l k r c"]:
-        shares = self.config.encoder_shares_embeddings
-        embedded = reading.embed(reading.neighbor_ids).to(h) if shares else reading.neighbor_ids.to(h.device)
+    def _encode(
+        self,
+        reading: Reading,
+        neighbor_ids: Int[Tensor, "b l k r"],
+        neighbor_mask: Bool[Tensor, "b l k r"],
+        conditions: Float[Tensor, "b l m d"],
+        condition_mask: Bool[Tensor, "b l m"] | None = None,
+    ) -> Float[Tensor, "b l k r c"]:
+        shares, device = self.config.encoder_shares_embeddings, conditions.device
+        embedded = reading.embed(neighbor_ids).to(conditions) if shares else neighbor_ids.to(device)
         if self.encoder_embedding is not None:
             embedded = self.encoder_embedding(embedded)
-        mask = reading.condition_mask
-        condition_mask = None if mask is None else mask.to(h.device)
-        return self.encoder(
-            embedded, reading.neighbor_mask.to(h.device), chunks_of(h, self.config.chunk_len), condition_mask
-        )
+        condition_mask = None if condition_mask is None else condition_mask.to(device)
+        return self.encoder(embedded, neighbor_mask.to(device), conditions, condition_mask)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro.cache import Call, RetroCache
 from retro.retrofit.anatomy import Anatomy, entering, first_tensor, with_first
 
 
@@ -24,15 +25,21 @@ class Place(NamedTuple):
 
 @dataclass
 class Reading:
-    """One run of the base with neighbors. Rows are aligned left: padding, if any, stands at the end."""
+    """One run of the base with neighbors.
+
+    Over whole texts rows are aligned left: padding, if any, stands at the end. With a cache the run is over new tokens
+    only, padding stands at the left, and `call` knows the neighbors.
+    """
 
     form: Any  # a retro.retrofit.forms.Form
     key: object  # whose hooks this reading is for
-    input_ids: Int[Tensor, "b n"] | None
-    neighbor_ids: Int[Tensor, "b l k r"]
-    neighbor_mask: Bool[Tensor, "b l k r"]
+    neighbor_ids: Int[Tensor, "b l k r"] | None = None
+    neighbor_mask: Bool[Tensor, "b l k r"] | None = None
     document_ids: Int[Tensor, "b n"] | None = None
     condition_mask: Bool[Tensor, "b l m"] | None = None  # real tokens of each whole chunk
+    cache: RetroCache | None = None
+    call: Call | None = None
+    keep: int | None = None  # logits of so many last tokens are wanted
     embed: Callable[[Tensor], Tensor] | None = None  # the base's token embeddings
     hidden_after: Callable[[Tensor, Tensor, int], Tensor] | None = None  # the base over other text: see anatomy
     entered: dict[int, Float[Tensor, "b n d"]] = field(default_factory=dict)  # x of each layer

@@ -13,15 +13,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from retro.generation import RetrievalGeneration
+from retro.cache import Call, RetroCache, require_retro_cache
+from retro.generation import OPTIONS, RetrievalGeneration, refuse_assisted
 from retro.modules.cross_attention import checked_neighbor_mask
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import SLICE_TOKENS, linear_cross_entropy
 from retro.padding import align_left, align_right
 from retro.retrofit.anatomy import evaluating, find_anatomy, hidden_after, probe_tokens
 from retro.retrofit.bases import open_base, stored_name
+from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.hooks import Reading, active, add_hooks, bind_checkpoints
@@ -122,6 +125,8 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         attention_mask: Tensor | None = None,
         document_ids: Int[Tensor, "b n"] | None = None,
         return_logits: bool | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats. Without neighbors this is the base's own forward.
@@ -137,16 +142,32 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
                 and a token reads E_u only if all of C_u is in its document. Documents are contiguous.
             return_logits: Whether to give logits. Default: yes, unless training with neighbors and labels; without
                 them the loss is computed in slices where the base's output embeddings allow it.
+            past_key_values: With neighbors, what `use_cache` gave for the tokens before these, or a new RetroCache.
+                `attention_mask` is then for all tokens so far, padded on the left only; `neighbor_ids` holds, for each
+                row, the neighbors of the chunks that these tokens make whole (None: they have none).
+            use_cache: Whether to give `past_key_values`. Default: with neighbors if some are given, else the base's.
             kwargs: As the base takes them: inputs_embeds, position_ids, output_hidden_states, logits_to_keep ...
 
-        Raises ValueError for neighbors that do not fit the tokens, and for a cache beside neighbors.
+        Raises ValueError for neighbors or a cache that do not fit, and for `document_ids` beside a cache.
         """
         if neighbor_ids is None and neighbor_mask is not None:
             raise ValueError("neighbor_mask is given without neighbor_ids.")
-        if neighbor_ids is None and document_ids is None and return_logits is None:
+        cache = past_key_values if isinstance(past_key_values, RetroCache) else None
+        if cache is None and neighbor_ids is None and document_ids is None and return_logits is None:
+            caching = {"past_key_values": past_key_values, "use_cache": use_cache}
+            kwargs |= {name: value for name, value in caching.items() if value is not None}
             return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        _refuse_cache(kwargs)
+        if past_key_values is not None or use_cache:
+            if document_ids is not None:
+                raise ValueError("document_ids is given with a cache; packed documents run without one.")
+            if past_key_values is not None:
+                require_retro_cache(past_key_values)
+            cache = RetroCache(self.config.chunk_len) if cache is None else cache
+            call = cache.begin(*tokens.shape[:2], attention_mask)
+            cache.bring(call, neighbor_ids, neighbor_mask)
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+            return self._run_on(cache, call, inputs, labels, return_logits)
         padding = None if attention_mask is None or attention_mask[:, 0].all() else attention_mask
         if padding is not None:
             input_ids, labels, document_ids, attention_mask = (
@@ -157,7 +178,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         reading = None
         if neighbor_ids is not None:
             mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, *tokens.shape[:2], self.config.chunk_len)
-            reading = self._reading(input_ids, neighbor_ids, mask, attention_mask, document_ids)
+            reading = self._reading(neighbor_ids, mask, attention_mask, document_ids)
             bind_checkpoints(self.base)
         return self._run(inputs, reading, labels, return_logits, padding)
 
@@ -189,6 +210,50 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             attentions=outputs.get("attentions"),
         )
 
+    def _run_on(self, cache: RetroCache, call: Call, inputs, labels, return_logits) -> CausalLMOutputWithPast:
+        """The base over new tokens, with its own cache."""
+        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        keep = inputs.pop("logits_to_keep", 0)
+        alone = keep if isinstance(keep, int) and keep and labels is None else None
+        check_cache(self.base, cache.attention, call, cache.length, any(cache.padding))
+        if inputs.get("position_ids") is None:
+            padding = torch.tensor(cache.padding, device=tokens.device)
+            inputs |= positions_of(self.base, padding, cache.length, call.length)
+        reading = Reading(
+            form=self.form,
+            key=self._key,
+            cache=cache,
+            call=call,
+            keep=alone,
+            embed=self._embed,
+            hidden_after=self.hidden_after,
+        )
+        inputs |= {"past_key_values": cache.attention, "use_cache": True} | ({"logits_to_keep": alone} if alone else {})
+        with active(reading):
+            outputs = self.base(**inputs)
+        if outputs.get("past_key_values") is None:
+            raise ValueError(f"{type(self.base).__name__} gives no key / value cache; run it with use_cache=False.")
+        cache.attention = outputs.past_key_values
+        logits, mixture = outputs.logits if alone is None else outputs.logits[:, -alone:], self._mixture(reading)
+        loss = None
+        if labels is not None and mixture is not None:
+            loss = _mixed_loss(mixture, labels, lambda part: logits[:, part])
+        elif labels is not None:
+            loss = _loss(logits, labels)
+        cache.end(call, inputs.get("input_ids"))
+        if return_logits is False:
+            logits = None
+        elif mixture is not None:
+            logits = mixture.edit(logits)
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=None if logits is None else logits[:, kept],
+            past_key_values=cache,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
     def _mixture(self, reading: Reading | None) -> Mixture | None:
         return None if reading is None else self.form.mixture(reading)
 
@@ -210,7 +275,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             document_ids = document_ids.masked_fill(attention_mask == 0, int(document_ids.max()) + 1)
         return packed_inputs(self.base, self._packing_way, document_ids)
 
-    def _reading(self, input_ids, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> Reading | None:
+    def _reading(self, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> Reading | None:
         m = self.config.chunk_len
         if neighbor_ids.shape[1] == 0:
             return None
@@ -218,7 +283,6 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         return Reading(
             form=self.form,
             key=self._key,
-            input_ids=input_ids,
             neighbor_ids=neighbor_ids,
             neighbor_mask=neighbor_mask,
             document_ids=document_ids,
@@ -237,14 +301,61 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         with active(None):
             return hidden_after(self.base, self.anatomy, ids, mask, layer)
 
-    def generate(self, inputs: Tensor | None = None, *args, retriever=None, num_neighbors: int | None = None, **kwargs):
-        """Hugging Face's generate(), with retrieval at the end of every chunk; without a retriever the base's own.
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """Hugging Face's generate(), with retrieval at the end of every chunk; without neighbors the base's own.
 
         Args: see RetrievalGeneration.generate.
         """
-        if retriever is None and num_neighbors is None:
-            return self.base.generate(inputs, *args, **kwargs)
-        return super().generate(inputs, *args, retriever=retriever, num_neighbors=num_neighbors, **kwargs)
+        own = {name: kwargs.pop(name, default) for name, default in OPTIONS.items()}
+        asked = any(type(own[name]) is not type(default) or own[name] != default for name, default in OPTIONS.items())
+        if asked or isinstance(kwargs.get("past_key_values"), RetroCache):
+            return super().generate(inputs, *args, **own, **kwargs)
+        return self.base.generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        next_sequence_length: int | None = None,
+        past_key_values: RetroCache | None = None,
+        attention_mask: Int[Tensor, "b n"] | None = None,
+        retrieval: Any = None,
+        is_first_iteration: bool = False,
+        tokenizer: Any = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As the base's, with the neighbors of the chunks that the new tokens make whole."""
+        if past_key_values is None:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        else:
+            inputs = self.base.prepare_inputs_for_generation(
+                input_ids,
+                next_sequence_length=next_sequence_length,
+                past_key_values=past_key_values.attention,
+                attention_mask=attention_mask,
+                is_first_iteration=is_first_iteration,
+                **kwargs,
+            )
+            inputs["past_key_values"] = past_key_values
+        new = inputs["input_ids"]
+        return inputs | self._neighbors_of_call(retrieval, new, attention_mask, past_key_values, is_first_iteration)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+        """The base's own, put into a RetroCache."""
+        refuse_assisted(generation_mode, model_kwargs)
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            require_retro_cache(given)
+        self.base._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if given is not None or generation_config.use_cache is False:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            raise ValueError(
+                f"{type(self.base).__name__} keeps no cache that neighbors can go with; generate with use_cache=False."
+            )
+        model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, model_kwargs["past_key_values"])
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self.base._supports_logits_to_keep()
 
     # Weights: which are new, and how they are kept
 
@@ -365,13 +476,6 @@ def _head_is_plain(base: PreTrainedModel) -> bool:
     with evaluating(base):
         hidden, logits = _before_head(base, shorten=False, input_ids=probe_tokens(base), use_cache=False)
         return torch.equal(head(hidden), logits)
-
-
-def _refuse_cache(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("past_key_values", None) is not None:
-        raise ValueError("past_key_values is given beside neighbors; with neighbors every run is over the whole text.")
-    if kwargs.pop("use_cache", None):
-        raise ValueError("use_cache is true beside neighbors; with neighbors every run is over the whole text.")
 
 
 def _loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:

@@ -78,50 +78,109 @@ class PointerForm(nn.Module):
         """Keep the stream as it is here."""
         reading.state[place.layer] = h
 
-    def mixture(self, reading: Reading) -> CopyMixture:
+    def mixture(self, reading: Reading) -> CopyMixture | None:
         """What each token of the text may copy, how likely, and how far it is believed."""
+        if reading.cache is not None:
+            return self._mixture_held(reading)
         neighbor_ids, neighbor_mask, documents = (
             x if x is None else x.to(self.lags.device)
             for x in (reading.neighbor_ids, reading.neighbor_mask, reading.document_ids)
         )
-        m, n = self.config.chunk_len, reading.state[self.last_layer].shape[1]
-        matches = self._matches(reading, neighbor_ids, neighbor_mask)
-        follows, least = neighbor_mask[..., 1:], torch.finfo(matches.dtype).min  # key j has a value, token j + 1
-        no_key = ~rearrange(follows, "b l k r -> b l 1 (k r)")
-        readable = may_read(follows, m, documents)  # [b, l, m]
-        attention = (self.log_sharpness.exp() * matches).masked_fill(no_key, least).softmax(-1) * readable[..., None]
-        best = torch.where(readable, matches.masked_fill(no_key, least).amax(-1), 0.0)
-        tokens = repeat(neighbor_ids[..., 1:], "b l k r -> b l m (k r)", m=m)
-        tokens, attention, best, readable = (
-            in_sequence(x, n) for x in (tokens, attention, best[..., None], readable[..., None])
+        m, (b, num_chunks), n = self.config.chunk_len, neighbor_ids.shape[:2], reading.state[self.last_layer].shape[1]
+        ids, mask = (rearrange(x, "b l k r -> (b l) k r") for x in (neighbor_ids, neighbor_mask))
+        queries = _attending_chunks_with_lags(self._queries(reading), m, num_chunks, self.config.key_lags)
+        readable = may_read(neighbor_mask[..., 1:], m, documents)  # [b, l, m]
+        copied = self._copied(
+            rearrange(queries, "b l t d -> (b l) t d"),
+            self._keys(ids, mask, reading),
+            ids,
+            mask,
+            readable.flatten(0, 1),
         )
-        last = reading.state[self.last_layer].to(attention)
-        belief = self.gate(last, best[..., 0]).masked_fill(~readable[..., 0], -torch.inf)
-        return CopyMixture(tokens, attention, belief, self.gate.likelihood, self.gate.opened())
+        copied = (in_sequence(rearrange(x, "(b l) m c -> b l m c", b=b), n) for x in copied)
+        return self._mixed(*copied, in_sequence(readable[..., None], n), reading)
 
-    def _matches(
-        self, reading: Reading, neighbor_ids: Int[Tensor, "b l k r"], neighbor_mask: Bool[Tensor, "b l k r"]
-    ) -> Float[Tensor, "b l m c"]:
-        """c(t, j) of each token of the attending chunks and each key but a neighbor's last; c = k (r - 1).
+    def _mixture_held(self, reading: Reading) -> CopyMixture | None:
+        """The same for new tokens: of the neighbors the cache holds keys and tokens, of the text the lagged queries."""
+        cache, call, lags = reading.cache, reading.call, self.config.key_lags
+        new = self._queries(reading)
+        before = cache.rows.get("queries", new.new_zeros(new.shape[0], lags, new.shape[2]))
+        queries = torch.cat([before, new], dim=1)
+        cache.rows["queries"] = queries[:, queries.shape[1] - lags :].detach()
+        if reading.keep is not None:
+            call.keep_last(reading.keep)
+        ids = mask = keys = None
+        if call.found:
+            ids, mask = call.neighbor_ids.to(new.device), call.neighbor_mask.to(new.device)
+            keys = self._keys(ids, mask, reading)
+        if call.is_step:
+            return self._mixture_of_step(queries, keys, ids, reading) if call.reads else None
+        parts = call.parts(new.device, reading.keep)
+        if not len(parts.rows):
+            return None
+        given = [cache.of_parts(*x, parts, call) for x in (("keys", keys), ("ids", ids), ("mask", mask))]
+        self._hold(keys, ids, reading)
+        columns = parts.columns[:, :1] + torch.arange(lags + self.config.chunk_len, device=new.device)
+        rows = queries[parts.rows[:, None], columns.clamp(0, queries.shape[1] - 1)]
+        readable = given[2][..., 1:].flatten(1).any(-1)[:, None].expand_as(parts.columns)
+        scattered = (
+            call.scatter(x, parts, reading.keep) for x in (*self._copied(rows, *given, readable), readable[..., None])
+        )
+        return self._mixed(*scattered, reading)
+
+    def _mixture_of_step(self, queries, keys, ids, reading: Reading) -> CopyMixture:
+        cache, call, device = reading.cache, reading.call, queries.device
+        self._hold(keys, ids, reading)
+        keys, ids, mask = (cache.rows[name].to(device) for name in ("keys", "ids", "mask"))
+        readable = mask[..., 1:].flatten(1).any(-1, keepdim=True)
+        if call.unread is not None:
+            readable = readable & ~call.unread.to(device)[:, None]
+        copied = self._copied(queries, keys, ids, mask, readable)
+        return self._mixed(*copied, readable[..., None], reading)
+
+    def _hold(self, keys: Tensor | None, ids: Tensor | None, reading: Reading) -> None:
+        if keys is not None:
+            reading.cache.hold("keys", keys, reading.call)
+            reading.cache.hold("ids", ids, reading.call)
+
+    def _queries(self, reading: Reading) -> Float[Tensor, "b n d"]:
+        return F.normalize(self.query(reading.state[self.config.key_layer].to(self.lags)), dim=-1)
+
+    def _keys(
+        self, neighbor_ids: Int[Tensor, "c k r"], neighbor_mask: Bool[Tensor, "c k r"], reading: Reading
+    ) -> Float[Tensor, "c k r d"]:
+        read = reading.hidden_after(neighbor_ids.flatten(0, 1), neighbor_mask.flatten(0, 1), self.config.key_layer)
+        keys = F.normalize(self.key(read.to(self.lags)), dim=-1)
+        return rearrange(keys, "(c k) r d -> c k r d", k=neighbor_ids.shape[1])
+
+    def _copied(
+        self,
+        queries: Float[Tensor, "c t d"],
+        keys: Float[Tensor, "c k r d"],
+        neighbor_ids: Int[Tensor, "c k r"],
+        neighbor_mask: Bool[Tensor, "c k r"],
+        readable: Bool[Tensor, "c w"],
+    ) -> tuple[Int[Tensor, "c w j"], Float[Tensor, "c w j"], Float[Tensor, "c w 1"]]:
+        """Tokens that w = t - lags tokens may copy, how likely, and the best match; j = k (r - 1).
 
         Lags never cross the beginning of a neighbor. Nor that of the text or document, since they are fewer than the
         tokens of a chunk: a token that reads E_u has all of C_u before it.
         """
-        m, (b, num_chunks, k, _) = self.config.chunk_len, neighbor_ids.shape
-        read = reading.hidden_after(neighbor_ids.flatten(0, 2), neighbor_mask.flatten(0, 2), self.config.key_layer)
-        keys = F.normalize(self.key(read.to(self.lags)), dim=-1)
-        queries = F.normalize(self.query(reading.state[self.config.key_layer].to(self.lags)), dim=-1)
-        dots = torch.einsum(
-            "bltd, blkrd -> bltkr",
-            _attending_chunks_with_lags(queries, m, num_chunks, len(self.lags) - 1),
-            rearrange(keys, "(b l k) r d -> b l k r d", b=b, k=k),
-        )
-        matches = 0.0
+        w = queries.shape[1] - self.config.key_lags
+        dots, matches = torch.einsum("ctd, ckrd -> ctkr", queries, keys), 0.0
         for lag, weight in enumerate(self.lags):
             start = len(self.lags) - 1 - lag
-            back = F.pad(dots[:, :, start : start + m], (lag, 0))[..., : dots.shape[-1]]
-            matches = matches + weight * back
-        return rearrange(matches[..., :-1], "b l m k r -> b l m (k r)")
+            matches = matches + weight * F.pad(dots[:, start : start + w], (lag, 0))[..., : dots.shape[-1]]
+        matches = rearrange(matches[..., :-1], "c w k r -> c w (k r)")  # key j has a value, token j + 1
+        no_key, least = ~rearrange(neighbor_mask[..., 1:], "c k r -> c 1 (k r)"), torch.finfo(matches.dtype).min
+        attention = (self.log_sharpness.exp() * matches).masked_fill(no_key, least).softmax(-1) * readable[..., None]
+        best = torch.where(readable, matches.masked_fill(no_key, least).amax(-1), 0.0)
+        return repeat(neighbor_ids[..., 1:], "c k r -> c w (k r)", w=w), attention, best[..., None]
+
+    def _mixed(self, tokens, attention, best, readable, reading: Reading) -> CopyMixture:
+        last = reading.state[self.last_layer][:, -tokens.shape[1] :].to(attention)
+        belief = self.gate(last, best[..., 0]).masked_fill(~readable[..., 0], -torch.inf)
+        return CopyMixture(tokens, attention, belief, self.gate.likelihood, self.gate.opened())
 
 
 class CopyGate(nn.Module):

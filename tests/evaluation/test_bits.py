@@ -9,8 +9,9 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.corpus import Document
-from retro.evaluation import bits_per_byte, prepare, score
-from retro.evaluation.bits import _windows
+from retro.evaluation import bits_per_byte, perplexity_table, prepare, score
+from retro.evaluation.bits import _windows, gain, perplexity
+from tests.evaluation.conftest import HELD_OUT
 
 DOCUMENTS = [
     Document("a", "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10"),
@@ -24,11 +25,13 @@ class Uniform(torch.nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, neighbors: int | None = 2):
         super().__init__()
         self.vocab_size = vocab_size
-        text = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=16)
-        self.config = SimpleNamespace(get_text_config=lambda: text, num_neighbors=2)
+        text = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=64)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        if neighbors:
+            self.config.num_neighbors = neighbors
 
     def forward(self, input_ids, **_):
         return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, self.vocab_size))
@@ -46,6 +49,22 @@ def test_hand_computed(words_tokenizer):
     first = np.array([True, False, False])
     assert scores.bits_per_byte(data, first) == pytest.approx(15 / len(" w2 w3 w4"))
     assert math.isnan(scores.bits_per_byte(data, ~np.ones(3, bool)))
+
+
+def test_perplexity_by_hand(words_tokenizer):
+    """10 words, of which 9 are scored at 5 bits each; the text's two newlines are words of their own if asked for."""
+    document = Document("a", "w1 w2 w3 w4\nw5 w6  w7 w8 w9 w10\n")
+    data = prepare([document], words_tokenizer, 4)
+    found = perplexity(score(Uniform(32), data), data)
+    assert found["token"] == pytest.approx(32)
+    assert found["word"] == pytest.approx(32 ** (9 / 10))
+    assert found["word_with_line_ends"] == pytest.approx(32 ** (9 / 12))
+
+
+def test_gain_by_hand(words_tokenizer):
+    """6 bits a token instead of 7 everywhere: a seventh less in every draw of documents."""
+    data = prepare(DOCUMENTS, words_tokenizer, 4)
+    assert gain(score(Uniform(64), data), score(Uniform(128), data), data) == pytest.approx([1 / 7] * 3)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (3, 2), (4, 4), (99, 50)])
@@ -97,6 +116,19 @@ def test_strided_windows_give_at_least_the_context_asked_for(words_tokenizer, ma
         assert bits[chunk] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("limit", ["MAX_LOGITS", "MAX_NEIGHBOR_TOKENS"])
+def test_the_size_of_batches_changes_nothing(
+    limit, words_store, words_tokenizer, words_retriever, make_model, monkeypatch
+):
+    model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
+    data = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
+    expected, rows = score(model, data, "on", words_store, 16, window_len=16).bits, []
+    monkeypatch.setattr(f"retro.evaluation.bits.{limit}", 1)
+    model.register_forward_pre_hook(lambda model, args, given: rows.append(len(given["input_ids"])), with_kwargs=True)
+    np.testing.assert_allclose(score(model, data, "on", words_store, 16, window_len=16).bits, expected, rtol=1e-5)
+    assert set(rows) == {1}
+
+
 def test_neighbors_come_from_other_documents(words_store, words_tokenizer, words_retriever):
     known = Document(words_store.document_ids[0], "w1 w2 w3 w4 w5 w6 w7 w8 w9")
     rows = prepare([known], words_tokenizer, 8, words_retriever, 4).rows
@@ -111,6 +143,30 @@ def test_the_whole_result(words_store, words_tokenizer, words_retriever, make_mo
     assert result["bytes"] == sum(len(d.text) for d in DOCUMENTS) - 3 * 2
     assert result["bpb"]["lm"] == pytest.approx(6 * result["tokens"] / result["bytes"])
     assert len({round(value, 6) for value in result["bpb"].values()}) == 4
+    assert result["perplexity"]["lm"]["token"] == pytest.approx(64)
+    assert result["words"] == 10 + 2 + 45 and result["line_ends"] == 0
+    assert result["stride"] == 16 and result["store_fingerprint"] == words_store.fingerprint
+    assert all(low <= result["bpb"][column] <= high for column, (low, high) in result["interval"].items())
+    assert f"{result['perplexity']['retro_on']['word']:.3f}" in perplexity_table(result)
+
+
+def test_a_plain_lm_alone(words_retriever):
+    result = bits_per_byte(Uniform(64, neighbors=None), DOCUMENTS, words_retriever)
+    assert list(result["bpb"]) == ["lm"] and result["perplexity"]["lm"]["token"] == pytest.approx(64)
+    with pytest.raises(ValueError, match="two plain LMs; leave one out"):
+        bits_per_byte(Uniform(64, neighbors=None), DOCUMENTS, words_retriever, baseline=Uniform(64))
+
+
+def test_off_is_the_base_and_on_is_not(pointer, make_lm, planted_retriever):
+    result = bits_per_byte(pointer, HELD_OUT, planted_retriever, baseline=make_lm())
+    assert result["bpb"]["retro_off"] == pytest.approx(result["bpb"]["lm"], abs=1e-6)
+    assert abs(result["bpb"]["retro_on"] - result["bpb"]["lm"]) > 1e-2
+
+
+def test_a_window_no_longer_than_any_model_reads(words_tokenizer, words_retriever, make_model):
+    """The LM of 64 positions sets the default window of both."""
+    model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
+    assert bits_per_byte(model, DOCUMENTS, words_retriever, baseline=Uniform(64))["window_len"] == 64
 
 
 def test_refusals(words_tokenizer, words_retriever, make_model):
@@ -120,6 +176,8 @@ def test_refusals(words_tokenizer, words_retriever, make_model):
         score(model, data, window_len=20)
     with pytest.raises(ValueError, match="stride is 32, more than window_len 16"):
         score(model, data, window_len=16, stride=32)
+    with pytest.raises(ValueError, match="window_len is 128, more than the 64 positions of the model"):
+        score(Uniform(64), data, window_len=128)
     with pytest.raises(ValueError, match="it needs data prepared with a retriever, and store="):
         score(model, data, "on")
     with pytest.raises(ValueError, match="choose one of off, on, random"):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import retro
 from retro.retrieval import build
@@ -406,10 +406,6 @@ def test_forward_refuses(make_fitted, make_neighbors):
         model(IDS, neighbors["neighbor_ids"][:, :2])
     with pytest.raises(ValueError, match="neighbor_mask is given without neighbor_ids"):
         model(IDS, neighbor_mask=neighbors["neighbor_mask"])
-    with pytest.raises(ValueError, match="use_cache is true beside neighbors"):
-        model(IDS, **neighbors, use_cache=True)
-    with pytest.raises(ValueError, match="past_key_values is given beside neighbors"):
-        model(IDS, **neighbors, past_key_values=DynamicCache())
 
 
 @forms

@@ -1,0 +1,11 @@
+"""What else could be done with the same store, over the same tokens. See `measure_baselines`."""
+
+from retro.evaluation.baselines.table import (
+    METHODS,
+    BaselineSettings,
+    baselines_rows,
+    baselines_table,
+    measure_baselines,
+)
+
+__all__ = ["METHODS", "BaselineSettings", "baselines_rows", "baselines_table", "measure_baselines"]

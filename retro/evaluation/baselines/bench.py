@@ -1,0 +1,278 @@
+"""Running the methods over a sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from retro.data import random_rows
+from retro.evaluation.baselines import costs, ensembles, knn
+from retro.evaluation.baselines.methods import BaselineSettings, num_positions
+from retro.evaluation.baselines.oracle import oracle_rows
+from retro.evaluation.baselines.prompting import (
+    Found,
+    Spans,
+    documents_of,
+    search_spans,
+    spans_of,
+    texts_with_documents,
+)
+from retro.evaluation.baselines.readers import log_likelihoods, log_likelihoods_with_neighbors
+from retro.evaluation.baselines.sample import Sample
+from retro.retrieval import Retriever
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a method made of the targets, log p and ids of each, and what that took.
+
+    seconds: of reading. search_seconds, search_flops: of `searches`. chosen: what was tuned or resolved for it.
+    """
+
+    log_p: Float[np.ndarray, " t"]
+    targets: Int[np.ndarray, " t"]
+    seconds: float = 0.0
+    search_seconds: float = 0.0
+    searches: int = 0
+    flops: int = 0
+    search_flops: int = 0
+    store_bytes: int = 0
+    chosen: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ReadApart:
+    """A sample read with one document in front at a time: log p with each (0 where a span has fewer), which documents
+    there are, and their scores. A span that found nothing has one empty document."""
+
+    spans: Spans
+    log_p: Float[np.ndarray, "t k"]
+    present: Bool[np.ndarray, "s k"]
+    scores: Float[np.ndarray, "s k"]
+    cost: Scored
+
+    def mixed(self, mixture: Callable, temperature: float) -> Float[np.ndarray, " t"]:
+        """log p under `token_mixture` or `sequence_mixture`."""
+        weights = ensembles.log_weights(self.scores, self.present, temperature)
+        return mixture(self.log_p, weights, self.spans.of_target)
+
+
+class Bench:
+    """Models, store and settings of a measurement, and what several methods share: searches, readings, keys.
+
+    Shared work is done once, and told in every row that needs it. excluded: ids of documents that kNN-LM leaves out.
+    settings: `resolved`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reader: Any,
+        retriever: Retriever,
+        settings: BaselineSettings,
+        excluded: list[str],
+        progress: bool = False,
+    ):
+        self.model, self.reader, self.retriever, self.settings = model, reader, retriever, settings
+        self.store, self.excluded, self.progress = retriever.store, excluded, progress
+        self._done: dict[tuple, Any] = {}
+
+    def run(self, name: str, sample: Sample, tuning: Sample | None = None) -> Scored:
+        """One method by its name. tuning: a sample of validation documents."""
+        kind, _, neighbors = name.partition("retro_on")
+        if name in ("rag_token", "rag_sequence"):
+            return self._rag(name, sample)
+        if not kind:
+            return self._retro_on(neighbors.lstrip("_"), sample)
+        own = {"lm": self._lm, "retro_off": self._retro_off, "prepend": self._prepend}
+        return own[name](sample) if name in own else {"replug": self._replug, "knn_lm": self._knn}[name](sample, tuning)
+
+    # the reader alone
+
+    def _lm(self, sample: Sample) -> Scored:
+        return self._lm_with_states(sample)[0]
+
+    def _lm_with_states(self, sample: Sample) -> tuple[Scored, Float[np.ndarray, "t d"]]:
+        read = lambda: self._read(sample.texts, sample.places, "LM", hidden=True)  # noqa: E731
+        return self._shared(("lm", id(sample)), read)
+
+    def _read(self, texts: list, places: list, label: str, hidden: bool = False) -> tuple[Scored, Any]:
+        started = time.perf_counter()
+        log_p, targets, states = log_likelihoods(self.reader, texts, places, self._bar(label), hidden)
+        lengths = zip(texts, places, strict=True)
+        work = sum(costs.lm_flops(self.reader, len(text), len(place)) for text, place in lengths)
+        return Scored(log_p, targets, time.perf_counter() - started, flops=work), states
+
+    # RETRO
+
+    def _retro_off(self, sample: Sample) -> Scored:
+        return self._retro(sample, None)
+
+    def _retro_on(self, neighbors: str, sample: Sample) -> Scored:
+        """neighbors: "" the retriever's, "random", "oracle", or a kind of index."""
+        if neighbors == "random":
+            return replace(self._retro(sample, self._random(sample)), store_bytes=costs.text_bytes(self.store))
+        kind = "tfidf" if neighbors == "oracle" else neighbors
+        retriever = self._retriever(kind)
+        if neighbors == "oracle":
+            given = self.settings.num_neighbors, self.settings.oracle_candidates, self.retriever.retrieved_len
+            rows, seconds = _timed(lambda: oracle_rows(sample, retriever, *given))
+        else:
+            rows, seconds = self._shared(("rows", kind, id(sample)), lambda: _timed(self._rows, sample, retriever))
+        scored = self._retro(sample, rows)
+        spans, asked = spans_of(sample, sample.data.chunk_len, 1), int((np.diff(sample.data.documents) == 0).sum())
+        return self._with_searches(scored, spans, seconds / max(1, asked), retriever)
+
+    def _rows(self, sample: Sample, retriever: Retriever) -> Int[np.ndarray, "c k"]:
+        """The neighbors of every chunk that has another after it in its window."""
+        data, k = sample.data, self.settings.num_neighbors
+        at = np.flatnonzero(np.diff(data.documents, append=-1) == 0)
+        names = [{data.document_ids[window]} for window in data.documents[at]]
+        rows = np.full((len(data.tokens), k), -1, np.int64)
+        rows[at] = retriever(data.tokens[at], k, exclude_documents=names, mask=data.mask[at]).ids
+        return rows
+
+    def _random(self, sample: Sample) -> Int[np.ndarray, "c k"]:
+        """As many, each a random chunk of the store."""
+        rows, _ = self._shared(("rows", "", id(sample)), lambda: _timed(self._rows, sample, self.retriever))
+        chunks = np.arange(len(rows))
+        drawn = random_rows(self.store, chunks, np.full_like(chunks, -1), rows.shape[1], self.settings.seed)
+        return np.where(rows >= 0, drawn, -1)
+
+    def _retro(self, sample: Sample, rows: np.ndarray | None) -> Scored:
+        """OFF for rows None."""
+        m, of_window = sample.data.chunk_len, None
+        if rows is not None:
+            windows = zip(sample.first_chunk, sample.texts, strict=True)
+            of_window = [rows[first : first + len(text) // m] for first, text in windows]
+        values = lambda at: self.store.values(at, self.retriever.retrieved_len)  # noqa: E731
+        given = self.model, sample.texts, sample.places, of_window, values, self._bar("RETRO")
+        (log_p, targets), seconds = _timed(lambda: log_likelihoods_with_neighbors(*given))
+        k = 0 if rows is None else rows.shape[1]
+        work = sum(costs.retro_flops(self.model, len(text), len(text), k) for text in sample.texts)
+        return Scored(log_p, targets, seconds, flops=work)
+
+    # retrieved text in front
+
+    def _prepend(self, sample: Sample) -> Scored:
+        spans, found = self._searched(sample, self.settings.retrieval_stride)
+        started = time.perf_counter()
+        documents = documents_of(
+            self.store, found.rows[:, : self.settings.prompt_neighbors], self.retriever.retrieved_len
+        )
+        texts, places = texts_with_documents(sample, spans, documents, num_positions(self.reader))
+        scored, _ = self._read(texts, places, "prepended")
+        chosen = {"neighbors": self.settings.prompt_neighbors, "retrieval_stride": self.settings.retrieval_stride}
+        scored = replace(scored, seconds=time.perf_counter() - started, chosen=chosen)
+        return self._with_searches(scored, spans, found.seconds / max(1, spans.num_searches), self.retriever)
+
+    def _replug(self, sample: Sample, tuning: Sample | None) -> Scored:
+        stride, temperature = self.settings.retrieval_stride, self.settings.temperature
+        if tuning is not None:
+            apart = self._apart(tuning, stride)
+            bits = {t: -apart.mixed(ensembles.token_mixture, t).sum() for t in self.settings.replug_temperatures}
+            temperature = min(bits, key=bits.get)
+        apart = self._apart(sample, stride)
+        chosen = {"temperature": temperature, "on_validation": tuning is not None, "retrieval_stride": stride}
+        return replace(apart.cost, log_p=apart.mixed(ensembles.token_mixture, temperature), chosen=chosen)
+
+    def _rag(self, name: str, sample: Sample) -> Scored:
+        mixture = {"rag_token": ensembles.token_mixture, "rag_sequence": ensembles.sequence_mixture}[name]
+        apart = self._apart(sample, sample.data.chunk_len)
+        return replace(apart.cost, log_p=apart.mixed(mixture, 1.0))
+
+    def _apart(self, sample: Sample, stride: int) -> ReadApart:
+        return self._shared(("apart", id(sample), stride), lambda: self._read_apart(sample, stride))
+
+    def _read_apart(self, sample: Sample, stride: int) -> ReadApart:
+        spans, found = self._searched(sample, stride)
+        started = time.perf_counter()
+        documents = documents_of(self.store, found.rows, self.retriever.retrieved_len)
+        present = found.rows >= 0  # a prefix: the nearest first
+        scores = np.where(present, found.scores, 0.0)
+        present[:, 0] = True
+        log_p, flops = np.zeros((len(sample.targets), present.shape[1])), 0
+        for d in range(present.shape[1]):
+            alone = [of_span[d : d + 1] for of_span in documents]
+            texts, places = texts_with_documents(sample, spans, alone, num_positions(self.reader))
+            chosen = np.flatnonzero(present[:, d])
+            if len(chosen):
+                read, _ = self._read([texts[s] for s in chosen], [places[s] for s in chosen], f"document {d + 1}")
+                at = present[spans.of_target, d]
+                assert np.array_equal(read.targets, sample.targets[at]), "each document stands before its own span"
+                log_p[at, d] = read.log_p
+                flops += read.flops
+        cost = Scored(log_p[:, 0], sample.targets, time.perf_counter() - started, flops=flops)
+        cost = self._with_searches(cost, spans, found.seconds / max(1, spans.num_searches), self.retriever)
+        return ReadApart(spans, log_p, present, scores, cost)
+
+    def _searched(self, sample: Sample, stride: int) -> tuple[Spans, Found]:
+        """RAG, whose stride is a chunk, asks with the same number of tokens as the others."""
+
+        def search() -> tuple[Spans, Found]:
+            spans = spans_of(sample, stride, self.settings.query_len)
+            return spans, search_spans(sample, spans, self.retriever, self.settings.num_neighbors)
+
+        return self._shared(("found", id(sample), stride), search)
+
+    # kNN-LM
+
+    def _knn(self, sample: Sample, tuning: Sample) -> Scored:
+        made, s = self._token_store(), self.settings
+        read, states = self._lm_with_states(tuning)
+        found = made.search(states, max(s.knn_ks), self.progress)
+        best = knn.choose(read.log_p, *found, tuning.targets, made.spread, s.knn_ks, s.knn_temperatures, s.knn_weights)
+        scored, states = self._lm_with_states(sample)
+        (distances, values), seconds = _timed(lambda: made.search(states, best.k, self.progress))
+        of_keys = knn.knn_log_p(distances, values, sample.targets, best.temperature * made.spread)
+        chosen = {"index": made.kind, "tokens": len(made.values), "build_seconds": round(made.build_seconds, 2)}
+        return replace(
+            scored,
+            log_p=knn.interpolated(scored.log_p, of_keys, best.weight),
+            search_seconds=seconds,
+            searches=len(sample.targets),
+            search_flops=len(sample.targets) * made.flops_of_search,
+            store_bytes=made.num_bytes,
+            chosen={**asdict(best), "spread": made.spread} | chosen,
+        )
+
+    def _token_store(self) -> knn.TokenStore:
+        s = self.settings
+        build = lambda: knn.build_token_store(  # noqa: E731
+            self.reader, self.store, s.window_len, s.knn_tokens, self.excluded, s.seed, progress=self.progress
+        )
+        return self._shared(("keys",), build)
+
+    # what methods share
+
+    def _shared(self, key: tuple, make: Callable) -> Any:
+        if key not in self._done:
+            self._done[key] = make()
+        return self._done[key]
+
+    def _retriever(self, kind: str) -> Retriever:
+        return self._shared(("retriever", kind), lambda: Retriever(self.store, kind)) if kind else self.retriever
+
+    def _with_searches(self, scored: Scored, spans: Spans, seconds_each: float, retriever: Retriever) -> Scored:
+        """The cost of what the spans ask for: text that is only read was searched for when it was scored."""
+        searches = spans.num_searches
+        return replace(
+            scored,
+            searches=searches,
+            search_seconds=searches * seconds_each,
+            search_flops=searches * costs.search_flops(retriever.index, self.settings.query_len),
+            store_bytes=costs.text_bytes(self.store) + costs.index_bytes(retriever.index, self.store),
+        )
+
+    def _bar(self, label: str) -> str | None:
+        return label if self.progress else None
+
+
+def _timed(run: Callable, *args: Any) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return run(*args), time.perf_counter() - started

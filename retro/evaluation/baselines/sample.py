@@ -1,0 +1,118 @@
+"""Which tokens are scored: windows of held-out documents, the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from retro.evaluation.bits import ChunkScores, EvaluationData, _windows
+
+Ids = Int[np.ndarray, " _"]  # of a text, each of its own length
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Windows of documents, one after another.
+
+    data: their chunks, each window a document of its own; only what is new in a window is marked as scored, so that
+        bytes and bits are those of the sample. texts: the tokens of each window. places: in each window the positions
+        of the scored tokens. document_of_window: which document each came from, of `document_ids`.
+    """
+
+    data: EvaluationData
+    texts: list[Ids]
+    places: list[Ids]
+    document_of_window: Int[np.ndarray, " w"]
+    document_ids: list[str]
+
+    @cached_property
+    def targets(self) -> Int[np.ndarray, " t"]:
+        """The scored tokens of all windows."""
+        return np.concatenate([text[places] for text, places in zip(self.texts, self.places, strict=True)])
+
+    @cached_property
+    def first_chunk(self) -> Int[np.ndarray, " w"]:
+        """Where each window begins in `data`."""
+        return np.searchsorted(self.data.documents, np.arange(len(self.texts)))
+
+    @cached_property
+    def by_document(self) -> EvaluationData:
+        """`data` with the chunks of all windows of a document together under its id: what intervals are drawn over."""
+        numbers = self.document_of_window[self.data.documents]
+        return replace(self.data, documents=numbers, document_ids=self.document_ids)
+
+    def chunk_scores(self, log_p: Float[np.ndarray, " t"], elapsed_seconds: float = 0.0) -> ChunkScores:
+        """Bits of each chunk from the log-probabilities of the scored tokens."""
+        firsts = zip(self.first_chunk, self.places, strict=True)
+        chunks = np.concatenate([first + places // self.data.chunk_len for first, places in firsts])
+        bits = np.bincount(chunks, -log_p / np.log(2), minlength=len(self.data.tokens))
+        return ChunkScores(bits, elapsed_seconds)
+
+
+def draw_sample(
+    data: EvaluationData, window_len: int, stride: int, windows_per_document: int | None = None, seed: int = 0
+) -> Sample:
+    """Windows as `score` lays them, or so many of each document, drawn without replacement.
+
+    Raises ValueError if a window would have no token before those it scores.
+    """
+    if stride >= window_len:
+        raise ValueError(
+            f"stride is {stride} and window_len {window_len}, so that windows start with nothing to read; "
+            "give a smaller stride."
+        )
+    if windows_per_document is not None and windows_per_document < 1:
+        raise ValueError(f"windows_per_document is {windows_per_document}; give at least 1.")
+    every = np.asarray(list(_windows(data, window_len // data.chunk_len, stride // data.chunk_len)))  # [w, 3]
+    every = every[_scores_any(data, every)]
+    return _cut(data, every[_drawn(data.documents[every[:, 0]], windows_per_document, seed)])
+
+
+def _scores_any(data: EvaluationData, windows: np.ndarray) -> np.ndarray:
+    """False for a window in which only an end of text is new."""
+    return np.asarray([bool(data.scored[first_new:stop].any()) for _, stop, first_new in windows], bool)
+
+
+def _drawn(documents: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """Up to `count` places of each document, ascending; a document's draw does not depend on the others."""
+    chosen = []
+    for document in np.unique(documents):
+        places = np.flatnonzero(documents == document)
+        if count is not None and len(places) > count:
+            places = np.random.default_rng([seed, int(document)]).choice(places, count, replace=False)
+        chosen.append(np.sort(places))
+    return np.concatenate(chosen)
+
+
+def _cut(data: EvaluationData, windows: Int[np.ndarray, "w 3"]) -> Sample:
+    chunks = [np.arange(start, stop) for start, stop, _ in windows]
+    new = np.concatenate([at >= first for at, (_, _, first) in zip(chunks, windows, strict=True)])
+    flat, numbers = np.concatenate(chunks), np.repeat(np.arange(len(windows)), [len(at) for at in chunks])
+    sources, zeros = data.documents[windows[:, 0]], np.zeros(len(windows), np.int64)
+    cut = EvaluationData(
+        tokens=data.tokens[flat],
+        lens=data.lens[flat],
+        num_bytes=data.num_bytes[flat],
+        scored=data.scored[flat] & new[:, None],
+        documents=numbers,
+        rows=None,
+        leak_rows=None,
+        overlap=None,
+        document_ids=[data.document_ids[source] for source in sources],
+        words=zeros,
+        line_ends=zeros,
+    )
+    parts = [numbers == window for window in range(len(windows))]
+    texts = [cut.tokens[part][cut.mask[part]] for part in parts]
+    places = [np.flatnonzero(cut.scored[part][cut.mask[part]]) for part in parts]
+    assert all(len(place) and place[0] > 0 for place in places), "every scored token has one before it"
+    return Sample(cut, texts, places, sources, data.document_ids)
+
+
+def check_targets(sample: Sample, targets: Sequence[int] | np.ndarray) -> None:
+    """What a method scored is what every method scores."""
+    assert np.array_equal(sample.targets, targets), "a method scored other tokens than those of the sample"

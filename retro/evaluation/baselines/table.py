@@ -1,0 +1,210 @@
+"""One table of what can be done with a store: every row over the same target tokens, each with its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from retro.corpus import Document
+from retro.evaluation.baselines.bench import Bench, Scored
+from retro.evaluation.baselines.methods import METHODS, BaselineSettings, plan, resolved
+from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
+from retro.evaluation.bits import (
+    LEAKAGE_NEIGHBORS,
+    LITTLE_OVERLAP,
+    ChunkScores,
+    _overlap,
+    bpb_interval,
+    gain,
+    measured_with,
+    neighbors_of,
+    prepare,
+    reads_neighbors,
+    window_of,
+)
+from retro.retrieval import Retriever
+from retro.settings import to_plain
+
+
+def measure_baselines(
+    model: Any,
+    documents: Sequence[Document],
+    retriever: Retriever,
+    reader: Any = None,
+    validation: Sequence[Document] | None = None,
+    settings: BaselineSettings | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Bits per byte and cost of every method over the same windows of held-out documents.
+
+    Args:
+        model: One that reads neighbors, or a plain LM, which is then the reader.
+        retriever: Its `retrieved_len` is that of the model, where the model has one.
+        reader: The plain LM of the first row, which reads prompts; None: the base of a RETRO-fitted model.
+        validation: Documents on which kNN-LM and REPLUG choose; none of them is in `documents`.
+
+    Gives {"rows": one for each method, see `_row`; "tokens", "bytes", "windows", "documents", "chunks_little_overlap",
+    "window_len", "stride", "settings", "validation_tokens", and what it was measured with}. Raises ValueError, before
+    any work, for a method that cannot run with what is given.
+    """
+    settings = BaselineSettings() if settings is None else settings
+    model, reader = _roles(model, reader, retriever)
+    k = neighbors_of(reader if model is None else model, settings.num_neighbors)
+    settings = resolved(settings, retriever, reader, k)
+    names = plan(settings, model, reader, retriever, validation)
+    present = [one for one in (model, reader) if one is not None]
+    window_len, stride = window_of(present, retriever.store.chunk_len, settings.window_len, settings.stride)
+    settings = replace(settings, window_len=window_len, stride=stride)
+    _check_apart(documents, validation or ())
+    sample = _sample(documents, retriever, settings)
+    tuning = None if validation is None else _sample(validation, retriever, settings)
+    excluded = [document.id for document in (*documents, *(validation or ()))]
+    bench = Bench(model, reader, retriever, settings, excluded, progress)
+    modes = [(one, one.training) for one in present]
+    for one in present:
+        one.eval()
+    scored = {name: bench.run(name, sample, tuning) for name in names}
+    for one, mode in modes:
+        one.train(mode)
+    for found in scored.values():
+        check_targets(sample, found.targets)
+    rows = _rows(scored, sample, _little_overlap(sample, retriever), settings.seed)
+    return _about(sample, settings, tuning) | {"rows": rows} | measured_with(model, retriever, reader)
+
+
+def _roles(model: Any, reader: Any, retriever: Retriever) -> tuple[Any, Any]:
+    """The model that reads neighbors and the plain reader; one of them may be None."""
+    if not reads_neighbors(model):
+        if reader is not None:
+            raise ValueError("the model reads no neighbors, so that there would be two plain LMs; leave one out.")
+        return None, model
+    if reader is not None and reads_neighbors(reader):
+        raise ValueError("the reader reads neighbors itself; give a plain LM.")
+    if retriever.retrieved_len != model.config.retrieved_len:
+        raise ValueError(
+            f"retrieved_len is {retriever.retrieved_len} in the retriever, {model.config.retrieved_len} in the model; "
+            "make the retriever with the model's."
+        )
+    return model, getattr(model, "base", None) if reader is None else reader
+
+
+def _check_apart(documents: Sequence[Document], validation: Sequence[Document]) -> None:
+    both = sorted({document.id for document in documents} & {document.id for document in validation})
+    if both:
+        raise ValueError(
+            f"{len(both)} of the validation documents, {both[0]} among them, are evaluated too; give others."
+        )
+
+
+def _sample(documents: Sequence[Document], retriever: Retriever, settings: BaselineSettings) -> Sample:
+    data = prepare(documents, retriever.store.tokenizer, retriever.store.chunk_len)
+    return draw_sample(data, settings.window_len, settings.stride, settings.windows_per_document, settings.seed)
+
+
+def _little_overlap(sample: Sample, retriever: Retriever) -> np.ndarray:
+    """Which scored chunks have r(C) <= 12.5%, against the retriever's 10 nearest neighbors."""
+    data = sample.data
+    at = np.flatnonzero(data.scored.any(1))
+    names = [{data.document_ids[window]} for window in data.documents[at]]
+    k = min(LEAKAGE_NEIGHBORS, retriever.index.num_rows)
+    rows = np.full((len(data.tokens), k), -1, np.int64)
+    rows[at] = retriever(data.tokens[at], k, exclude_documents=names, mask=data.mask[at]).ids
+    overlap = _overlap(data, rows, retriever.store)
+    return (overlap / data.lens <= LITTLE_OVERLAP) & data.scored.any(1)
+
+
+def _rows(scored: dict[str, Scored], sample: Sample, little: np.ndarray, seed: int) -> list[dict[str, Any]]:
+    scores = {name: sample.chunk_scores(found.log_p, found.seconds) for name, found in scored.items()}
+    reference = next(iter(scores.values()))
+    return [_row(name, scored[name], scores[name], reference, sample, little, seed) for name in scored]
+
+
+def _row(
+    name: str,
+    found: Scored,
+    scores: ChunkScores,
+    reference: ChunkScores,
+    sample: Sample,
+    little: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    """Bits per byte with a 95% interval over documents, change against the first row with the same, and the cost.
+
+    searches: those for the scored tokens. flops: of reading; search_flops: of searching, as far as it is counted (see
+    retro.evaluation.baselines.costs). store_bytes: what is read at inference.
+    """
+    data, thousands = sample.by_document, len(sample.targets) / 1000
+    value, low, high = gain(scores, reference, data, seed)
+    return {
+        "method": name,
+        "label": METHODS[name][0],
+        "bpb": scores.bits_per_byte(data),
+        "interval": bpb_interval(scores, data, seed),
+        "change": 0.0 - value,
+        "change_interval": [0.0 - high, 0.0 - low],
+        "bpb_little_overlap": scores.bits_per_byte(data, little),
+        "seconds_per_1000_tokens": found.seconds / thousands,
+        "search_seconds_per_1000_tokens": found.search_seconds / thousands,
+        "searches_per_1000_tokens": found.searches / thousands,
+        "flops_per_1000_tokens": found.flops / thousands,
+        "search_flops_per_1000_tokens": found.search_flops / thousands,
+        "store_bytes": found.store_bytes,
+        "chosen": found.chosen or {},
+    }
+
+
+def _about(sample: Sample, settings: BaselineSettings, tuning: Sample | None) -> dict[str, Any]:
+    return {
+        "documents": len(np.unique(sample.document_of_window)),
+        "windows": len(sample.texts),
+        "tokens": len(sample.targets),
+        "bytes": int(sample.data.bytes_of_chunk.sum()),
+        "validation_tokens": 0 if tuning is None else len(tuning.targets),
+        "settings": to_plain(settings),
+    }
+
+
+def baselines_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Flat records for CSV."""
+    flat = []
+    for row in result["rows"]:
+        names = ("low", "high", "change_low", "change_high")
+        ends = dict(zip(names, (*row["interval"], *row["change_interval"]), strict=True))
+        chosen = {f"chosen_{name}": value for name, value in row["chosen"].items()}
+        kept = {name: value for name, value in row.items() if name not in ("interval", "change_interval", "chosen")}
+        flat.append(kept | ends | chosen)
+    return flat
+
+
+def baselines_table(result: dict[str, Any]) -> str:
+    """The result of `measure_baselines` for people."""
+    settings, first = result["settings"], result["rows"][0]["label"]
+    lines = [
+        f"{result['tokens']:,} target tokens, {result['bytes']:,} bytes, in {result['windows']} windows of "
+        f"{result['documents']} documents; k = {settings['num_neighbors']}, window {settings['window_len']}",
+        "a 1,000 tokens: seconds of reading and of searching, searches, GFLOPs of both",
+        f"{'':27}{'bpb':>8}{'against ' + first:>24}{'r <= 12.5%':>12}{'s':>8}{'s search':>10}{'searches':>10}"
+        f"{'GFLOPs':>9}{'store MB':>10}",
+    ]
+    lines += [_line(row) for row in result["rows"]]
+    lines += [f"{row['label']}: {_words(row['chosen'])}" for row in result["rows"] if row["chosen"]]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    low, high = (100 * end for end in row["change_interval"])
+    change = f"{100 * row['change']:+.2f}% ({low:+.1f}, {high:+.1f})"
+    flops = (row["flops_per_1000_tokens"] + row["search_flops_per_1000_tokens"]) / 1e9
+    return (
+        f"{row['label']:27}{row['bpb']:8.4f}{change:>24}{row['bpb_little_overlap']:12.4f}"
+        f"{row['seconds_per_1000_tokens']:8.2f}{row['search_seconds_per_1000_tokens']:10.2f}"
+        f"{row['searches_per_1000_tokens']:10.1f}{flops:9.1f}{row['store_bytes'] / 1e6:10.1f}"
+    )
+
+
+def _words(chosen: dict[str, Any]) -> str:
+    said = ((name.replace("_", " "), value) for name, value in chosen.items())
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in said)

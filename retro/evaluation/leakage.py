@@ -1,0 +1,253 @@
+"""How much of the gain of retrieval is copying: bits per byte against overlap with the training data.
+
+For each evaluation chunk C take its 10 nearest neighbors in the training data, each with what follows it. With s the
+longest token substring that C has in common with any of them,
+
+    r(C) = s / tokens of C
+    bpb(alpha) = bits over the chunks with r(C) <= alpha / bytes of those chunks
+
+bpb(1) is the plain figure; bpb(0.125) is over the chunks that share at most an eighth of their tokens in a row.
+
+Source: RETRO, section 2.6 and figure 6.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from retro.corpus import Document
+from retro.evaluation.bits import (
+    COLUMNS,
+    EvaluationData,
+    measured_with,
+    neighbors_of,
+    prepare,
+    score_columns,
+    window_of,
+)
+from retro.evaluation.intervals import interval, ratio, resampled_sums
+from retro.evaluation.overlap import common_runs
+
+if TYPE_CHECKING:
+    from retro.retrieval import Retriever
+
+log = logging.getLogger(__name__)
+ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+BANDS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of r(C), an example of each
+
+
+def measure_leakage(
+    model: Any,
+    documents: Sequence[Document],
+    retriever: Retriever,
+    num_neighbors: int | None = None,
+    baseline: Any = None,
+    window_len: int | None = None,
+    stride: int | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    exclude: str = "same_document",
+    cache: str | Path | bool = True,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """bpb(alpha) of a plain `baseline` LM, RETRO[OFF], RETRO[ON] and RETRO[ON] with random neighbors, with examples.
+
+    Args:
+        retriever: Over the training data of the model.
+        num_neighbors: k that the model reads; overlap is always measured against 10.
+        exclude: Whether documents of the store with the id of an evaluation document are left out ("same_document")
+            or count as the leak that they are ("none").
+
+    Gives {"points": one a alpha, see `leakage_points`; "examples": see `examples`; "documents", "documents_in_store":
+    how many have the id of a stored one; "chunks", "bytes", "tokens", "num_neighbors", "window_len", "stride",
+    "exclude", "seconds", and what it was measured with}.
+    """
+    k, store = neighbors_of(model, num_neighbors), retriever.store
+    data = prepare(documents, store.tokenizer, store.chunk_len, retriever, k, progress, exclude, cache)
+    shared = len(set(data.document_ids) & set(store.document_ids))
+    if shared:
+        log.warning("%d evaluation documents have the id of a document of the store: were they trained on?", shared)
+    models = [one for one in (model, baseline) if one is not None]
+    window_len, stride = window_of(models, data.chunk_len, window_len, stride)
+    given = dict(window_len=window_len, stride=stride, seed=seed, progress=progress)
+    scores = score_columns(model, data, store, k, baseline, **given)
+    bits = {column: found.bits for column, found in scores.items()}
+    return {
+        "points": leakage_points(
+            bits, data.bytes_of_chunk, data.overlap_ratio, data.documents, data.num_documents, alphas, seed
+        ),
+        "examples": examples(data, retriever, bits, seed),
+        "documents": data.num_documents,
+        "documents_in_store": shared,
+        "chunks": int((data.bytes_of_chunk > 0).sum()),
+        "bytes": int(data.bytes_of_chunk.sum()),
+        "tokens": int(data.scored.sum()),
+        "num_neighbors": k,
+        "window_len": window_len,
+        "stride": stride,
+        "exclude": exclude,
+        "seconds": {column: round(found.elapsed_seconds, 2) for column, found in scores.items()},
+        **measured_with(model, retriever, baseline),
+    }
+
+
+def leakage_points(
+    bits: dict[str, Float[np.ndarray, " c"]],
+    num_bytes: Int[np.ndarray, " c"],
+    overlap_ratio: Float[np.ndarray, " c"],
+    documents: Int[np.ndarray, " c"],
+    num_documents: int,
+    alphas: Sequence[float] = ALPHAS,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """bpb(alpha) of each column with 95% intervals, and how far RETRO[ON] is below each.
+
+    One {"alpha", "chunks", "documents", "bytes", "bpb": {column: value}, "interval": {column: [low, high]},
+    "gain": {column: [value, low, high]}} an alpha: gain = 1 - bpb of RETRO[ON] / bpb of the column. Chunks that hold no
+    scored text (a lone end of text) are not counted.
+    """
+    below = overlap_ratio[:, None] <= np.asarray(alphas)  # [c, alphas]
+    per_document = lambda x: _sums(x[:, None] * below, documents, num_documents)  # noqa: E731
+    sums = {column: per_document(x) for column, x in bits.items()} | {"bytes": per_document(num_bytes)}
+    drawn = {name: resampled_sums(x, seed=seed) for name, x in sums.items()}
+    bpb = {column: ratio(sums[column].sum(0), sums["bytes"].sum(0)) for column in bits}
+    resampled = {column: ratio(drawn[column], drawn["bytes"]) for column in bits}
+    ends = {column: interval(x) for column, x in resampled.items()}
+    gain = {column: _gain(bpb, resampled, column) for column in bits if "retro_on" in bits and column != "retro_on"}
+    counted = per_document((num_bytes > 0).astype(np.int64))
+    return [
+        {
+            "alpha": alpha,
+            "chunks": int(counted[:, i].sum()),
+            "documents": int((counted[:, i] > 0).sum()),
+            "bytes": int(sums["bytes"][:, i].sum()),
+            "bpb": {column: float(x[i]) for column, x in bpb.items()},
+            "interval": {column: [float(low[i]), float(high[i])] for column, (low, high) in ends.items()},
+            "gain": {column: [float(x[i]) for x in found] for column, found in gain.items()},
+        }
+        for i, alpha in enumerate(alphas)
+    ]
+
+
+def _sums(values: np.ndarray, documents: np.ndarray, num_documents: int) -> Float[np.ndarray, "d a"]:
+    """Sums of values [c, a] over the chunks of each document."""
+    columns = [np.bincount(documents, column, num_documents) for column in values.T]
+    return np.stack(columns, axis=1)
+
+
+def _gain(bpb: dict[str, np.ndarray], resampled: dict[str, np.ndarray], column: str) -> tuple[np.ndarray, ...]:
+    """Value, low and high of 1 - RETRO[ON] / column, both over the same documents."""
+    gain = lambda of: 1 - ratio(of["retro_on"], of[column])  # noqa: E731
+    return gain(bpb), *interval(gain(resampled))
+
+
+def examples(
+    data: EvaluationData, retriever: Retriever, bits: dict[str, Float[np.ndarray, " c"]], seed: int = 0
+) -> list[dict[str, Any]]:
+    """One whole chunk drawn from each band of r(C), beside the neighbor that it has the longest run in common with.
+
+    Each {"document_id", "chunk": its number in the document, "ratio", "common_tokens", "bytes", "bits": {column: bits},
+    "text": [before, common, after], "neighbor": where it came from, "neighbor_text": [before, common, after]}.
+    """
+    generator, found = np.random.default_rng(seed), []
+    usable = (data.bytes_of_chunk > 0) & (data.lens == data.chunk_len) & (data.overlap > 0)
+    for low, high in zip(BANDS[:-1], BANDS[1:], strict=True):
+        candidates = np.flatnonzero(usable & (data.overlap_ratio > low) & (data.overlap_ratio <= high))
+        if len(candidates):
+            found.append(_example(data, retriever, bits, int(generator.choice(candidates))))
+    return found
+
+
+def _example(data: EvaluationData, retriever: Retriever, bits: dict[str, np.ndarray], chunk: int) -> dict[str, Any]:
+    store, rows = retriever.store, data.leak_rows[chunk]
+    values, mask = store.values(rows, 2 * store.chunk_len)
+    tokens = data.tokens[chunk, : data.lens[chunk]]
+    runs = common_runs(tokens[None], values[None], np.ones((1, len(tokens)), bool), mask[None])
+    best = int(runs.lengths[0].argmax())
+    length, start, there = (int(x[0, best]) for x in (runs.lengths, runs.starts, runs.neighbor_starts))
+    (source,) = retriever.sources(rows[None, best : best + 1])[0]
+    document = int(data.documents[chunk])
+    return {
+        "document_id": data.document_ids[document],
+        "chunk": chunk - int(np.searchsorted(data.documents, document)),
+        "ratio": float(data.overlap_ratio[chunk]),
+        "common_tokens": length,
+        "bytes": int(data.bytes_of_chunk[chunk]),
+        "bits": {column: float(x[chunk]) for column, x in bits.items()},
+        "text": marked(store.tokenizer, tokens, start, length),
+        "neighbor": asdict(source),
+        "neighbor_text": marked(store.tokenizer, values[best][mask[best]], there, length),
+    }
+
+
+def marked(tokenizer: Any, ids: Int[np.ndarray, " t"], start: int, length: int) -> list[str]:
+    """The text of tokens in three parts: before a run, the run, after it."""
+    from retro.retrieval.chunks import decode_chunks
+
+    *cuts, whole = decode_chunks(tokenizer, [ids[:start], ids[: start + length], ids])
+    first, last = map(len, cuts)
+    return [whole[:first], whole[first:last], whole[last:]]
+
+
+def leakage_table(result: dict[str, Any]) -> str:
+    """The result of `measure_leakage` for people."""
+    columns = list(result["points"][0]["bpb"])
+    lines = [
+        f"bits per byte of {result['documents']} documents over the chunks with r(C) <= alpha, "
+        f"k = {result['num_neighbors']}",
+        f"{'alpha':>7}{'chunks':>9}{'bytes':>12}" + "".join(f"{COLUMNS[column]:>19}" for column in columns),
+    ]
+    lines += [
+        f"{point['alpha']:7.1%}{point['chunks']:9,}{point['bytes']:12,}"
+        + "".join(f"{point['bpb'][column]:19.4f}" for column in columns)
+        for point in result["points"]
+    ]
+    for column in result["points"][0]["gain"]:
+        for point in (result["points"][0], result["points"][-1]):
+            value, low, high = (f"{100 * x:.2f}" for x in point["gain"][column])
+            where = f"RETRO[ON] below {COLUMNS[column]} at {point['alpha']:.1%}"
+            lines.append(f"{where}: {value}% (95%: {low} to {high})")
+    return "\n".join(lines)
+
+
+def examples_page(result: dict[str, Any]) -> str:
+    """The examples of `measure_leakage` for people, the common run in [[ ]]."""
+    lines = []
+    for example in result["examples"]:
+        neighbor = example["neighbor"]
+        cost = ", ".join(f"{COLUMNS[column]} {bits:.0f}" for column, bits in example["bits"].items())
+        lines += [
+            f"r(C) = {example['ratio']:.3f}, {example['common_tokens']} tokens in common; bits: {cost}",
+            f"  {example['document_id']}, chunk {example['chunk'] + 1}: {_with_marks(example['text'])}",
+            f"  {neighbor['title'] or neighbor['document_id']}, chunk {neighbor['position'] + 1}: "
+            f"{_with_marks(example['neighbor_text'])}",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _with_marks(parts: list[str]) -> str:
+    before, common, after = parts
+    return " ".join(f"{before}[[{common}]]{after}".split())
+
+
+def leakage_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One flat record for each alpha and column, for CSV."""
+    rows = []
+    for point in result["points"]:
+        for column, bpb in point["bpb"].items():
+            low, high = point["interval"][column]
+            gain, gain_low, gain_high = point["gain"].get(column, [None] * 3)
+            counts = {name: point[name] for name in ("alpha", "chunks", "documents", "bytes")}
+            rows.append(
+                {**counts, "column": column, "bpb": bpb, "low": low, "high": high}
+                | {"on_is_below": gain, "on_is_below_low": gain_low, "on_is_below_high": gain_high}
+            )
+    return rows

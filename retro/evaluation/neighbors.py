@@ -1,0 +1,108 @@
+"""The neighbors of evaluation text, kept where they were searched.
+
+neighbors/<hash>/    rows.npy int64 [chunks, k], -1 = none    queries.json: what was asked, of which store
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64
+from tqdm.auto import tqdm
+
+import retro
+from retro.retrieval.files import check_files, file_record, load_json, open_npy, save_json, save_npy, stable_hash
+from retro.retrieval.search import FusedSearcher
+
+if TYPE_CHECKING:
+    from retro.retrieval import Retriever
+
+log = logging.getLogger(__name__)
+_BATCH_CHUNKS = 512
+
+
+def neighbor_rows(
+    retriever: Retriever,
+    tokens: Int[np.ndarray, "c m"],
+    mask: Bool[np.ndarray, "c m"],
+    num_neighbors: int,
+    excluded: Sequence[str] | None = None,
+    cache: str | Path | bool = True,
+    progress: bool = False,
+) -> Int64[np.ndarray, "c k"]:
+    """The k nearest rows of every chunk, -1 where there are fewer.
+
+    Arguments:
+        excluded: for each chunk the id of a document that must not be returned.
+        cache: True keeps the rows in the store's `neighbors/`, a path in that folder, False nowhere. They are opened
+            instead of searched when tokens, excluded ids, k, store, kind of search and version of the library are the
+            same. The rows of a searcher of the caller's own are never kept: what it would answer is not known.
+    """
+    known = type(retriever.index).__module__.startswith("retro.")
+    if cache is False or not known:
+        return _search(retriever, tokens, mask, num_neighbors, excluded, progress)
+    asked = {
+        "queries": _digest(np.where(mask, tokens, -1)),
+        "excluded": None if excluded is None else stable_hash(list(excluded)),
+        "k": num_neighbors,
+        "store": retriever.store.fingerprint,
+        "search": _search_name(retriever.index),
+        "library_version": retro.__version__,
+    }
+    folder = (retriever.store.path / "neighbors" if cache is True else Path(cache)) / stable_hash(asked)[:16]
+    if (folder / "queries.json").is_file():
+        try:
+            return _open(folder, (len(tokens), num_neighbors))
+        except ValueError as error:
+            log.warning("searching again: %s", error)
+    rows = _search(retriever, tokens, mask, num_neighbors, excluded, progress)
+    try:
+        _save(folder, rows, asked)
+    except OSError as error:
+        log.warning("the neighbors are not kept in %s: %s", folder, error)
+    return rows
+
+
+def _search(retriever, tokens, mask, num_neighbors: int, excluded, progress: bool) -> np.ndarray:
+    k = min(num_neighbors, retriever.index.num_rows)
+    rows = np.full((len(tokens), num_neighbors), -1, np.int64)
+    with tqdm(total=len(tokens), desc="retrieving", unit=" chunks", disable=not progress) as bar:
+        for start in range(0, len(tokens), _BATCH_CHUNKS):
+            part = slice(start, start + _BATCH_CHUNKS)
+            names = None if excluded is None else [{name} for name in excluded[part]]
+            rows[part, :k] = retriever(tokens[part], k, exclude_documents=names, mask=mask[part]).ids
+            bar.update(len(tokens[part]))
+    return rows
+
+
+def _search_name(searcher: Any) -> list[str]:
+    """The kind of a search and the folders of the indexes behind it."""
+    parts = searcher.parts if isinstance(searcher, FusedSearcher) else [searcher]
+    folders = [getattr(getattr(part, "index", part), "folder", None) for part in parts]
+    return [searcher.kind, *(folder.name for folder in folders if folder is not None)]
+
+
+def _digest(array: np.ndarray) -> str:
+    little = np.ascontiguousarray(array, "<i8")
+    return hashlib.sha256(repr(little.shape).encode() + little.tobytes()).hexdigest()
+
+
+def _open(folder: Path, shape: tuple[int, int]) -> np.ndarray:
+    check_files(folder, load_json(folder / "queries.json")["files"], checksums=True)
+    rows = np.asarray(open_npy(folder / "rows.npy"))
+    if rows.shape != shape:
+        raise ValueError(f"{folder / 'rows.npy'} has shape {rows.shape}, not {shape}")
+    return rows
+
+
+def _save(folder: Path, rows: np.ndarray, asked: dict[str, Any]) -> None:
+    """The record comes last: a folder that has it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "queries.json").unlink(missing_ok=True)
+    save_npy(folder / "rows.npy", rows)
+    save_json(folder / "queries.json", {**asked, "files": {"rows.npy": file_record(folder / "rows.npy")}})

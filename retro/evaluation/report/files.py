@@ -1,0 +1,226 @@
+"""The files of a report: results as --json writes them, folders of trained models, stores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from retro.evaluation.bits import COLUMNS
+from retro.evaluation.report.shapes import FIGURE, SHAPES, TEXT, VERBS, checked, kind_of
+from retro.provenance import FILE, read_provenance
+from retro.retrieval import Store
+
+_OF_MODELS = {"config.json", "generation_config.json", FILE} | {
+    f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "vocab", "added_tokens")
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one file holds. kind: see `retro.evaluation.report.shapes.VERBS`; same: files of the same content."""
+
+    name: str
+    kind: str
+    value: dict[str, Any]
+    sha256: str
+    written_at: str
+    same: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The folder of a run: Hugging Face's configuration and what it was trained with, as far as they are there."""
+
+    name: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    settings: str
+    metrics: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StoreRecord:
+    """A store: its fingerprint, counts and embedder, and the measured recall of its indexes by their kind."""
+
+    name: str
+    fingerprint: str
+    counts: dict[str, int]
+    embedder: str
+    inputs: list[str]
+    recall: dict[str, dict[str, Any]]
+
+
+@dataclass
+class Runs:
+    """Everything that was found. passed_over: JSON files of folders that hold no result."""
+
+    results: list[Result] = field(default_factory=list)
+    models: list[TrainedModel] = field(default_factory=list)
+    stores: list[StoreRecord] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+
+def read_runs(paths: Sequence[str | Path]) -> Runs:
+    """Read result files, and folders: the results, trained models and stores in them and in the folders they hold.
+
+    Raises ValueError, naming the file, for one that is damaged, for a file without a result, and for a folder that
+    holds nothing to report.
+    """
+    runs, seen = Runs(), set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            before = len(runs.results) + len(runs.models) + len(runs.stores) + len(seen)
+            for folder in [path, *sorted(one for one in path.iterdir() if one.is_dir() and one.name[0] != ".")]:
+                _read_folder(folder, runs, seen)
+            if before == len(runs.results) + len(runs.models) + len(runs.stores) + len(seen):
+                raise ValueError(f"{path} holds no result, trained model or store; give a folder that does.")
+        elif not path.exists():
+            raise ValueError(f"{path} is not there; give a file that --json wrote, or a folder.")
+        elif not _read_file(path, runs, seen):
+            raise ValueError(f"{path} holds no result; give what --json of retro {', '.join(VERBS.values())} wrote.")
+    return runs
+
+
+def _read_folder(folder: Path, runs: Runs, seen: set[Path]) -> None:
+    if folder.resolve() in seen:
+        return
+    if (folder / "manifest.json").is_file():
+        seen.add(folder.resolve())
+        runs.stores.append(_read_store(folder))
+        return
+    if (folder / "config.json").is_file() or (folder / "metrics.jsonl").is_file():
+        seen.add(folder.resolve())
+        runs.models.append(_read_model(folder))
+    for file in sorted(folder.glob("*.json")):
+        if file.name not in _OF_MODELS and not _read_file(file, runs, seen):
+            runs.passed_over.append(str(file))
+
+
+def _read_file(file: Path, runs: Runs, seen: set[Path]) -> bool:
+    """Whether a file holds a result, which is then among the runs."""
+    if file.resolve() in seen:
+        return True
+    content = file.read_bytes()
+    value = _parsed(content, file)
+    value = {"texts": [value]} if isinstance(value, dict) and set(TEXT) <= set(value) else value
+    kind = kind_of(value)
+    if kind is None:
+        return False
+    seen.add(file.resolve())
+    sha256 = hashlib.sha256(content).hexdigest()
+    same = next((result for result in runs.results if result.sha256 == sha256), None)
+    if same is not None:
+        same.same.append(str(file))
+        return True
+    try:
+        value = _checked_result(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, or not written by retro {VERBS[kind]}: {error}.") from None
+    written_at = datetime.fromtimestamp(file.stat().st_mtime).isoformat(" ", "minutes")
+    runs.results.append(Result(str(file), kind, value, sha256, written_at))
+    return True
+
+
+def _parsed(content: bytes, name: object) -> Any:
+    """JSON; what no text can hold (half a surrogate pair) becomes a question mark. ValueError with the name."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+        return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{name} is not JSON; copy it again, or write it anew.") from None
+
+
+def _checked_result(value: dict[str, Any], kind: str) -> dict[str, Any]:
+    if isinstance(value.get("data"), str):
+        value = value | {"data": [value["data"]]}
+    value = checked(value, SHAPES[kind])
+    if kind == "sweep":
+        _check_sweep(value)
+    elif kind == "evaluate" and (not value["bpb"] or set(value["bpb"]) != set(value["bpb_little_overlap"])):
+        raise ValueError("bpb and bpb_little_overlap have different columns, or none")
+    elif kind == "leakage":
+        columns = [(list(point["bpb"]), list(point["interval"]), list(point["gain"])) for point in value["points"]]
+        if any(one != columns[0] for one in columns) or columns[0][0] != columns[0][1]:
+            raise ValueError("the points have different columns")
+    elif kind == "task":
+        value |= {name: checked(value[name], FIGURE, name) for name in figures_of(value)}
+    elif kind == "generate":
+        for number, text in enumerate(value["texts"]):
+            _check_text(text, f"texts[{number}]")
+    return value
+
+
+def figures_of(task: dict[str, Any]) -> list[str]:
+    """The fields of a task's result that hold figures with intervals, by column."""
+    return [
+        name
+        for name, field in task.items()
+        if isinstance(field, dict)
+        and field
+        and all(isinstance(one, dict) and {"value", "interval"} <= set(one) for one in field.values())
+    ]
+
+
+def _check_sweep(value: dict[str, Any]) -> None:
+    x, with_gain = value["x"], {}
+    for number, point in enumerate(value["curve"]):
+        place = checked(point.get(x), float, f"curve[{number}].{x}")
+        if not place >= 0 or point["column"] not in COLUMNS:
+            raise ValueError(f"curve[{number}] has the column {point['column']!r} at {x} {place}")
+        has = tuple(name in point for name in ("gain", "gain_low", "gain_high"))
+        if len(set(has)) > 1 or with_gain.setdefault(point["column"], has) != has:
+            raise ValueError(f"curve[{number}].gain is missing")
+    if not any(point[x] > 0 for point in value["curve"]):
+        raise ValueError(f"curve has no place above 0 on {x}")
+
+
+def _check_text(text: dict[str, Any], where: str) -> None:
+    count = len(text["tokens"])
+    if text["gains"] is not None and len(text["gains"]) != count:
+        raise ValueError(f"{where} has {count} tokens and {len(text['gains'])} gains")
+    for chunk in text["chunks"]:
+        if not 0 <= chunk["start"] < chunk["stop"] <= count:
+            raise ValueError(f"{where} has {count} tokens, but a chunk from {chunk['start']} to {chunk['stop']}")
+        for neighbor in chunk["neighbors"]:
+            run = neighbor["copied"]
+            if run and not chunk["start"] <= run["start"] < run["start"] + run["num_tokens"] <= chunk["stop"]:
+                raise ValueError(f"{where} has a copied run from {run['start']}, which is not in its chunk")
+
+
+def _read_model(folder: Path) -> TrainedModel:
+    config, settings = folder / "config.json", folder / "config.yaml"
+    about = _parsed(config.read_bytes(), config) if config.is_file() else {}
+    if not isinstance(about, dict):
+        raise ValueError(f"{config} is no configuration; copy it again from where the model was trained.")
+    text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
+    return TrainedModel(
+        str(folder), about, read_provenance(folder) or {}, text, list(_metrics(folder / "metrics.jsonl"))
+    )
+
+
+def _metrics(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        where = f"{file}, line {number},"
+        yield checked(_parsed(line, where), SHAPES["metrics"], where)
+
+
+def _read_store(folder: Path) -> StoreRecord:
+    store = Store.open(folder)
+    manifest, recall = store.manifest, {}
+    for file in sorted(folder.glob("index/[!.]*/index.json")):
+        record = _parsed(file.read_bytes(), file)
+        if record.get("store") == store.fingerprint and "recall" in record:
+            best = recall.get(record["kind"])
+            if best is None or best["recall"] < record["recall"]["recall"]:
+                recall[record["kind"]] = record["recall"]
+    inputs = [one["name"] for one in manifest["inputs"]]
+    return StoreRecord(
+        str(folder), store.fingerprint, manifest["counts"], manifest["embedder"].get("name") or "none", inputs, recall
+    )

@@ -1,0 +1,227 @@
+"""The page: parts of results over the same text, store and tokens, what they do not show, samples, settings.
+
+Every text goes through a template that escapes it. The page's policy lets nothing load, and nothing run or count but
+its own styles and script, by their hashes; pictures are part of the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import retro
+from retro.attribution import html_fragment, visible
+from retro.attribution.page import page_script, page_style
+from retro.evaluation.bits import COLUMNS
+from retro.evaluation.report.files import Result, Runs, StoreRecord
+from retro.evaluation.report.limits import limits_of
+from retro.evaluation.report.pictures import Picture, picture_of, picture_of_bits, picture_of_losses
+from retro.evaluation.report.samples import attribution_from_json
+from retro.evaluation.report.tables import (
+    Table,
+    bits_table,
+    data_of,
+    gains_line,
+    model_of,
+    overview,
+    plain_cell,
+    share,
+    store_of,
+    tables_of,
+    title_of,
+)
+
+_FOLDER = Path(__file__).parent
+_LONGEST = 200  # characters of a setting
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What figures must have in common to stand in one table: data, store, bytes and tokens scored, and the task."""
+
+    data: tuple[str, ...]
+    store: str
+    counts: tuple[tuple[str, Any], ...]
+
+    @property
+    def title(self) -> str:
+        count = lambda number, name: f"{number:,} {name.removesuffix('s') if number == 1 else name}"  # noqa: E731
+        said = (count(value, name) if isinstance(value, int) else f"{name}: {value}" for name, value in self.counts)
+        names = ", ".join(Path(name).name for name in self.data)
+        return f"{names}: {', '.join(said)}" if names else ", ".join(said)
+
+
+def report_page(runs: Runs, made_at: str | None = None) -> str:
+    """One HTML page of everything that was read. made_at: default now."""
+    results = [result for result in runs.results if result.kind != "generate"]
+    samples = [result for result in runs.results if result.kind == "generate"]
+    numbers = {result.name: f"r{place}" for place, result in enumerate(runs.results, start=1)}
+    parts = [_part(basis, members, runs.stores) for basis, members in grouped(results).items()]
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            version=retro.__version__,
+            made_at=made_at or datetime.now().astimezone().isoformat(" ", "minutes"),
+            runs=runs,
+            numbers=numbers,
+            overview=overview(runs.results),
+            kinds=[title_of(result) for result in runs.results],
+            parts=parts,
+            limits=[(part["title"], part["limits"]) for part in parts if part["limits"]]
+            + [("Samples", limits_of(samples, runs.stores))] * bool(samples),
+            losses=picture_of_losses(runs.models),
+            models=[_model(model) for model in runs.models],
+            stores=[_store(store) for store in runs.stores],
+            samples=[_sample(result, place) for place, result in enumerate(samples, start=1)],
+            settings=[(result, _settings(result.value)) for result in runs.results],
+            styles=[Markup(text) for text in (page_style(), _style())],
+            script=Markup(page_script()),
+            policy=_policy(),
+        )
+        .lstrip()
+    )
+
+
+def grouped(results: Sequence[Result]) -> dict[Basis, list[Result]]:
+    """Results by what they were measured on, in the order of the first of each."""
+    groups: dict[Basis, list[Result]] = {}
+    for result in results:
+        groups.setdefault(basis_of(result.value), []).append(result)
+    return groups
+
+
+def basis_of(value: dict[str, Any]) -> Basis:
+    names = ("task", "documents", "examples", "questions", "bytes", "tokens")
+    counts = [(name, value[name]) for name in names if isinstance(value.get(name), (int, str))]
+    counts += [("tasks", ", ".join(value["results"]))] if "results" in value else []
+    return Basis(
+        tuple(value.get("data") or ()), value.get("store_fingerprint") or value.get("store") or "", tuple(counts)
+    )
+
+
+def _part(basis: Basis, members: list[Result], stores: Sequence[StoreRecord]) -> dict[str, Any]:
+    """What the template shows of results on one basis: bits per byte in one table, the others one by one."""
+    bits = [result for result in members if result.kind == "evaluate"]
+    views = []
+    if bits:
+        lines = [(result.name, gains_line(result.value)) for result in bits]
+        views.append(_view(bits, [bits_table(bits)], picture_of_bits(bits), [line for line in lines if line[1]]))
+    for result in (result for result in members if result.kind != "evaluate"):
+        views.append(_view([result], tables_of(result), picture_of(result), examples=_examples(result)))
+    first = members[0].value
+    about = {"title": basis.title, "data": data_of(first), "store": store_of(first)}
+    return about | {"views": views, "limits": limits_of(members, stores)}
+
+
+def _view(
+    results: list[Result], tables: list[Table], picture: Picture | None, lines: list = (), examples: list = ()
+) -> dict[str, Any]:
+    return dict(results=results, tables=tables, picture=picture, lines=lines, examples=examples)
+
+
+def _examples(result: Result) -> list[dict[str, Any]]:
+    """The examples of a leakage, each beside the neighbor with which it has the longest run in common."""
+    title = lambda neighbor: neighbor["title"] or neighbor["document_id"]  # noqa: E731
+    return [
+        {
+            "head": f"r(C) = {share(round(one['ratio'], 3))}, {one['common_tokens']:,} tokens in common",
+            "bits": _bits(one["bits"]),
+            "here": f"{one['document_id']}, chunk {one['chunk'] + 1}",
+            "there": f"{title(one['neighbor'])}, chunk {one['neighbor']['position'] + 1}",
+            "text": one["text"],
+            "neighbor_text": one["neighbor_text"],
+        }
+        for one in (result.value["examples"] if result.kind == "leakage" else ())
+    ]
+
+
+def _bits(bits: dict[str, float]) -> str:
+    return ", ".join(f"{COLUMNS[column]} {value:,.0f} bits" for column, value in bits.items())
+
+
+def _sample(result: Result, place: int) -> dict[str, Any]:
+    texts = [attribution_from_json(text) for text in result.value["texts"]]
+    fragments = [Markup(html_fragment(text, f"s{place}t{number}")) for number, text in enumerate(texts, start=1)]
+    about = {"model": model_of(result.value), "store": store_of(result.value), "file": result.name}
+    with_gains = any(text.gains is not None for text in texts)
+    return {"name": result.name, "about": about, "fragments": fragments, "with_gains": with_gains}
+
+
+def _model(model: Any) -> dict[str, Any]:
+    logged = [line for line in model.metrics if "loss" in line]
+    last = logged[-1] if logged else {}
+    made_with = {name: model.provenance.get(name) for name in ("library_version", "store", "store_fingerprint")}
+    facts = {"steps": last.get("step"), "tokens": last.get("tokens"), "last loss": last.get("loss"), **made_with}
+    checked_at = [line for line in model.metrics if "bits_per_byte_off" in line]
+    for mode in ("on", "off"):
+        name = f"bits_per_byte_{mode}"
+        facts |= {f"validation, bits per byte, {mode}": line.get(name) for line in checked_at[-1:]}
+    return {
+        "name": model.name,
+        "facts": [(name, plain_cell(value)) for name, value in facts.items() if value is not None],
+        "config": _flat(model.config),
+        "settings": model.settings,
+    }
+
+
+def _store(store: Any) -> dict[str, Any]:
+    facts = {"fingerprint": store.fingerprint, "embedder": store.embedder, "inputs": store.inputs, **store.counts}
+    for kind, recall in store.recall.items():
+        facts[f"recall@{recall['k']} of {kind}"] = recall["recall"]
+    return {"name": store.name, "facts": [(name.replace("_", " "), plain_cell(value)) for name, value in facts.items()]}
+
+
+def _settings(value: dict[str, Any]) -> list[tuple[str, str]]:
+    """Everything of a result that is no figure: its single values, and those of its settings and versions."""
+    return _flat({name: one for name, one in value.items() if name not in ("interval", "bpb", "bpb_little_overlap")})
+
+
+def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:
+    flat = []
+    for name, value in record.items():
+        if name in ("settings", "versions", "seconds", "seconds_of_stage") and isinstance(value, dict):
+            flat += [(f"{name}: {inner}", plain_cell(one)[:_LONGEST]) for inner, one in value.items()]
+        elif not isinstance(value, (dict, list)) or _is_plain(value):
+            flat.append((name, plain_cell(value)[:_LONGEST]))
+    return flat
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(one, (dict, list)) for one in value)
+
+
+@cache
+def _style() -> str:
+    return (_FOLDER / "report.css").read_text(encoding="utf-8")
+
+
+def _policy() -> str:
+    digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()  # noqa: E731
+    styles = " ".join(f"'sha256-{digest(text)}'" for text in (page_style(), _style()))
+    return (
+        f"default-src 'none'; img-src data:; style-src {styles}; script-src 'sha256-{digest(page_script())}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """Every text that is no markup is made visible, then escaped."""
+    return Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )

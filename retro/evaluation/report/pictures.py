@@ -1,0 +1,126 @@
+"""The plots of a report, each as an address that holds the whole picture, with its data beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retro.attribution import visible
+from retro.evaluation.baselines import baselines_rows
+from retro.evaluation.bits import COLUMNS
+from retro.evaluation.leakage import leakage_rows
+from retro.evaluation.plots import COLORS, check_plot, picture, plot_leakage, plot_sweep
+from retro.evaluation.report.files import Result, TrainedModel, figures_of
+from retro.evaluation.report.tables import Table, records_table
+from retro.evaluation.sweeps import sweep_rows
+from retro.evaluation.tasks.results import TITLES as COLUMN_TITLES
+
+_MOST_LINES = 200  # of the metrics of one run
+
+
+@dataclass(frozen=True)
+class Picture:
+    """address: a data: address of an SVG; caption: what it shows, also for those who do not see it."""
+
+    address: str
+    caption: str
+    data: Table
+
+
+def picture_of(result: Result) -> Picture | None:
+    """The plot of a result; None for samples and for what holds no figures."""
+    value = result.value
+    if result.kind == "leakage":
+        caption = "Bits per byte, what RETRO[ON] gains, and chunks, over the chunks with r(C) up to a share"
+        return _drawn(lambda file: plot_leakage(value, file), caption, leakage_rows(value))
+    if result.kind == "sweep":
+        caption = f"Bits per byte against {value['xlabel']}; band: {value['band']}"
+        return _drawn(lambda file: plot_sweep(value, file), caption, sweep_rows(value))
+    if result.kind == "baselines":
+        bars = [_bar(row["label"], row["method"], row["bpb"], row["interval"]) for row in value["rows"]]
+        return _bars(bars, "bits per byte", baselines_rows(value))
+    if result.kind == "task" and figures_of(value):
+        name = figures_of(value)[0]
+        bars = [_bar(COLUMN_TITLES.get(c, c), c, x["value"], x["interval"]) for c, x in value[name].items()]
+        return _bars(bars, name.replace("_", " "))
+    return None
+
+
+def picture_of_bits(results: Sequence[Result]) -> Picture:
+    """Bits per byte of results over the same text."""
+    bars = []
+    for result in results:
+        value = result.value
+        for column, bpb in value["bpb"].items():
+            name = f"{_short(value.get('model') or result.name)}: " * (len(results) > 1) + COLUMNS[column]
+            bars.append(_bar(name, column, bpb, value.get("interval", {}).get(column)))
+    return _bars(bars, "bits per byte")
+
+
+def picture_of_losses(models: Sequence[TrainedModel]) -> Picture | None:
+    """Training loss of runs over tokens; None where no run has logged one."""
+    records = []
+    for model in models:
+        logged = [line for line in model.metrics if "loss" in line]
+        for line in logged[:: -(-len(logged) // _MOST_LINES) or 1]:
+            records.append({"run": model.name, "tokens": line["tokens"], "loss": line["loss"]})
+    if not records:
+        return None
+
+    def draw(file: Path) -> None:
+        with picture(file) as axes:
+            for name in dict.fromkeys(record["run"] for record in records):
+                own = [record for record in records if record["run"] == name]
+                axes.plot([one["tokens"] for one in own], [one["loss"] for one in own], label=_short(name))
+            axes.set(xlabel="training tokens", ylabel="training loss, nats per token")
+            axes.legend()
+
+    return _drawn(draw, "Training loss, as it was logged", records)
+
+
+def _bar(name: str, column: str, value: float, ends: Sequence[float] | None) -> dict[str, Any]:
+    low, high = (float("nan"), float("nan")) if ends is None else ends
+    return {"name": name, "column": column, "value": value, "low": low, "high": high}
+
+
+def _bars(bars: list[dict[str, Any]], what: str, records: list[dict[str, Any]] | None = None) -> Picture:
+    """A dot for each value, with its interval."""
+
+    def draw(file: Path) -> None:
+        with picture(file, size=(7.0, 1.0 + 0.34 * len(bars))) as axes:
+            for place, bar in enumerate(bars):
+                color = COLORS.get(bar["column"], "tab:purple")
+                axes.plot([bar["low"], bar["high"]], [place, place], color=color, linewidth=2)
+                axes.plot([bar["value"]], [place], marker="o", color=color)
+            axes.set_yticks(range(len(bars)), [bar["name"] for bar in bars])
+            axes.set(xlabel=what, ylim=(len(bars) - 0.5, -0.5))
+
+    known = any(not math.isnan(bar["low"]) for bar in bars)
+    caption = what[:1].upper() + what[1:] + ", with 95% intervals" * known
+    return _drawn(draw, caption, bars if records is None else records)
+
+
+def _drawn(draw: Callable[[Path], None], caption: str, records: list[dict[str, Any]]) -> Picture:
+    """The picture that a plotting function writes. Names in it are taken as they are, not as formulas."""
+    check_plot("picture.svg")
+    from matplotlib import rc_context
+
+    settings = rc_context({"text.parse_math": False, "svg.hashsalt": "retro"})
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), settings:
+        warnings.simplefilter("ignore", UserWarning)  # of characters that the font has not
+        file = Path(folder) / "picture.svg"
+        draw(file)
+        encoded = base64.b64encode(file.read_bytes()).decode()
+    return Picture(f"data:image/svg+xml;base64,{encoded}", caption, records_table("", records))
+
+
+def _short(name: Any) -> str:
+    """The end of a path, as a picture has room for it."""
+    short = "/".join(Path(visible(str(name))).parts[-2:])[-40:]
+    return f" {short}" if short.startswith("_") else short  # matplotlib leaves names with _ out of legends

@@ -1,0 +1,362 @@
+"""Sweeps: bits per byte over neighbors, over datastore size, over models, over training tokens.
+
+Each gives {"sweep", "x": the name of what was swept, "xlabel", "points": one record a measurement, "curve": what a plot
+shows, one record a place and column with "bpb", "low" and "high", "band": what low and high are, "references": columns
+that do not depend on the place}.
+
+Source: RETRO, sections 4.1-4.2 and figure 1; the datastore's curve is that of MassiveDS (Shao et al. 2024).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from retro.corpus import Document
+from retro.evaluation.bits import (
+    COLUMNS,
+    LITTLE_OVERLAP,
+    ChunkScores,
+    EvaluationData,
+    bpb_interval,
+    find_neighbors,
+    gain,
+    measured_with,
+    neighbors_of,
+    prepare,
+    reads_neighbors,
+    score,
+    score_columns,
+    window_of,
+)
+from retro.retrieval import Retriever, Store
+from retro.retrieval.files import stable_hash
+
+if TYPE_CHECKING:
+    from retro.retrieval import Embedder
+
+KS = (0, 1, 2, 4, 7, 10, 20, 40)
+SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+BOOTSTRAP = "95% bootstrap over documents"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the text is read at every place of a sweep: see `score` and `prepare`."""
+
+    window_len: int | None = None
+    stride: int | None = None
+    seed: int = 0
+    cache: str | Path | bool = True
+    progress: bool = False
+
+    def prepare(self, documents: Sequence[Document], retriever: Retriever, k: int) -> EvaluationData:
+        store = retriever.store
+        return prepare(documents, store.tokenizer, store.chunk_len, retriever, k, self.progress, cache=self.cache)
+
+    def given(self, data: EvaluationData, *models: Any) -> dict[str, Any]:
+        """What `score` takes, with a window that all models can read."""
+        present = [model for model in models if model is not None]
+        window_len, stride = window_of(present, data.chunk_len, self.window_len, self.stride)
+        return dict(window_len=window_len, stride=stride, seed=self.seed, progress=self.progress)
+
+
+def sweep_neighbors(
+    model: Any,
+    documents: Sequence[Document],
+    retriever: Retriever,
+    ks: Sequence[int] = KS,
+    baseline: Any = None,
+    reading: Reading = Reading(),
+) -> dict[str, Any]:
+    """RETRO[ON] with k neighbors for each k; 0 is RETRO[OFF]. More neighbors than in training are welcome.
+
+    Args:
+        ks: Each 0 or more.
+        baseline: A plain LM for comparison.
+    """
+    ks = sorted(set(ks))
+    if not ks or ks[0] < 0 or ks[-1] < 1:
+        raise ValueError(f"k is swept over {ks}; give at least one k above 0, and none below 0.")
+    _require_reader(model)
+    data = reading.prepare(documents, retriever, ks[-1])
+    given, read = reading.given(data, model, baseline), _read(model, retriever.store)
+    off, points = score(model, data, **given), []
+    for k in ks:
+        scores = score(model, data, "on", num_neighbors=k, **read, **given) if k else off
+        points.append({"num_neighbors": k, "column": "retro_on"} | _measured(scores, data, given, off))
+    references = {"retro_off": _measured(off, data, given)} | _reference(baseline, data, given)
+    result = _result("neighbors", "num_neighbors", "neighbors per chunk, k", points, points, BOOTSTRAP, references)
+    return result | _about(data, given) | measured_with(model, retriever, baseline)
+
+
+def sweep_datastore(
+    model: Any,
+    documents: Sequence[Document],
+    store: Store,
+    shares: Sequence[float] = SHARES,
+    num_draws: int = 3,
+    num_neighbors: int | None = None,
+    baseline: Any = None,
+    index: str = "exact",
+    embedder: Embedder | None = None,
+    reading: Reading = Reading(),
+) -> dict[str, Any]:
+    """RETRO[ON] over shares p of the store's documents, `num_draws` of each; mean, least and greatest.
+
+    Nothing is built again: the search is restricted to the chunks of the documents drawn, and exact. "Little overlap"
+    is with the neighbors in the whole store, so that it means the same chunks everywhere.
+
+    Args:
+        shares: Each in (0, 1]. In one draw, a smaller share lies in the larger ones (see `Subsample`); one without any
+            document is read as RETRO[OFF].
+        index: "exact", or an index of words (built anew for each share, in the store's folder).
+        embedder: None loads the store's.
+    """
+    shares = sorted(set(shares))
+    if not shares or shares[0] <= 0 or shares[-1] > 1 or num_draws < 1:
+        raise ValueError(
+            f"the shares are {shares}, draws {num_draws}; give shares above 0 up to 1, and 1 draw or more."
+        )
+    if {"auto", "scann", "faiss"} & set(index.split("+")):
+        raise ValueError(f"index is {index}, but a share is searched exactly; use exact, tfidf, bm25, or several by +.")
+    _require_reader(model)
+    k, queries = neighbors_of(model, num_neighbors), _Remembered(store, embedder)
+    whole = Retriever(store, index, queries)
+    data = reading.prepare(documents, whole, k)
+    given, read, points = reading.given(data, model, baseline), _read(model, store), []
+    off = score(model, data, **given)
+    for share in shares:
+        for seed in range(reading.seed, reading.seed + (num_draws if share < 1 else 1)):
+            part = Subsample(store, share, seed)
+            rows = np.full((len(data.tokens), k), -1)
+            if len(part.searchable_rows):
+                rows = find_neighbors(data, Retriever(part, index, queries), k, cache=reading.cache)
+            scores = score(model, replace(data, rows=rows), "on", **read, **given)
+            sizes = {"documents": part.sampled_documents, "chunks": len(part.searchable_rows)}
+            place = {"share": share, "seed": seed, **sizes, "column": "retro_on"}
+            points.append(place | _measured(scores, data, given, off))
+    references = {"retro_off": _measured(off, data, given)} | _reference(baseline, data, given)
+    curve, band = _mean_of_draws(points, len(store.searchable_rows)), f"least and greatest of {num_draws} draws"
+    result = _result("datastore", "chunks", "chunks in the datastore", points, curve, band, references)
+    return result | {"num_neighbors": k} | _about(data, given) | measured_with(model, whole, baseline)
+
+
+def sweep_models(
+    models: Iterable[tuple[str, Any]],
+    documents: Sequence[Document],
+    retriever: Retriever,
+    num_neighbors: int | None = None,
+    reading: Reading = Reading(),
+) -> dict[str, Any]:
+    """Bits per byte against parameters: "lm" of plain LMs, RETRO[OFF] and RETRO[ON] of the others.
+
+    Args:
+        models: Names and models, taken one at a time; the first one's window is that of all.
+        num_neighbors: Default: each model's own.
+    """
+    places = (({"parameters": num_parameters(model), "model": name}, model) for name, model in models)
+    points, data, given = _over_models(places, documents, retriever, num_neighbors, reading)
+    points.sort(key=lambda point: point["parameters"])
+    result = _result("models", "parameters", "parameters", points, points, BOOTSTRAP, {})
+    about = measured_with(None, retriever) | {"model": list(dict.fromkeys(point["model"] for point in points))}
+    return result | _about(data, given) | about
+
+
+def sweep_tokens(
+    run: str | Path,
+    documents: Sequence[Document],
+    retriever: Retriever,
+    open_model: Callable[[Path], Any] | None = None,
+    num_neighbors: int | None = None,
+    baseline: Any = None,
+    reading: Reading = Reading(),
+) -> dict[str, Any]:
+    """Bits per byte against tokens seen, over the checkpoints of one run of training or RETRO-fitting.
+
+    Args:
+        run: The run's folder; it keeps as many checkpoints as its setting keep_checkpoints says.
+        open_model: Opens a checkpoint's folder; default AutoModelForCausalLM.from_pretrained.
+
+    Raises ValueError if the run has no checkpoint.
+    """
+    if open_model is None:
+        from transformers import AutoModelForCausalLM
+
+        open_model = AutoModelForCausalLM.from_pretrained
+    places = (
+        ({"tokens": tokens, "checkpoint": folder.name}, open_model(folder)) for tokens, folder in checkpoints_of(run)
+    )
+    points, data, given = _over_models(places, documents, retriever, num_neighbors, reading)
+    references = _reference(baseline, data, given)
+    result = _result("tokens", "tokens", "training tokens", points, points, BOOTSTRAP, references)
+    return result | _about(data, given) | measured_with(None, retriever, baseline) | {"model": str(run)}
+
+
+def checkpoints_of(run: str | Path) -> list[tuple[int, Path]]:
+    """Tokens seen and folder of every checkpoint of a run, oldest first; ValueError if there is none."""
+    states = sorted(Path(run).glob("checkpoints/step-*/state.json"))
+    found = [(json.loads(state.read_text(encoding="utf-8"))["tokens"], state.parent) for state in states]
+    if not found:
+        raise ValueError(f"{run} holds no checkpoints; give the output folder of a run (see keep_checkpoints).")
+    return sorted(found)
+
+
+def num_parameters(model: Any) -> int:
+    """Weights of a model, each counted once, embeddings and a frozen base included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Subsample(Store):
+    """A store of which only the chunks of some documents are found; rows and values are the whole store's.
+
+    share, seed: a document is among them if a hash of the seed and its id, uniform in [0, 1), is below the share; there
+        may be none.
+    """
+
+    def __init__(self, store: Store, share: float, seed: int):
+        vars(self).update(vars(store))
+        chosen = document_hashes(store.document_ids, seed) < share
+        self.sampled_documents = int(chosen.sum())
+        self.searchable_rows = store.searchable_rows[chosen[store.document_rows(store.searchable_rows)]]
+        drawn = {"store": store.fingerprint, "share": share, "seed": seed}
+        self.fingerprint = store.fingerprint if share == 1 else stable_hash(drawn)
+
+
+def document_hashes(document_ids: Sequence[str], seed: int) -> Float[np.ndarray, " d"]:
+    """A uniform number in [0, 1) for each document, a function of its id and the seed."""
+    digests = [hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in document_ids]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.float64) / 2.0**64
+
+
+class _Remembered:
+    """The embedder of a store, which embeds each query once, and is loaded when the first one comes."""
+
+    def __init__(self, store: Store, embedder: Embedder | None = None):
+        self.dim, self.fingerprint = store.key_dim, store.embedder_fingerprint
+        self.description, self.num_truncated = store.manifest["embedder"], 0
+        self._store, self._given, self._keys = store, embedder, {}
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        from retro.retrieval.search import embedder_of
+
+        return embedder_of(self._store, self._given)
+
+    def embed(self, texts: list[str], is_query: bool = False) -> np.ndarray:
+        new = [text for text in dict.fromkeys(texts) if (text, is_query) not in self._keys]
+        if new:
+            keys = self._embedder.embed(new, is_query=is_query)
+            self._keys |= {(text, is_query): key for text, key in zip(new, keys, strict=True)}
+        return np.stack([self._keys[text, is_query] for text in texts])
+
+
+def _over_models(
+    places: Iterable[tuple[dict[str, Any], Any]],
+    documents: Sequence[Document],
+    retriever: Retriever,
+    num_neighbors: int | None,
+    reading: Reading,
+) -> tuple[list[dict[str, Any]], EvaluationData, dict[str, Any]]:
+    """One point for each place and column of its model, the data, and how it was read."""
+    points, data, given = [], None, {}
+    for place, model in places:
+        k = neighbors_of(model, num_neighbors)
+        if data is None or data.rows.shape[1] < k:
+            data = reading.prepare(documents, retriever, k)
+        given = given or reading.given(data, model)
+        scores = score_columns(model, data, retriever.store, k, random=False, **given)
+        for column, found in scores.items():
+            off = scores["retro_off"] if column == "retro_on" else None
+            points.append({**place, "column": column} | _measured(found, data, given, off))
+    if data is None:
+        raise ValueError("there is no model to measure; name at least one.")
+    return points, data, given
+
+
+def _require_reader(model: Any) -> None:
+    if not reads_neighbors(model):
+        raise ValueError("the model reads no neighbors, so that there is nothing to sweep; give a RETRO.")
+
+
+def _read(model: Any, store: Store) -> dict[str, Any]:
+    return dict(store=store, retrieved_len=model.config.retrieved_len)
+
+
+def _reference(baseline: Any, data: EvaluationData, given: dict[str, Any]) -> dict[str, Any]:
+    return {} if baseline is None else {"lm": _measured(score(baseline, data, **given), data, given)}
+
+
+def _measured(
+    scores: ChunkScores, data: EvaluationData, given: dict[str, Any], off: ChunkScores | None = None
+) -> dict[str, Any]:
+    """Bits per byte with its interval, over the chunks with little overlap, and what is gained over RETRO[OFF]."""
+    low, high = bpb_interval(scores, data, given["seed"])
+    little = scores.bits_per_byte(data, data.overlap_ratio <= LITTLE_OVERLAP)
+    measured = {"bpb": scores.bits_per_byte(data), "low": low, "high": high, "bpb_little_overlap": little}
+    if off is not None:
+        measured |= dict(zip(("gain", "gain_low", "gain_high"), gain(scores, off, data, given["seed"]), strict=True))
+    return measured | {"seconds": round(scores.elapsed_seconds, 2)}
+
+
+def _mean_of_draws(points: list[dict[str, Any]], chunks: int) -> list[dict[str, Any]]:
+    """One record a share: mean, standard deviation, least and greatest over its draws; the place is p of all chunks."""
+    curve = []
+    for share in dict.fromkeys(point["share"] for point in points):
+        of_share = [point for point in points if point["share"] == share]
+        values, gains = ([point[name] for point in of_share] for name in ("bpb", "gain"))
+        place = {"share": share, "chunks": round(share * chunks), "column": "retro_on", "draws": len(values)}
+        spread = {"bpb": float(np.mean(values)), "std": float(np.std(values)), "low": min(values), "high": max(values)}
+        gained = {"gain": float(np.mean(gains)), "gain_low": min(gains), "gain_high": max(gains)}
+        curve.append(place | spread | gained)
+    return curve
+
+
+def _about(data: EvaluationData, given: dict[str, Any]) -> dict[str, Any]:
+    little = int((data.overlap_ratio <= LITTLE_OVERLAP).sum())
+    counts = {"documents": data.num_documents, "chunks": len(data.tokens), "chunks_little_overlap": little}
+    sizes = {"bytes": int(data.bytes_of_chunk.sum()), "tokens": int(data.scored.sum())}
+    return counts | sizes | {name: given[name] for name in ("window_len", "stride", "seed")}
+
+
+def _result(sweep: str, x: str, xlabel: str, points: list, curve: list, band: str, references: dict) -> dict[str, Any]:
+    return dict(sweep=sweep, x=x, xlabel=xlabel, points=points, curve=curve, band=band, references=references)
+
+
+def sweep_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Flat records for CSV: the points, the means of a sweep with several draws, the references."""
+    means = result["curve"] if result["curve"] is not result["points"] else []
+    return [
+        *({"what": "point", **point} for point in result["points"]),
+        *({"what": "mean", **point} for point in means),
+        *({"what": "reference", "column": column, **point} for column, point in result["references"].items()),
+    ]
+
+
+def sweep_table(result: dict[str, Any]) -> str:
+    """The result of a sweep for people."""
+    x = result["x"]
+    lines = [
+        f"bits per byte over {result['documents']} documents, {result['bytes']:,} bytes; {result['band']}",
+        f"{x:>16}  {'':20}{'bpb':>10}{'from':>10}{'to':>10}{'below OFF':>12}{'from':>9}{'to':>9}",
+    ]
+    for point in result["curve"]:
+        lines.append(f"{point[x]:16,.0f}  {COLUMNS[point['column']]:20}" + _cells(point))
+    lines += [f"{'':16}  {COLUMNS[column]:20}" + _cells(point) for column, point in result["references"].items()]
+    return "\n".join(lines)
+
+
+def _cells(point: dict[str, Any]) -> str:
+    cells = "".join(f"{point[name]:10.4f}" for name in ("bpb", "low", "high"))
+    if "gain" not in point:
+        return cells
+    gained = (f"{100 * point[name]:.2f}%" for name in ("gain", "gain_low", "gain_high"))
+    return cells + "{:>12}{:>9}{:>9}".format(*gained)

@@ -1,0 +1,80 @@
+"""LAMBADA: the last word of a passage, greedily, all of its tokens right (Paperno et al. 2016).
+
+    accuracy                     share of the passages whose last word greedy decoding would write
+    perplexity of a last word    exp(-mean of log p(word)), over words
+
+RETRO does not say how the text stands in the chunks; see `retro.evaluation.tasks.reading` for "start" (the default: the
+text as a document, without retrieval the plain model) and "end".
+
+Source: RETRO, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from retro.corpus import Document
+from retro.evaluation.tasks.reading import Example, Reader, Scored
+from retro.evaluation.tasks.results import about, figures_table, mean, with_intervals
+
+_LAST_WORD = re.compile(r"(?P<context>.*\S)(?P<word>\s+\S+)\s*", re.DOTALL)
+
+
+def measure_lambada(reader: Reader, documents: Sequence[Document]) -> dict[str, Any]:
+    """Last-word accuracy and perplexity: of a plain LM, or RETRO[OFF], [ON] and [ON] with random neighbors.
+
+    Gives {"accuracy", "perplexity": {column: {"value", "interval"}}, "accuracy_gain": of ON over each other column,
+    "examples", "read_neighbors": share of the last words that could read a neighbor, "seconds", ...}.
+
+    Raises ValueError for a text of one word.
+    """
+    examples, seconds, scores = [last_word(reader, document) for document in documents], {}, {}
+    if not examples:
+        raise ValueError("there is no passage; give at least one")
+    for column, one in reader.columns().items():
+        started = time.perf_counter()
+        scores[column] = one.score(examples)
+        seconds[column] = round(time.perf_counter() - started, 2)
+    right = {column: np.array([one.right for one in found], float) for column, found in scores.items()}
+    on = right.get("retro_on")
+    gains = {} if on is None else {c: mean(on - other, reader.seed) for c, other in right.items() if c != "retro_on"}
+    read = [one.num_read > 0 for one in scores.get("retro_on", [])]
+    return {
+        "task": "lambada",
+        "accuracy": with_intervals({column: mean(values, reader.seed) for column, values in right.items()}),
+        "accuracy_gain": with_intervals(gains),
+        "perplexity": with_intervals({column: _perplexity(found, reader.seed) for column, found in scores.items()}),
+        "examples": len(examples),
+        "read_neighbors": float(np.mean(read)) if read else 0.0,
+        "align": reader.align,
+        "seconds": seconds,
+        **about(reader),
+    }
+
+
+def last_word(reader: Reader, document: Document) -> Example:
+    """All but the last word, and the last word with the white space before it."""
+    found = _LAST_WORD.fullmatch(document.text)
+    if found is None:
+        raise ValueError(f"document {document.id}: {document.text[:40]!r} has no two words; leave it out.")
+    return reader.pair(found["context"], found["word"], document.id, document.text)
+
+
+def _perplexity(scores: Sequence[Scored], seed: int) -> tuple[float, list[float]]:
+    value, ends = mean(np.array([-one.log_prob for one in scores]), seed)
+    return math.exp(value), [math.exp(end) for end in ends]
+
+
+def lambada_table(result: dict[str, Any]) -> str:
+    """A result of `measure_lambada`, for people."""
+    lines = [f"last word of {result['examples']:,} passages, text from the {result['align']} of a chunk, 95% intervals"]
+    lines.append(figures_table(result, {"accuracy": "accuracy", "perplexity": "perplexity"}))
+    if "retro_on" in result["accuracy"]:
+        lines.append(f"{result['read_neighbors']:.1%} of the last words could read a neighbor")
+    return "\n".join(lines)

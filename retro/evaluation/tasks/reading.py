@@ -1,0 +1,443 @@
+"""How a model reads the texts of a task: contexts and continuations in tokens, the neighbors of their chunks, batches.
+
+Chunks are counted from the start of the input. `align` says where a context stands in them:
+
+    "start"   its first token is the first of a chunk. The tokens after its last whole chunk are read, but no query;
+              a context shorter than a chunk has no neighbors
+    "end"     its last token is the last of a chunk, so that the continuation reads what the last m tokens found.
+              In front stand eos tokens (pad without an eos), which the model sees as text and queries leave out
+
+A query is a whole chunk of the context, never one that holds a token of the continuation. With `of="text"` every whole
+chunk before the last token is one, as in bits per byte, and what it finds is read from its last token on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Int64
+from tqdm.auto import tqdm
+
+from retro.data import random_rows
+from retro.evaluation.bits import MAX_LOGITS, RETRIEVAL, neighbors_of, reads_neighbors
+from retro.evaluation.neighbors import neighbor_rows
+from retro.evaluation.tasks.contamination import overlaps
+from retro.retrieval.chunks import decode_chunks, pad_token_id, tokenize_ids
+
+if TYPE_CHECKING:
+    from retro.retrieval import Retriever
+
+ALIGN = ("start", "end")
+CHUNK_LEN = 64  # of models that have none
+Passages = tuple[Int64[np.ndarray, "k r"], Bool[np.ndarray, "k r"]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A continuation to score after its context, in tokens.
+
+    name: id of a document that is no neighbor of it. text: what no neighbor may overlap with, if the reader
+    decontaminates.
+    """
+
+    context: Int64[np.ndarray, " s"]
+    continuation: Int64[np.ndarray, " t"]
+    name: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probability of each token of a continuation, in nats, whether it is the most likely one, and how many
+    neighbors its first token could read."""
+
+    log_probs: Float64[np.ndarray, " t"]
+    greedy: Bool[np.ndarray, " t"]
+    num_read: int
+
+    @property
+    def log_prob(self) -> float:
+        return float(self.log_probs.sum())
+
+    @property
+    def right(self) -> bool:
+        """Whether greedy decoding would write the whole continuation."""
+        return bool(self.greedy.all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A causal LM with a tokenizer, and where the neighbors of its chunks come from.
+
+    Args:
+        model: Any Hugging Face causal LM; with neighbors, one of this library's.
+        retriever: Needed unless `retrieval` is "off".
+        retrieval: "off", "on", or "random": as many neighbors, each a random chunk of the store, as a control.
+        num_neighbors: k; default the model's.
+        align: See above.
+        max_len: Tokens of an input; default the model's positions, at most 2048. What is longer is cut at its start, by
+            whole chunks where there is retrieval.
+        batch_size: At most so many texts together.
+        decontaminate: Whether neighbors that share 13 words in a row with `Example.text` are left out.
+        cache: Where the neighbors are kept; see `neighbor_rows`.
+        seed: Of random neighbors.
+
+    Raises ValueError for what does not go together.
+    """
+
+    model: Any
+    tokenizer: Any
+    retriever: Retriever | None = None
+    retrieval: str = "off"
+    num_neighbors: int | None = None
+    align: str = "start"
+    max_len: int | None = None
+    batch_size: int = 8
+    decontaminate: bool = False
+    cache: str | Path | bool = True
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self):
+        for name, value, choices in (("retrieval", self.retrieval, RETRIEVAL), ("align", self.align, ALIGN)):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+        if self.retrieval != "off" and self.retriever is None:
+            raise ValueError(f"retrieval is {self.retrieval!r} without a retriever; give one, or retrieval='off'.")
+        if self.retrieval != "off" and not reads_neighbors(self.model):
+            raise ValueError("the model reads no neighbors; retrieval must be 'off'.")
+        for name in ("batch_size", "max_len"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
+
+    def columns(self) -> dict[str, Reader]:
+        """The readers to compare: "lm" alone for a plain LM; else "retro_off", and with a retriever "retro_on" and
+        "retro_on_random"."""
+        if not reads_neighbors(self.model):
+            return {"lm": self}
+        kinds = {"retro_off": "off"} | (
+            {} if self.retriever is None else {"retro_on": "on", "retro_on_random": "random"}
+        )
+        return {column: replace(self, retrieval=kind) for column, kind in kinds.items()}
+
+    # Tokens
+
+    @cached_property
+    def chunk_len(self) -> int:
+        return getattr(self.model.config, "chunk_len", CHUNK_LEN)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of an input at most."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
+        return min(positions, 2048) if self.max_len is None else self.max_len
+
+    def encode(self, text: str) -> Int64[np.ndarray, " t"]:
+        """The ids of a text that may go on: with the tokenizer's bos, without an eos."""
+        return encode(self.tokenizer, text)
+
+    def pair(self, context: str, continuation: str, name: str = "", text: str = "") -> Example:
+        """A context and what follows it, tokenized as one text and cut where the context ends.
+
+        White space at the end of the context goes to the continuation, since tokens begin with it. Raises ValueError if
+        one of both is empty.
+        """
+        bare = context.rstrip()
+        before, whole = self.encode(bare), self.encode(context + continuation)
+        if not bare or len(whole) <= len(before):
+            raise ValueError(f"the context {context[-40:]!r} or what follows it, {continuation[:40]!r}, is empty.")
+        return Example(self.place(before), whole[len(before) :], name, text)
+
+    def place(self, context: Int64[np.ndarray, " s"]) -> Int64[np.ndarray, " t"]:
+        """A context as `align` wants it."""
+        return aligned(context, self.chunk_len, self.filler, self.align)
+
+    @property
+    def filler(self) -> int:
+        """The token in front of a text that ends with a chunk."""
+        eos = self.tokenizer.eos_token_id
+        return pad_token_id(self.tokenizer) if eos is None else int(eos)
+
+    # Scoring
+
+    def score(self, examples: Sequence[Example], of: str = "context") -> list[Scored]:
+        """Every continuation, by one forward pass over context and continuation.
+
+        of: "context" or "text", whose chunks are queries; see above.
+        """
+        step = 1 if self.retrieval == "off" else self.chunk_len
+        cut = [self._cut(example, step) for example in examples]
+        rows = self._rows(cut, of)
+        scored: list[Any] = [None] * len(cut)
+        order = sorted(range(len(cut)), key=lambda i: -len(cut[i].context) - len(cut[i].continuation))
+        with _evaluating(self.model), tqdm(total=len(cut), desc=self.retrieval, disable=not self.progress) as bar:
+            for batch in self._batches(order, cut):
+                for i, one in zip(batch, self._score([cut[i] for i in batch], [rows[i] for i in batch]), strict=True):
+                    scored[i] = one
+                bar.update(len(batch))
+        return scored
+
+    def _cut(self, example: Example, step: int) -> Example:
+        """The example with room for it: whole steps of its context cut off, and one token at least left."""
+        room = self.longest + 1 - len(example.continuation)
+        return replace(example, context=_last(example.context, room, step))
+
+    def _batches(self, order: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
+        """Longest first, as many together as their logits leave room for."""
+        vocabulary, start = self.model.config.get_text_config().vocab_size, 0
+        while start < len(order):
+            first = examples[order[start]]
+            room = 2 * MAX_LOGITS // (vocabulary * (len(first.context) + len(first.continuation)))
+            stop = start + max(1, min(self.batch_size, room))
+            yield list(order[start:stop])
+            start = stop
+
+    @torch.inference_mode()
+    def _score(self, examples: list[Example], rows: list[np.ndarray]) -> list[Scored]:
+        texts = [np.concatenate([one.context, one.continuation]) for one in examples]
+        n = max(map(len, texts)) - 1
+        ids = np.full((len(texts), n), pad_token_id(self.tokenizer))
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text) - 1] = text[:-1]
+        first = min(len(one.context) for one in examples) - 1
+        inputs = {"input_ids": torch.from_numpy(ids), **self._neighbors(rows, n // self.chunk_len)}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if self.model._supports_logits_to_keep():
+            logits = self.model(**inputs, logits_to_keep=torch.arange(first, n, device=self.model.device)).logits
+        else:
+            logits = self.model(**inputs).logits[:, first:]
+        return [self._scored(one, logits[i, len(one.context) - 1 - first :], rows[i]) for i, one in enumerate(examples)]
+
+    def _scored(self, example: Example, logits: torch.Tensor, rows: np.ndarray) -> Scored:
+        targets = torch.from_numpy(example.continuation).to(logits.device)
+        log_probs = logits[: len(targets)].float().log_softmax(-1)
+        chosen = log_probs.gather(-1, targets[:, None])[:, 0].double().cpu().numpy()
+        last = len(example.context) // self.chunk_len - 1
+        num_read = int((rows[last] >= 0).sum()) if 0 <= last < len(rows) else 0
+        return Scored(chosen, (log_probs.argmax(-1) == targets).cpu().numpy(), num_read)
+
+    # Neighbors
+
+    def _rows(self, examples: Sequence[Example], of: str) -> list[Int64[np.ndarray, "l k"]]:
+        """For each example the neighbors' rows of its first l whole chunks; -1 for none."""
+        if self.retrieval == "off":
+            return [np.zeros((0, 0), np.int64)] * len(examples)
+        k, places = neighbors_of(self.model, self.num_neighbors), {}
+        of_example = []
+        for example in examples:
+            texts = [example.context] if of == "context" else [example.context, example.continuation[:-1]]
+            chunks = _whole_chunks(np.concatenate(texts), self.chunk_len)
+            keys = [(chunk.tobytes(), example.name) for chunk in chunks]
+            of_example.append([places.setdefault(key, len(places)) for key in keys])
+        found = self._found(places, k)
+        rows = [found[np.asarray(own, np.int64)] for own in of_example]
+        return self._without_overlap(examples, rows) if self.decontaminate else rows
+
+    def _found(self, places: dict[tuple[bytes, str], int], k: int) -> Int64[np.ndarray, "c k"]:
+        """The neighbors of each chunk, no search twice."""
+        if not places:
+            return np.zeros((0, k), np.int64)
+        chunks = np.stack([np.frombuffer(chunk, np.int64) for chunk, _ in places])
+        names = [name for _, name in places]
+        excluded = names if any(names) else None
+        real = np.ones(chunks.shape, bool)
+        found = neighbor_rows(self.retriever, chunks, real, k, excluded, self.cache, self.progress)
+        if self.retrieval == "on":
+            return found
+        numbers = np.arange(len(found))
+        drawn = random_rows(self.retriever.store, numbers, np.full_like(numbers, -1), k, self.seed)
+        return np.where(found >= 0, drawn, -1)
+
+    def _without_overlap(self, examples: Sequence[Example], rows: list[np.ndarray]) -> list[np.ndarray]:
+        """The rows with -1 for those whose [N, F] overlaps with the example's text."""
+        present = np.unique(np.concatenate([own.reshape(-1) for own in rows]))
+        present = present[present >= 0]
+        passages = dict(zip(present.tolist(), self.passage_texts(present), strict=True))
+        clean = []
+        for example, own in zip(examples, rows, strict=True):
+            bad = [row for row in np.unique(own[own >= 0]).tolist() if overlaps(passages[row], example.text)]
+            clean.append(np.where(np.isin(own, bad), -1, own))
+        return clean
+
+    def passage_texts(self, rows: Int64[np.ndarray, " p"]) -> list[str]:
+        """The texts of [N, F] of some rows of the store."""
+        return passage_texts(self.retriever.store, rows, self.retrieved_len)
+
+    @property
+    def retrieved_len(self) -> int:
+        """r, of the model or of the retriever."""
+        given = getattr(self.model.config, "retrieved_len", None)
+        return given or (2 * self.chunk_len if self.retriever is None else self.retriever.retrieved_len)
+
+    def _neighbors(self, rows: list[np.ndarray], num_chunks: int) -> dict[str, torch.Tensor]:
+        """neighbor_ids and neighbor_mask [b, l, k, r], nothing where no chunk has any."""
+        if not any((own >= 0).any() for own in rows):
+            return {}
+        placed = np.full((len(rows), num_chunks, rows[0].shape[1]), -1)
+        for place, own in zip(placed, rows, strict=True):
+            place[: len(own)] = own
+        ids, mask = self.retriever.store.values(placed, self.retrieved_len)
+        return {"neighbor_ids": torch.from_numpy(ids), "neighbor_mask": torch.from_numpy(mask)}
+
+    # Writing
+
+    def complete(
+        self,
+        prompts: Sequence[Int64[np.ndarray, " s"]],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        passages: Sequence[Passages] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """What the model writes after each prompt, greedily, up to the first of the strings in `stop`.
+
+        passages: for each prompt, what the last whole chunk of it reads in place of what it would retrieve.
+        options: as Hugging Face's generate() takes them.
+
+        Raises ValueError for random neighbors, which are for scoring, and for prompts that leave no room.
+        """
+        if self.retrieval == "random" and passages is None:
+            raise ValueError("retrieval is 'random'; that control is for scoring, write with 'on' or 'off'.")
+        if max_new_tokens >= self.longest:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; the model reads {self.longest} in all, give fewer.")
+        step = 1 if passages is None and self.retrieval == "off" else self.chunk_len
+        cut = [_last(prompt, self.longest - max_new_tokens, step) for prompt in prompts]
+        order, texts = sorted(range(len(cut)), key=lambda i: -len(cut[i])), [""] * len(cut)
+        ends = [end for end in stop if end]
+        with _evaluating(self.model), tqdm(total=len(cut), desc="writing", disable=not self.progress) as bar:
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                given = None if passages is None else [passages[i] for i in batch]
+                written = self._write([cut[i] for i in batch], max_new_tokens, ends, given, options)
+                for i, text in zip(batch, written, strict=True):
+                    texts[i] = text
+                bar.update(len(batch))
+        return texts
+
+    def _write(self, prompts, max_new_tokens: int, stop: list[str], passages, options: dict[str, Any]) -> list[str]:
+        n, pad = max(map(len, prompts)), pad_token_id(self.tokenizer)
+        ids = np.stack([np.pad(prompt, (n - len(prompt), 0), constant_values=pad) for prompt in prompts])
+        mask = np.stack([np.arange(n) >= n - len(prompt) for prompt in prompts]).astype(np.int64)
+        given = {"do_sample": False, "pad_token_id": pad, "eos_token_id": self.tokenizer.eos_token_id, **options}
+        if stop:
+            given["stopping_criteria"] = [_Stop(self.tokenizer, stop, n)]
+        if passages is not None:
+            given |= self._placed(prompts, passages)
+        elif self.retrieval == "on":
+            given |= {"retriever": self.retriever, "num_neighbors": neighbors_of(self.model, self.num_neighbors)}
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **given)[:, n:].cpu().numpy()
+        texts = decode_chunks(self.tokenizer, written)
+        return [min((text.split(end)[0] for end in stop), key=len, default=text) for text in texts]
+
+    def _placed(self, prompts, passages: Sequence[Passages]) -> dict[str, torch.Tensor]:
+        """The passages as neighbors of the last whole chunk of each prompt, counted from its first real token."""
+        chunks = [len(prompt) // self.chunk_len for prompt in prompts]
+        k, r = (max(ids.shape[axis] for ids, _ in passages) for axis in (0, 1))
+        shape = (len(prompts), max(chunks), k, r)
+        ids, mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for i, (last, (own, real)) in enumerate(zip(chunks, passages, strict=True)):
+            if last:
+                ids[i, last - 1, : len(own), : own.shape[1]], mask[i, last - 1, : len(own), : own.shape[1]] = own, real
+        given = {"neighbor_ids": torch.from_numpy(ids), "neighbor_mask": torch.from_numpy(mask)}
+        return {name: tensor.to(self.model.device) for name, tensor in given.items()}
+
+
+class _Stop:
+    """A text ends when what was written holds one of some strings. transformers' own criterion asks more of a tokenizer
+    than decoding."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int):
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
+        texts = decode_chunks(self.tokenizer, input_ids[:, self.start :].cpu().numpy())
+        return torch.tensor([any(end in text for end in self.stop) for text in texts], device=input_ids.device)
+
+
+def encode(tokenizer: Any, text: str) -> Int64[np.ndarray, " t"]:
+    """The ids of a text that may go on: with the tokenizer's bos, without an eos."""
+    ids = tokenize_ids(tokenizer, [text])[0]
+    return ids if tokenizer.eos_token_id is None else ids[:-1]
+
+
+def aligned(ids: Int64[np.ndarray, " s"], chunk_len: int, filler: int, align: str = "end") -> Int64[np.ndarray, " t"]:
+    """The ids, with "end" filled up in front so that the last one ends a chunk."""
+    return ids if align == "start" else np.pad(ids, (-len(ids) % chunk_len, 0), constant_values=filler)
+
+
+def passage_texts(store: Any, rows: Int64[np.ndarray, " p"], retrieved_len: int) -> list[str]:
+    """The texts of [N, F] of some rows of a store."""
+    ids, mask = store.values(rows, retrieved_len)
+    return decode_chunks(store.tokenizer, [own[real] for own, real in zip(ids, mask, strict=True)])
+
+
+def open_reader(
+    model: Any, store: Any = None, index: str = "auto", tokenizer: Any = None, dtype: Any = None, **options: Any
+) -> Reader:
+    """A reader of a model by folder, Hugging Face name, GGUF file or package, or in memory.
+
+    Args:
+        store: A datastore or its folder, which the model's tokenizer must have made.
+        index: The kind of search; see `Retriever`.
+        tokenizer: Of a model in memory; default the store's.
+        dtype: As in from_pretrained.
+        options: Of Reader. `retrieval` is "on" by default if there is a store and the model reads neighbors.
+    """
+    from retro.provenance import FILE, check_store
+    from retro.retrieval import Retriever, Store
+    from retro.retrofit.bases import base_tokenizer, open_base
+
+    named = isinstance(model, (str, Path))
+    store = Store.open(store) if isinstance(store, (str, Path)) else store
+    if named and tokenizer is None:
+        tokenizer = base_tokenizer(model)
+    elif tokenizer is None:
+        if store is None:
+            raise ValueError("a model in memory comes without a tokenizer; give tokenizer= or a store.")
+        tokenizer = store.tokenizer
+    if store is not None and named and (Path(model) / FILE).is_file():
+        check_store(model, store)
+    elif store is not None:
+        store.check_tokenizer(tokenizer)
+    opened = open_base(model, **({} if dtype is None else {"dtype": dtype}))
+    if named:
+        opened = opened.to(torch.accelerator.current_accelerator() or "cpu")
+    r = getattr(opened.config, "retrieved_len", None) or 2 * (CHUNK_LEN if store is None else store.chunk_len)
+    retriever = None if store is None else Retriever(store, index, retrieved_len=r)
+    retrieval = "on" if retriever is not None and reads_neighbors(opened) else "off"
+    return Reader(model=opened, tokenizer=tokenizer, retriever=retriever, **{"retrieval": retrieval, **options})
+
+
+def _whole_chunks(ids: Int64[np.ndarray, " s"], chunk_len: int) -> Int64[np.ndarray, "l m"]:
+    return np.ascontiguousarray(ids[: len(ids) // chunk_len * chunk_len], np.int64).reshape(-1, chunk_len)
+
+
+def _last(ids: np.ndarray, room: int, step: int) -> np.ndarray:
+    """What is left within `room` tokens when whole steps are cut off at the start."""
+    excess = len(ids) - room
+    if excess > 0 and -(-excess // step) * step >= len(ids):
+        raise ValueError(
+            f"there is room for {room} of the {len(ids)} tokens of a context, and it is cut by {step}; "
+            "give a larger max_len, or less to follow it."
+        )
+    return ids if excess <= 0 else ids[-(-excess // step) * step :]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

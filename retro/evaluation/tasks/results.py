@@ -1,0 +1,62 @@
+"""Figures over the examples of a task with their intervals, and what they were measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+import retro
+from retro.evaluation.bits import COLUMNS, neighbors_of, reads_neighbors
+from retro.evaluation.intervals import interval, ratio, resampled_sums
+from retro.evaluation.tasks.reading import Reader
+
+Figure = tuple[float, list[float]]  # value, [low, high]
+TITLES = COLUMNS | {"in_context": "passages in the prompt"}
+
+
+def mean(values: Float[np.ndarray, " d"], seed: int = 0) -> Figure:
+    """The mean over examples, and the low and high end over examples drawn anew (95%)."""
+    return quotient(values, np.ones(len(values)), seed)
+
+
+def quotient(above: Float[np.ndarray, " d"], below: Float[np.ndarray, " d"], seed: int = 0) -> Figure:
+    """sum(above) / sum(below), and the low and high end over examples drawn anew (95%)."""
+    drawn = resampled_sums(np.stack([above, below], axis=1).astype(np.float64), seed=seed)
+    ends = [float(end) for end in interval(ratio(drawn[:, 0], drawn[:, 1]))]
+    return float(np.sum(above) / np.sum(below)), ends
+
+
+def with_intervals(figures: Mapping[str, Figure]) -> dict[str, dict[str, Any]]:
+    """{column: (value, [low, high])} as {column: {"value", "interval"}}."""
+    return {column: {"value": value, "interval": ends} for column, (value, ends) in figures.items()}
+
+
+def about(reader: Reader) -> dict[str, Any]:
+    """What a result says of model, store, neighbors and code."""
+    model, retriever = reader.model, reader.retriever
+    result = {
+        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+        "library_version": retro.__version__,
+    }
+    if retriever is not None:
+        result |= {"store_fingerprint": retriever.store.fingerprint, "index": retriever.index.kind}
+    if retriever is not None and reads_neighbors(model):
+        result |= {"num_neighbors": neighbors_of(model, reader.num_neighbors), "decontaminate": reader.decontaminate}
+    return result | {"seed": reader.seed}
+
+
+def figures_table(result: dict[str, Any], names: Mapping[str, str]) -> str:
+    """Columns of a result against its figures with intervals, for people. names: of the figures, with their titles."""
+    lines = [f"{'':24}" + "".join(f"{title:>32}" for title in names.values())]
+    for column in result[next(iter(names))]:
+        cells = (result[name][column] for name in names)
+        shown = ("{} ({} to {})".format(*map(_short, (cell["value"], *cell["interval"]))) for cell in cells)
+        lines.append(f"{TITLES[column]:24}" + "".join(f"{cell:>32}" for cell in shown))
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if not value >= 1000 else f"{value:.4g}"

@@ -1,0 +1,149 @@
+"""The queue of rows and the one thread that owns the model."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from retro.retrieval.chunks import pad_token_id
+from retro.serve.limits import Limits
+from retro.serve.rows import Closed, DrawRows, FoundByChunk, PushRows, Row, RunningRow
+
+if TYPE_CHECKING:
+    from retro.retrieval import Retriever
+
+_GATHER_SECONDS = 0.02  # how long the first row of a batch waits for others that come at the same moment
+logger = logging.getLogger(__name__)
+
+
+class Full(Exception):
+    """The queue is full."""
+
+
+class Engine:
+    """Continues rows, several at once where they retrieve alike; a context in which its thread runs.
+
+    A batch holds rows of one store and one k (or RETRO[OFF]), left-padded. All else is a row's own: length, stop
+    strings, temperature, top_p, and a generator with the row's seed, so that a row's text does not depend on the batch.
+    Rows that come later wait for the next batch; the longest waiting one is always in it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, stores: dict[str, Retriever], limits: Limits | None = None) -> None:
+        self.model, self.tokenizer, self.stores, self.limits = model, tokenizer, stores, limits or Limits()
+        self.end_ids = _end_ids(model, tokenizer)
+        self._waiting: list[Row] = []
+        self._running: list[Row] = []
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="retro-serve-model", daemon=True)
+
+    def __enter__(self) -> Engine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End all rows with `Closed` and wait for the thread."""
+        with self._changed:
+            self._closed = True
+            for row in self._running:
+                row.cancelled = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How many rows wait and how many are being written."""
+        with self._changed:
+            return {"waiting": len(self._waiting), "running": sum(not row.finished for row in self._running)}
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue rows; raises Full if they do not all fit, Closed at shutdown."""
+        with self._changed:
+            if not self.is_alive:
+                raise Closed
+            self._drop_cancelled()
+            if len(self._waiting) + len(rows) > self.limits.max_queue:
+                raise Full
+            self._waiting.extend(rows)
+            self._changed.notify_all()
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = [row for row in self._waiting if not row.cancelled]
+
+    def _work(self) -> None:
+        while rows := self._next_batch():
+            try:
+                self._continue(rows)
+            except Exception as error:  # one batch's failure is its own; the thread lives on
+                logger.exception("a batch of %d rows failed", len(rows))
+                for row in rows:
+                    row.end("error", error)
+            with self._changed:
+                self._running = []
+        for row in self._waiting:
+            row.end("error", Closed())
+
+    def _next_batch(self) -> list[Row]:
+        """The rows that go with the longest waiting one; none at shutdown."""
+        with self._changed:
+            while not self._closed:
+                self._drop_cancelled()
+                if len(self._waiting) >= self.limits.max_batch or self._gathered():
+                    break
+                self._changed.wait(_GATHER_SECONDS if self._waiting else None)
+            if self._closed:
+                return []
+            alike = [row for row in self._waiting if row.group == self._waiting[0].group]
+            self._running = alike[: self.limits.max_batch]
+            self._waiting = [row for row in self._waiting if row not in self._running]
+            return self._running
+
+    def _gathered(self) -> bool:
+        return bool(self._waiting) and time.monotonic() >= self._waiting[0].came_at + _GATHER_SECONDS
+
+    def _continue(self, rows: Sequence[Row]) -> None:
+        """Generate one batch to its end."""
+        store, num_neighbors = rows[0].group
+        found = None if store is None else FoundByChunk(self.stores[store])
+        m, padding = self.model.config.chunk_len, pad_token_id(self.tokenizer)
+        running = [RunningRow(row, self.tokenizer, self.end_ids, m, found) for row in rows]
+        ids, mask = pad_left([row.prompt_ids for row in rows], padding)
+        retrieval = {"retriever": found, "num_neighbors": num_neighbors} if found else {}
+        with torch.inference_mode():
+            self.model.generate(
+                ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=max(row.max_new_tokens for row in rows),
+                do_sample=False,
+                pad_token_id=padding,
+                logits_processor=LogitsProcessorList([DrawRows(running)]),
+                stopping_criteria=StoppingCriteriaList([PushRows(running, sorted(self.end_ids))]),
+                **retrieval,
+            )
+
+
+def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    """Prompts of different lengths as one batch, and its attention mask."""
+    n = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (n - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (n - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, as the model's generation config says, else the tokenizer."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,192 @@
+"""Rows to answers: OpenAI's JSON, whole or as server-sent events, with the sources in the field `retro`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+
+from retro.serve.engine import Engine, Full
+from retro.serve.errors import ApiError
+from retro.serve.rows import Closed, Row
+
+Event = tuple[int, str, Any]  # number of the row, kind and value as in `Row.send`
+T = TypeVar("T")
+
+
+@dataclass
+class Answer:
+    """What every part of one answer says: ids, model, and what the rows were."""
+
+    chat: bool
+    model: str
+    rows: Sequence[Row]
+    num_choices: int  # of each prompt
+    prompts: Sequence[str] = ()  # of each row, for echo
+    id: str = field(default_factory=lambda: uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """A prompt counts once, however many texts it gets."""
+        read = sum(len(row.prompt_ids) for row in self.rows[:: self.num_choices])
+        written = sum(len(row.new_ids) for row in self.rows)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def retro(self, sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        row = self.rows[0]
+        options = {"retrieval": row.store is not None, "store": row.store, "num_neighbors": row.num_neighbors}
+        return {**options, "seed": row.seed, "sources": list(sources)}
+
+    def echo(self, index: int) -> str:
+        return self.prompts[index] if self.prompts else ""
+
+    def whole(self, texts: Sequence[str], reasons: Sequence[str], sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The answer at once."""
+        choices = [
+            {"index": index, **self._content(self.echo(index) + text), "logprobs": None, "finish_reason": reason}
+            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        ]
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": choices, "usage": self.usage, "retro": self.retro(sources)}
+
+    def part(self, index: int, text: str = "", reason: str | None = None, first: bool = False) -> dict[str, Any]:
+        """A piece of one row."""
+        delta = {"role": "assistant", "content": text} if first else {"content": text} if text else {}
+        content = {"delta": delta} if self.chat else {"text": text}
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
+        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [choice]}
+
+    def last(self) -> dict[str, Any]:
+        """What follows the choices where usage is asked for."""
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        return {**head, "choices": [], "usage": self.usage}
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+
+def submit(engine: Engine, rows: Sequence[Row]) -> AsyncGenerator[Event, None]:
+    """Queue rows; gives their events until all have ended. Closing it early cancels them.
+
+    Raises ApiError: at once 429 if the queue is full; 503 at shutdown; later 504 when time runs out, and 500 when the
+    model fails.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+    def send(index: int, kind: str, value: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens
+            loop.call_soon_threadsafe(queue.put_nowait, (index, kind, value))
+
+    for index, row in enumerate(rows):
+        row.send = partial(send, index)
+    try:
+        engine.submit(rows)
+    except Full:
+        raise ApiError(429, "the queue is full; try again in a moment.", code="queue_full") from None
+    except Closed:
+        raise _failure(Closed()) from None
+    return _events(rows, queue, engine.limits.max_seconds)
+
+
+async def _events(rows: Sequence[Row], queue: asyncio.Queue, seconds: float) -> AsyncGenerator[Event, None]:
+    late = ApiError(504, f"the text was not finished in {seconds:g} seconds; ask for less.")
+    # an event of its own, since asyncio.wait_for may swallow a cancellation in Python 3.11
+    alarm = asyncio.get_running_loop().call_later(seconds, queue.put_nowait, (0, "error", late))
+    left = len(rows)
+    try:
+        while left:
+            event = await queue.get()
+            if event[1] == "error":
+                raise _failure(event[2])
+            left -= event[1] == "end"
+            yield event
+    finally:
+        alarm.cancel()
+        for row in rows:
+            row.cancelled = True
+
+
+def _failure(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Closed):
+        return ApiError(503, "the server is shutting down.", code="shutting_down")
+    return ApiError(500, "the model failed; the server's log says why.")
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Wait for work, but no longer than the client does; then it is cancelled."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise HTTPException(499, "the client has gone.")  # nobody reads it
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def gather(answer: Answer, events: AsyncGenerator[Event, None]) -> dict[str, Any]:
+    """The whole answer, when all rows have ended."""
+    texts, reasons, sources = [""] * len(answer.rows), [""] * len(answer.rows), {}
+    async with aclosing(events):
+        async for index, kind, value in events:
+            if kind == "text":
+                texts[index] += value
+            elif kind == "end":
+                reasons[index] = value
+            else:
+                sources |= {(index, chunk["chunk"]): {"choice": index, **chunk} for chunk in value}
+    return answer.whole(texts, reasons, [sources[place] for place in sorted(sources)])
+
+
+async def stream(
+    answer: Answer, first: Event, events: AsyncGenerator[Event, None], include_usage: bool
+) -> AsyncGenerator[str, None]:
+    """The answer as server-sent events; an error that comes later is the last one but [DONE]."""
+    usage = {"usage": None} if include_usage else {}
+    async with aclosing(events):
+        for index in range(len(answer.rows)):
+            if answer.chat or answer.prompts:
+                yield _sse(answer.part(index, answer.echo(index), first=True) | usage)
+        try:
+            yield _sse(_part(answer, first) | usage)
+            async for event in events:
+                yield _sse(_part(answer, event) | usage)
+            if include_usage:
+                yield _sse(answer.last())
+        except ApiError as error:
+            yield _sse(error.body())
+    yield "data: [DONE]\n\n"
+
+
+def _part(answer: Answer, event: Event) -> dict[str, Any]:
+    index, kind, value = event
+    if kind == "sources":
+        return answer.part(index) | {"retro": answer.retro([{"choice": index, **chunk} for chunk in value])}
+    return answer.part(index, value) if kind == "text" else answer.part(index, reason=value)
+
+
+def _sse(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"

@@ -1,0 +1,233 @@
+"""One row of a batch: its tokens in; text piece by piece, sources and an end out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+from retro.attribution import TextPieces, as_json, attribute
+
+if TYPE_CHECKING:
+    from retro.retrieval import Neighbors, Retriever
+
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
+
+
+class StopStrings:
+    """Text up to the first of some stop strings; what may be the beginning of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held = tuple(stops), ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that is safe to hand out, and whether a stop string was met."""
+        text = self._held + text
+        found = [place for place in map(text.find, self._stops) if place >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class FoundByChunk:
+    """A retriever that remembers what each chunk found, so that a row can say so while it is being written."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever = retriever
+        self._found: dict[bytes, Neighbors] = {}
+
+    def __call__(self, queries: Any, **options: Any) -> Neighbors:
+        found = self.retriever(queries, **options)
+        for number, chunk in enumerate(np.asarray(queries, np.int64)):
+            self._found[chunk.tobytes()] = found[number : number + 1]
+        return found
+
+    def of(self, chunk: Sequence[int]) -> Neighbors:
+        """What a chunk found; KeyError if it was never searched."""
+        return self._found[np.asarray(chunk, np.int64).tobytes()]
+
+
+class Closed(Exception):
+    """A row was no longer wanted, or the engine shuts down."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt, how to continue it, and what has come of it.
+
+    Attributes:
+        store, num_neighbors: where to retrieve and how many; both None for RETRO[OFF].
+        seed: of this row's own generator, so that neighbors in the batch change nothing.
+        send: takes ("text", str), ("sources", chunks as `chunks_json` gives them; a later one replaces an earlier one
+            of its number), and once ("end", "stop" | "length") or ("error", Exception). Called from the model's thread.
+        cancelled: set by whoever no longer wants the row.
+    """
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stops: Sequence[str] = ()
+    store: str | None = None
+    num_neighbors: int | None = None
+    send: Callable[[str, Any], None] = lambda kind, value: None
+    cancelled: bool = False
+    finished: bool = False
+    new_ids: list[int] = field(default_factory=list)
+    came_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def group(self) -> tuple[str | None, int | None]:
+        """Rows of one group may share a batch."""
+        return self.store, self.num_neighbors
+
+    def end(self, kind: str, value: Any) -> None:
+        """Say the last word, once."""
+        if not self.finished:
+            self.finished = True
+            self.send(kind, value)
+
+
+class RunningRow:
+    """A row inside a batch. `found` is None for RETRO[OFF]."""
+
+    def __init__(
+        self, row: Row, tokenizer: Any, end_ids: frozenset[int], chunk_len: int, found: FoundByChunk | None
+    ) -> None:
+        self.row, self._tokenizer, self._end_ids, self._chunk_len = row, tokenizer, end_ids, chunk_len
+        self._pieces, self._stops = TextPieces(tokenizer, row.prompt_ids), StopStrings(row.stops)
+        self._generator = torch.Generator().manual_seed(row.seed)
+        self._found, self._read = found, {}
+        self._first = len(row.prompt_ids) // chunk_len  # the chunk that the first new token is in
+
+    def draw(self, logits: Float[Tensor, " v"]) -> int:
+        """The next token: the likeliest at temperature 0, else one of those that hold the mass top_p."""
+        if self.row.finished or self.row.temperature == 0:
+            return int(logits.argmax())
+        logits = logits.double().cpu()
+        probabilities = torch.softmax((logits - logits.max()) / self.row.temperature, -1)  # whatever the temperature
+        if self.row.top_p < 1:
+            ordered, order = probabilities.sort(descending=True)
+            probabilities[order[1:][ordered.cumsum(-1)[:-1] >= self.row.top_p]] = 0
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def push(self, token: int) -> None:
+        """Take the token that was drawn; hand out text and sources, or the end."""
+        row = self.row
+        if row.cancelled:
+            row.end("error", Closed())
+        if row.finished:
+            return
+        row.new_ids.append(token)
+        self._send_new_sources()
+        if token in self._end_ids:
+            return self._end("stop", "")
+        text, stopped = self._stops.push(self._pieces.add(token))
+        if stopped:
+            return self._last_words("stop", text)
+        if len(row.new_ids) == row.max_new_tokens:
+            return self._end("length", text)
+        self._send_text(text)
+
+    def _end(self, reason: str, text: str) -> None:
+        """End with what was held back, which may still hold a stop string; a character that was cut is left out."""
+        rest, stopped = self._stops.push(self._pieces.rest().rstrip(_BROKEN))
+        self._last_words("stop" if stopped else reason, text + rest + ("" if stopped else self._stops.flush()))
+
+    def _last_words(self, reason: str, text: str) -> None:
+        self._send_text(text)
+        if self._found is not None:
+            self.row.send("sources", self._chunks(self._first))
+        self.row.end("end", reason)
+
+    def _send_text(self, text: str) -> None:
+        if text:
+            self.row.send("text", text)
+
+    def _send_new_sources(self) -> None:
+        """When a token is the first to read what a chunk found, say so."""
+        place = len(self.row.prompt_ids) + len(self.row.new_ids) - 1
+        number, offset = divmod(place, self._chunk_len)
+        if self._found is None or number == 0 or (offset and len(self.row.new_ids) > 1):
+            return
+        ids, m = self.row.prompt_ids + self.row.new_ids, self._chunk_len
+        self._read[number - 1] = self._found.of(ids[(number - 1) * m : number * m])
+        self.row.send("sources", self._chunks(number))
+
+    def _chunks(self, first: int) -> list[dict[str, Any]]:
+        ids = self.row.prompt_ids + self.row.new_ids
+        return chunks_json(self._tokenizer, ids, len(self.row.prompt_ids), self._read, self._chunk_len, first)
+
+
+def chunks_json(
+    tokenizer: Any,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    found: dict[int, Neighbors],
+    chunk_len: int,
+    first: int,
+) -> list[dict[str, Any]]:
+    """The chunks from `first` on with what they could read, as `retro.attribution.as_json` gives them.
+
+    found: what whole chunks found, by the chunk's number. Each chunk has its own `tokens` too.
+    """
+    base = max(first - 1, 0)
+    while base and tokenizer.decode(token_ids[base * chunk_len :][:chunk_len]).startswith(_BROKEN):
+        base -= 1  # it begins inside a character
+    shift = base * chunk_len
+    ids = token_ids[shift:]
+    read = [found.get(base + number) for number in range(len(ids) // chunk_len)]
+    whole = as_json(attribute(tokenizer, ids, max(num_prompt_tokens - shift, 0), read, chunk_len))
+    chunks = whole["chunks"][first - base :]
+    for chunk in chunks:
+        chunk["tokens"] = whole["tokens"][chunk["start"] : chunk["stop"]]
+        chunk["chunk"] += base
+        for shifted in (chunk, *(neighbor["copied"] for neighbor in chunk["neighbors"] if neighbor["copied"])):
+            shifted["start"] += shift
+            shifted["text"] = shifted["text"].rstrip(_BROKEN)  # a character that the end cuts
+        chunk["tokens"][-1] = chunk["tokens"][-1].rstrip(_BROKEN)
+        chunk["stop"] += shift
+    return chunks
+
+
+class DrawRows(LogitsProcessor):
+    """Leaves each row one token, drawn by its own settings and generator; greedy decoding then takes it."""
+
+    def __init__(self, rows: Sequence[RunningRow]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Int[Tensor, "b n"], scores: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
+        drawn = [row.draw(logits) for row, logits in zip(self._rows, scores, strict=True)]
+        chosen = torch.tensor(drawn, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class PushRows(StoppingCriteria):
+    """Hands each row its token and ends the rows that are finished.
+
+    A streamer would see a token only after generate() has asked its criteria, and cannot end a row; this one place
+    does both. `eos_token_id` tells generate() to fill finished rows with padding, which retrieves nothing.
+    """
+
+    def __init__(self, rows: Sequence[RunningRow], eos_token_id: Sequence[int]) -> None:
+        self._rows, self.eos_token_id = rows, eos_token_id
+
+    def __call__(self, input_ids: Int[Tensor, "b n"], scores: Any, **kwargs: Any) -> Bool[Tensor, " b"]:
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            row.push(token)
+        return torch.tensor([row.row.finished for row in self._rows], device=input_ids.device)

@@ -1,0 +1,93 @@
+"""Opens a model's stores and listens."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retro.provenance import check_store
+from retro.retrieval import Retriever, Store
+from retro.retrieval.lexical import KINDS
+from retro.retrieval.search import embedder_of, is_keyless, parse_kind
+from retro.serve.engine import Engine
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+API_KEY = "RETRO_API_KEY"
+logger = logging.getLogger(__name__)
+
+
+def open_stores(given: Sequence[str], model_folder: str, model: Any, index: str = "auto") -> dict[str, Retriever]:
+    """Retrievers by the name of their store, in the order given: PATH (called as its folder) or NAME=PATH.
+
+    Stores of the same embedder share it. Raises ValueError for a name given twice and a store that the model cannot
+    read.
+    """
+    stores: dict[str, Retriever] = {}
+    embedders: dict[str, Any] = {}
+    for place in given:
+        name, _, path = place.rpartition("=")
+        name = name or Path(path).resolve().name
+        if name in stores:
+            raise ValueError(f"two stores are called {name}; call one of them otherwise, --store NAME=PATH.")
+        store = Store.open(path)
+        check_store(model_folder, store)
+        embedder = None
+        if any(part not in KINDS for part in parse_kind(index, is_keyless(store))):
+            embedder = embedders.get(store.embedder_fingerprint) or embedder_of(store)
+            embedders[store.embedder_fingerprint] = embedder
+        retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
+        stores[name] = Retriever(store, index, embedder, retrieved_len=retrieved_len)
+    return stores
+
+
+def read_api_key(file: str | None) -> str | None:
+    """The bearer token: the file's content, else that of the environment's RETRO_API_KEY; None if there is neither."""
+    key = os.environ.get(API_KEY) if file is None else Path(file).read_text(encoding="utf-8", errors="replace").strip()
+    if key is None:
+        return None
+    if not key or not all("!" <= letter <= "~" for letter in key):
+        raise ValueError(f"the token in {file or API_KEY} is empty or not ASCII without spaces; write another.")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on {host} port {port} ({error}); give another --host or --port.") from None
+
+
+def url_of(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve_app(engine: Engine, name: str, host: str, port: int, api_key: str | None) -> tuple[FastAPI, socket.socket]:
+    """The application and the socket it shall listen on."""
+    from retro.serve.app import create_app
+
+    bound = listen(host, port)
+    local = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
+    if not local and api_key is None:
+        logger.warning("anyone who reaches %s may use the model and read the stores; give --api-key-file.", host)
+    names = dict.fromkeys([f"[{host}]" if ":" in host else host, "127.0.0.1", "localhost", "[::1]"])
+    return create_app(engine, name, api_key, list(names) if local and api_key is None else None), bound
+
+
+def run(app: FastAPI, bound: socket.socket, grace_seconds: float) -> None:
+    """Serve until SIGTERM or Ctrl-C; then finish what has begun, for at most `grace_seconds`."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=max(1, round(grace_seconds)))
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its shutdown, which is a good end
+    uvicorn.Server(config).run(sockets=[bound])
