@@ -141,7 +141,8 @@ def fitted(made):
     for part in (base, tokenizer):
         part.save_pretrained(made["folder"] / "base")
     folder = str(made["folder"] / "fitted")
-    given = [f"base={made['folder'] / 'base'}", f"store={made['store']}", f"output={folder}", "index=null", "num_neighbors=2"]
+    given = [f"base={made['folder'] / 'base'}", f"store={made['store']}", f"output={folder}"]
+    given += ["index=null", "num_neighbors=2"]
     run(["retrofit", "retrofit_smollm2", *given, "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1"])
     return folder
 

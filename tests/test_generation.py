@@ -342,6 +342,14 @@ def test_a_failing_retriever_stops_with_its_reason(model, words_tokenizer):
     assert isinstance(error.value.__cause__, ConnectionError)
 
 
+def test_what_nothing_read_may_fail(model, words_tokenizer):
+    """The chunk that the very last token ends is searched for `neighbors` only: the text is not lost for it."""
+    first = tuple(PROMPTS[3][:8])
+    search = Failing(lambda query: query != first, len(words_tokenizer), 16)
+    out = outcome(model, input_ids=torch.tensor([PROMPTS[3]]), retriever=search, max_new_tokens=7, eos_token_id=-1)
+    assert [bool(one.mask.any()) for one in out["neighbors"][0]] == [True, False]
+
+
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_or_goes_on_without_neighbors(lookahead, model, words_tokenizer, caplog):
     """Only chunks whose own search fails go without; said once."""

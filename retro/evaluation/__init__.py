@@ -3,6 +3,9 @@
 from importlib import import_module
 
 _HOME = {
+    "BaselineSettings": "baselines",
+    "measure_baselines": "baselines",
+    "baselines_table": "baselines",
     "ChunkScores": "bits",
     "EvaluationData": "bits",
     "bits_per_byte": "bits",

@@ -143,7 +143,7 @@ def prepare(
         return data
     found = find_neighbors(data, retriever, max(num_neighbors, LEAKAGE_NEIGHBORS), exclude, cache, progress)
     leak_rows = found[:, :LEAKAGE_NEIGHBORS]
-    overlap = _overlap(data, leak_rows, retriever.store)
+    overlap = overlap_of(data, leak_rows, retriever.store)
     return replace(data, rows=found[:, :num_neighbors], leak_rows=leak_rows, overlap=overlap)
 
 
@@ -188,7 +188,7 @@ def score(
     rows = _rows_for(retrieval, data, store, num_neighbors, seed)
     values = None if rows is None else lambda places: store.values(places, retrieved_len)
     started, bits = time.perf_counter(), np.zeros(len(data.tokens))
-    windows = sorted(_windows(data, window_len // data.chunk_len, stride // data.chunk_len), key=_num_chunks)
+    windows = sorted(windows_of(data, window_len // data.chunk_len, stride // data.chunk_len), key=_num_chunks)
     neighbor_tokens = 0 if rows is None else rows.shape[1] * retrieved_len
     batches = list(_batches(windows, data.chunk_len * model.config.get_text_config().vocab_size, neighbor_tokens))
     training = model.training
@@ -379,7 +379,7 @@ def _chunks_of(document: Document, tokenizer: Any, chunk_len: int, number: int) 
     return fold(ids, pad_token_id(tokenizer)), lens, fold(num_bytes, 0), fold(scored, False), numbers
 
 
-def _overlap(data: EvaluationData, rows: np.ndarray, store: Store) -> Int[np.ndarray, " c"]:
+def overlap_of(data: EvaluationData, rows: np.ndarray, store: Store) -> Int[np.ndarray, " c"]:
     """s of every chunk: the longest run in common with its neighbors [N, F] of 2 m tokens."""
     overlap = np.zeros(len(rows), np.int64)
     for start in range(0, len(rows), 512):
@@ -407,9 +407,10 @@ def window_of(
             raise ValueError(f"{name} is {value}; it must be a multiple of the chunk length {chunk_len}.")
     if longest and window_len > longest:
         raise ValueError(f"window_len is {window_len}, more than the {longest} positions of the model; give fewer.")
-    if stride > window_len:
+    if stride >= window_len:
         raise ValueError(
-            f"stride is {stride}, more than window_len {window_len}; tokens between windows were not scored."
+            f"stride is {stride} and window_len {window_len}, so that windows start with nothing to read; "
+            "give a longer window."
         )
     return window_len, stride
 
@@ -430,7 +431,7 @@ def _rows_for(retrieval: str, data: EvaluationData, store: Store | None, num_nei
     return np.where(data.rows[:, :k] >= 0, drawn, -1)
 
 
-def _windows(data: EvaluationData, window_chunks: int, stride_chunks: int) -> Iterator[tuple[int, int, int]]:
+def windows_of(data: EvaluationData, window_chunks: int, stride_chunks: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, first chunk not scored before) of each window, in chunks; windows stay inside a document."""
     borders = np.flatnonzero(np.diff(data.documents, prepend=-1, append=-1))
     for first, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):

@@ -169,7 +169,7 @@ def _bm25s() -> Any:
     try:
         import bm25s
     except ImportError:
-        raise ValueError("the index kind bm25 needs bm25s, which is not installed; pip install retro-lm[eval]") from None
+        raise ValueError("the index bm25 needs bm25s, which is not installed; pip install retro-lm[eval]") from None
     return bm25s
 
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.corpus import Document
 from retro.evaluation import bits_per_byte, perplexity_table, prepare, score
-from retro.evaluation.bits import _windows, gain, perplexity
+from retro.evaluation.bits import windows_of, gain, perplexity
 from tests.evaluation.conftest import HELD_OUT
 
 DOCUMENTS = [
@@ -71,7 +71,7 @@ def test_gain_by_hand(words_tokenizer):
 def test_windows_score_every_chunk_once(window, stride, words_tokenizer):
     data = prepare(DOCUMENTS, words_tokenizer, 4)
     scored = np.zeros(len(data.tokens), int)
-    for start, stop, first_new in _windows(data, window, stride):
+    for start, stop, first_new in windows_of(data, window, stride):
         assert start <= first_new < stop <= start + window
         assert len(set(data.documents[start:stop].tolist())) == 1
         scored[first_new:stop] += 1
@@ -174,8 +174,8 @@ def test_refusals(words_tokenizer, words_retriever, make_model):
     data = prepare(DOCUMENTS, words_tokenizer, 8)
     with pytest.raises(ValueError, match="window_len is 20; it must be a multiple of the chunk length 8"):
         score(model, data, window_len=20)
-    with pytest.raises(ValueError, match="stride is 32, more than window_len 16"):
-        score(model, data, window_len=16, stride=32)
+    with pytest.raises(ValueError, match="stride is 32 and window_len 32, so that"):
+        score(model, data, window_len=32, stride=32)
     with pytest.raises(ValueError, match="window_len is 128, more than the 64 positions of the model"):
         score(Uniform(64), data, window_len=128)
     with pytest.raises(ValueError, match="it needs data prepared with a retriever, and store="):

@@ -1,5 +1,7 @@
 """RETRO-fitted models with a cache: logits and texts of the whole run, or one clear sentence, for every base."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -68,7 +70,9 @@ def test_logits_to_keep_and_the_loss(form, make_fitted, open_gates):
         first = {name: x[:, : 14 if x.ndim == 2 else 3] for name, x in batch.items()}
         assert_same(model(**first, past_key_values=cache, logits_to_keep=1).logits, whole[:, 13:14])
         rest = {name: x[:, 14:] if x.ndim == 2 else x[:, 3:] for name, x in batch.items()}
-        assert_same(model(**rest, past_key_values=cache, logits_to_keep=2).logits, whole[:, 16:])
+        assert_same(model(**rest, past_key_values=copy.deepcopy(cache), logits_to_keep=2).logits, whole[:, 16:])
+        some = torch.tensor([1, 3])
+        assert_same(model(**rest, past_key_values=cache, logits_to_keep=some).logits, whole[:, [15, 17]])
     out, expected = (model(**batch, labels=batch["input_ids"], use_cache=cached) for cached in (True, False))
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
     assert model(**batch, use_cache=True, return_logits=False).logits is None

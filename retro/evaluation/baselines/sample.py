@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from retro.evaluation.bits import ChunkScores, EvaluationData, _windows
+from retro.evaluation.bits import ChunkScores, EvaluationData, windows_of
 
 Ids = Int[np.ndarray, " _"]  # of a text, each of its own length
 
@@ -67,7 +67,7 @@ def draw_sample(
         )
     if windows_per_document is not None and windows_per_document < 1:
         raise ValueError(f"windows_per_document is {windows_per_document}; give at least 1.")
-    every = np.asarray(list(_windows(data, window_len // data.chunk_len, stride // data.chunk_len)))  # [w, 3]
+    every = np.asarray(list(windows_of(data, window_len // data.chunk_len, stride // data.chunk_len)))  # [w, 3]
     every = every[_scores_any(data, every)]
     return _cut(data, every[_drawn(data.documents[every[:, 0]], windows_per_document, seed)])
 

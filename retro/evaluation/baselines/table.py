@@ -16,7 +16,7 @@ from retro.evaluation.bits import (
     LEAKAGE_NEIGHBORS,
     LITTLE_OVERLAP,
     ChunkScores,
-    _overlap,
+    overlap_of,
     bpb_interval,
     gain,
     measured_with,
@@ -112,7 +112,7 @@ def _little_overlap(sample: Sample, retriever: Retriever) -> np.ndarray:
     k = min(LEAKAGE_NEIGHBORS, retriever.index.num_rows)
     rows = np.full((len(data.tokens), k), -1, np.int64)
     rows[at] = retriever(data.tokens[at], k, exclude_documents=names, mask=data.mask[at]).ids
-    overlap = _overlap(data, rows, retriever.store)
+    overlap = overlap_of(data, rows, retriever.store)
     return (overlap / data.lens <= LITTLE_OVERLAP) & data.scored.any(1)
 
 
