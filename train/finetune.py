@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from retro.data import IGNORED, Batch, check_window
+from retro.data import IGNORED, Batch, Windows, check_window
 from retro.evaluation.bits import reads_neighbors
 from retro.evaluation.tasks.passages import Question, find_passages, passage_tokens, read_questions
 from retro.evaluation.tasks.question_answering import PROMPT
@@ -101,13 +101,11 @@ class Start:
         return QuestionWindows(store, reader, questions, settings.window_len, k, retrieved_len, settings.seed)
 
 
-class QuestionWindows:
+class QuestionWindows(Windows):
     """Questions as windows of a Loader: one a window, padded at its end.
 
     Raises ValueError for a question that leaves no room for an answer.
     """
-
-    neighbors = None  # no table: passages belong to questions
 
     def __init__(
         self,
@@ -120,7 +118,8 @@ class QuestionWindows:
         seed: int = 0,
     ):
         check_window(window_len, store.chunk_len)
-        self.store, self.reader, self.questions = store, reader, questions
+        self.store, self.neighbors = store, None  # no table: passages belong to questions
+        self.reader, self.questions = reader, questions
         self.window_len, self.num_passages, self.retrieved_len = window_len, num_passages, retrieved_len
         self.answers = [
             one.answers[np.random.default_rng([seed, number]).integers(len(one.answers))]

@@ -149,7 +149,7 @@ def test_only_the_summary_is_scored_in_bits_of_its_bytes(reader, words_tokenizer
 
 
 def test_answers_equal_a_loop_over_forward_passes(letters_model, letters_tokenizer):
-    """The prompt ends a chunk, whose neighbors are the passages; an answer ends with its line."""
+    """The prompt ends a chunk, whose neighbors are the passages; an answer is its first line."""
     reader = Reader(model=letters_model, tokenizer=letters_tokenizer, batch_size=2)
     passages = (Passage("one", "the moon is far"), Passage("", "two"), Passage("three", "x"))
     questions = [Question(str(i), f"is it {i}?", ("a",), passages[i:] + passages[:i]) for i in range(3)]
@@ -165,7 +165,7 @@ def test_answers_equal_a_loop_over_forward_passes(letters_model, letters_tokeniz
         assert letters_tokenizer.decode(ids[0][mask[0]]) == first[:24]
         for column, on in (("retro_off", False), ("retro_on", True)):
             own = list(prompt)
-            while len(own) < len(prompt) + 5 and own[-1] != 1 and 3 + 29 not in own[len(prompt) :]:
+            while len(own) < len(prompt) + 5 and own[-1] != 1:
                 shape = (1, len(own) // 8, 2, 24)
                 given = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
                 place = len(prompt) // 8 - 1
@@ -174,7 +174,7 @@ def test_answers_equal_a_loop_over_forward_passes(letters_model, letters_tokeniz
                 with torch.no_grad():
                     own.append(letters_model(torch.tensor([own]), *given).logits[0, -1].argmax().item())
             written = letters_tokenizer.decode(own[len(prompt) :], skip_special_tokens=True)
-            assert answer[column] == written.split("\n")[0].strip()
+            assert answer[column] == written.lstrip().split("\n")[0].strip()
     assert in_context("q", passages[:2]) == "two\n\none\nthe moon is far\n\nq"
 
 

@@ -4,7 +4,7 @@
                  very long questions; the passages are that chunk's neighbors, "title: ..., source: ..."
     prompt       for any causal LM: the passages in front of the question, the best one last (as Shao et al. 2024)
 
-Source: RETRO, section 4.3. An answer ends with its line.
+Source: RETRO, section 4.3. An answer is the first line that is not empty.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _answers(
         passages = None if column == "retro_off" else [
             passage_tokens(reader.tokenizer, one.passages, num_passages, reader.retrieved_len) for one in given
         ]  # fmt: skip
-    return [answer.strip() for answer in plain.complete(prompts, max_new_tokens, STOP, passages)]
+    return [answer.strip() for answer in plain.complete(prompts, max_new_tokens, STOP, passages, strip=True)]
 
 
 def prompt_tokens(reader: Reader, text: str) -> np.ndarray:

@@ -294,11 +294,13 @@ class Reader:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         passages: Sequence[Passages] | None = None,
+        strip: bool = False,
         **options: Any,
     ) -> list[str]:
         """What the model writes after each prompt, greedily, up to the first of the strings in `stop`.
 
         passages: for each prompt, what the last whole chunk of it reads in place of what it would retrieve.
+        strip: white space at the start of what is written is left out, and ends nothing.
         options: as Hugging Face's generate() takes them.
 
         Raises ValueError for random neighbors, which are for scoring, and for prompts that leave no room.
@@ -310,24 +312,24 @@ class Reader:
         step = 1 if passages is None and self.retrieval == "off" else self.chunk_len
         cut = [_last(prompt, self.longest - max_new_tokens, step) for prompt in prompts]
         order, texts = sorted(range(len(cut)), key=lambda i: -len(cut[i])), [""] * len(cut)
-        ends = [end for end in stop if end]
+        end = _Stop(self.tokenizer, [end for end in stop if end], strip)
         with _evaluating(self.model), tqdm(total=len(cut), desc="writing", disable=not self.progress) as bar:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 given = None if passages is None else [passages[i] for i in batch]
-                written = self._write([cut[i] for i in batch], max_new_tokens, ends, given, options)
+                written = self._write([cut[i] for i in batch], max_new_tokens, end, given, options)
                 for i, text in zip(batch, written, strict=True):
                     texts[i] = text
                 bar.update(len(batch))
         return texts
 
-    def _write(self, prompts, max_new_tokens: int, stop: list[str], passages, options: dict[str, Any]) -> list[str]:
+    def _write(self, prompts, max_new_tokens: int, end: _Stop, passages, options: dict[str, Any]) -> list[str]:
         n, pad = max(map(len, prompts)), pad_token_id(self.tokenizer)
         ids = np.stack([np.pad(prompt, (n - len(prompt), 0), constant_values=pad) for prompt in prompts])
         mask = np.stack([np.arange(n) >= n - len(prompt) for prompt in prompts]).astype(np.int64)
         given = {"do_sample": False, "pad_token_id": pad, "eos_token_id": self.tokenizer.eos_token_id, **options}
-        if stop:
-            given["stopping_criteria"] = [_Stop(self.tokenizer, stop, n)]
+        if end.stop:
+            given["stopping_criteria"] = [lambda ids, scores, **kwargs: end(ids[:, n:])]
         if passages is not None:
             given |= self._placed(prompts, passages)
         elif self.retrieval == "on":
@@ -335,8 +337,7 @@ class Reader:
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **given)[:, n:].cpu().numpy()
-        texts = decode_chunks(self.tokenizer, written)
-        return [min((text.split(end)[0] for end in stop), key=len, default=text) for text in texts]
+        return [end.cut(text) for text in end.texts(written)]
 
     def _placed(self, prompts, passages: Sequence[Passages]) -> dict[str, torch.Tensor]:
         """The passages as neighbors of the last whole chunk of each prompt, counted from its first real token."""
@@ -351,16 +352,25 @@ class Reader:
         return {name: tensor.to(self.model.device) for name, tensor in given.items()}
 
 
+@dataclass(frozen=True)
 class _Stop:
     """A text ends when what was written holds one of some strings. transformers' own criterion asks more of a tokenizer
     than decoding."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int):
-        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+    tokenizer: Any
+    stop: list[str]
+    strip: bool
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
-        texts = decode_chunks(self.tokenizer, input_ids[:, self.start :].cpu().numpy())
-        return torch.tensor([any(end in text for end in self.stop) for text in texts], device=input_ids.device)
+    def __call__(self, written: torch.Tensor) -> torch.Tensor:
+        found = [any(end in text for end in self.stop) for text in self.texts(written.cpu().numpy())]
+        return torch.tensor(found, device=written.device)
+
+    def texts(self, written: np.ndarray) -> list[str]:
+        texts = decode_chunks(self.tokenizer, list(written))
+        return [text.lstrip() for text in texts] if self.strip else texts
+
+    def cut(self, text: str) -> str:
+        return min((text.split(end)[0] for end in self.stop), key=len, default=text)
 
 
 def encode(tokenizer: Any, text: str) -> Int64[np.ndarray, " t"]:
