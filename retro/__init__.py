@@ -17,6 +17,8 @@ _HOME = {
     "RetrofitConfig": "retro.retrofit",
     "RetrofitForCausalLM": "retro.retrofit",
     "retrofit": "retro.retrofit",
+    "RetroCache": "retro.cache",
+    "RetrievalError": "retro.generation",
     "Document": "retro.corpus",
     "read_documents": "retro.corpus",
     "BuildSettings": "retro.retrieval",
