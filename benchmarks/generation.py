@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -97,8 +97,9 @@ def in_turns(cases: dict[str, Callable[[], list[float]]], rounds: int) -> dict[s
     }
 
 
-def small_retro(lengths: list[int]) -> RetroForCausalLM:
+def small_retro(lengths: list[int], changes: Sequence[str] = ()) -> RetroForCausalLM:
     fields = read_yaml(find_config("train_small", "train"))["model"]
+    fields |= {name: int(value) for name, value in (change.split("=") for change in changes)}
     return RetroForCausalLM(RetroConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=max(lengths), **fields)).eval()
 
 
@@ -207,7 +208,11 @@ def ahead(small, fitted, search, arguments: argparse.Namespace, store) -> dict[s
 
 def measure(arguments: argparse.Namespace) -> dict:
     retriever = None if arguments.store is None else Retriever(arguments.store)
-    small, fitted, search = small_retro(arguments.lengths), fitted_model(arguments), retriever or random_search
+    small, fitted, search = (
+        small_retro(arguments.lengths, arguments.model),
+        fitted_model(arguments),
+        retriever or random_search,
+    )
     store = None if retriever is None else retriever.store
     results = {
         "versions": {
@@ -262,6 +267,7 @@ def main() -> None:
     parser.add_argument("--lookahead", type=int, default=16)
     parser.add_argument("--search-ms", type=float, default=30.0, help="what a search takes in the runs that look ahead")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", nargs="*", default=[], metavar="FIELD=N", help="another shape than train_small's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--retrofit", type=Path, help="a folder that `retro retrofit` wrote; default: a small Llama")
     parser.add_argument("--store", type=Path, help="its datastore, for real searches")

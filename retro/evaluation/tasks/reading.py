@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ALIGN = ("start", "end")
 CHUNK_LEN = 64  # of models that have none
-Passages = tuple[Int64[np.ndarray, "k r"], Bool[np.ndarray, "k r"]]
+Passages = tuple[Int64[np.ndarray, "_ _"], Bool[np.ndarray, "_ _"]]  # [k, r]; "_": lists of them may differ
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Reader:
 
     # Neighbors
 
-    def _rows(self, examples: Sequence[Example], of: str) -> list[Int64[np.ndarray, "l k"]]:
+    def _rows(self, examples: Sequence[Example], of: str) -> list[Int64[np.ndarray, "_ k"]]:
         """For each example the neighbors' rows of its first l whole chunks; -1 for none."""
         if self.retrieval == "off":
             return [np.zeros((0, 0), np.int64)] * len(examples)
@@ -290,7 +290,7 @@ class Reader:
 
     def complete(
         self,
-        prompts: Sequence[Int64[np.ndarray, " s"]],
+        prompts: Sequence[Int64[np.ndarray, " _"]],
         max_new_tokens: int,
         stop: Sequence[str] = (),
         passages: Sequence[Passages] | None = None,
