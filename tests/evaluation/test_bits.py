@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.corpus import Document
 from retro.evaluation import bits_per_byte, perplexity_table, prepare, score
-from retro.evaluation.bits import windows_of, gain, perplexity
+from retro.evaluation.bits import gain, perplexity, windows_of
 from tests.evaluation.conftest import HELD_OUT
 
 DOCUMENTS = [
