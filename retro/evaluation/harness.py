@@ -13,6 +13,7 @@ The last is lm_eval's own command, to which importing this module has made the m
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -34,6 +35,7 @@ from retro.retrieval.chunks import tokenizer_fingerprint
 from retro.retrieval.files import stable_hash
 
 READING = ("neighbors", "prompt")
+logger = logging.getLogger(__name__)
 _WHAT_MADE_IT = "retro-lm"  # key of a response cache
 
 
@@ -94,7 +96,9 @@ class RetroLM(TemplateLM):
             pretrained, store, index, tokenizer, dtype, align=align, batch_size=int(batch_size), cache=False, seed=seed,
             max_len=max_length, **options,
         )  # fmt: skip
-        if device is not None:
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            logger.warning("there is no CUDA here; the model stays on %s", reader.model.device)  # lm_eval's default
+        elif device is not None:
             reader.model.to(device)
         longest = getattr(reader.model.config.get_text_config(), "max_position_embeddings", None) or 2048
         k = num_neighbors or (3 if reading == "prompt" else None)

@@ -206,7 +206,25 @@ def test_the_command(tasks, make_lm, words_tokenizer, capsys):
     assert main([*command, "last_word", "--k", "2"]) == 2 and "without --store" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_the_device_that_lm_eval_takes_by_default_need_not_be_there(make_lm, words_tokenizer, caplog):
+    lm = RetroLM(make_lm(), tokenizer=words_tokenizer, device="cuda:0")
+    assert lm.device == torch.device("cpu") and "there is no CUDA here" in caplog.text
+
+
 @pytest.mark.slow  # lm_eval reads all of its own tasks first
 def test_a_task_that_nobody_knows(tasks, make_lm, words_tokenizer):
     with pytest.raises(ValueError, match="knows no task last_wrod"):
         run_tasks(RetroLM(make_lm(), tokenizer=words_tokenizer), ["last_wrod"], tasks)
+
+
+@pytest.mark.slow
+def test_the_command_of_lm_eval(tasks, make_lm, words_tokenizer, monkeypatch, capsys):
+    from lm_eval.__main__ import cli_evaluate
+
+    make_lm().save_pretrained(tasks / "lm")
+    words_tokenizer.save_pretrained(tasks / "lm")
+    options = ["--model_args", f"pretrained={tasks / 'lm'}", "--batch_size", "2", "--include_path", str(tasks)]
+    monkeypatch.setattr("sys.argv", ["lm-eval", "--model", "retro", *options, "--tasks", "last_word"])
+    cli_evaluate()
+    assert "|perplexity|" in capsys.readouterr().out.replace(" ", "")
