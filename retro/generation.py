@@ -63,7 +63,7 @@ class RetrievalSession:
         self.lookahead, self.on_error = lookahead, on_error
         self.padding: list[int] = []
         self.prompt_lens: list[int] = []
-        self._found: dict[bytes, Neighbors | Future] = {}
+        self._found: dict[bytes, Neighbors | RetrievalError | Future] = {}
         self._warned = False
         self._thread = ThreadPoolExecutor(1, "retro-retrieval") if lookahead else None
 
@@ -98,14 +98,13 @@ class RetrievalSession:
 
         Prompts may have been repeated p times (beams, samples) and q <= p rows of each returned, in order.
         """
-        self.on_error = "off"  # what is searched only now was not read
         ids, found = sequences.cpu().numpy(), []
         for row, tokens in enumerate(ids):
             source = row * len(self.padding) // len(ids)
             real = tokens[self.padding[source] :]
             chunks = [Whole(source, number, 0) for number in range(1, len(real) // self.chunk_len + 1)]
             queries = [self._query(lambda _, i, j, real=real: real[i:j], *chunk[:2]) for chunk in chunks]
-            found.append(self._search(queries, chunks))
+            found.append(self._search(queries, chunks, is_read=False))
         return found
 
     def _query(self, tokens: Callable[[int, int, int], np.ndarray], row: int, number: int) -> np.ndarray:
@@ -124,13 +123,24 @@ class RetrievalSession:
                 found.append((row, end))
         return found
 
-    def _search(self, queries: list[np.ndarray], chunks: Sequence[Whole]) -> list[Neighbors]:
+    def _search(self, queries: list[np.ndarray], chunks: Sequence[Whole], is_read: bool = True) -> list[Neighbors]:
+        """What queries found. A search that failed counts only where something reads its neighbors."""
         self._start(queries, chunks)
         keys = [query.tobytes() for query in queries]
         for key in keys:
             if isinstance(self._found[key], Future):
                 self._found.update(self._found[key].result())
-        return [self._found[key] for key in keys]
+        return [self._or_nothing(self._found[key], is_read) for key in keys]
+
+    def _or_nothing(self, found: Neighbors | RetrievalError, is_read: bool) -> Neighbors:
+        if not isinstance(found, RetrievalError):
+            return found
+        if is_read and self.on_error == "raise":
+            raise found
+        if is_read and not self._warned:
+            logger.warning("%s; such chunks go without neighbors", found)
+            self._warned = True
+        return self._nothing()
 
     def _start(self, queries: list[np.ndarray], chunks: Sequence[Whole]) -> None:
         """Search what is not known yet, those of one length together."""
@@ -143,7 +153,9 @@ class RetrievalSession:
             else:
                 self._found.update(dict.fromkeys(some, self._thread.submit(self._ask, *asked)))
 
-    def _ask(self, queries: list[np.ndarray], chunks: Sequence[Whole]) -> dict[bytes, Neighbors]:
+    def _ask(
+        self, queries: list[np.ndarray], chunks: Sequence[Whole]
+    ) -> dict[bytes, Neighbors | RetrievalError | Future]:
         """One search. If it fails, each query is tried alone, so that only the one at fault goes without."""
         try:
             found = self._checked(self.retriever(np.stack(queries), num_neighbors=self.num_neighbors), len(queries))
@@ -153,13 +165,9 @@ class RetrievalSession:
                 alone = [self._ask([query], [chunk]) for query, chunk in zip(queries, chunks, strict=True)]
                 return {key: found for one in alone for key, found in one.items()}
             where = f"retrieval for chunk {chunks[0].number} of row {chunks[0].row} failed"
-            reason = f"{where}: {error or type(error).__name__}"
-            if self.on_error == "raise":
-                raise RetrievalError(reason) from error
-            if not self._warned:
-                logger.warning("%s; such chunks go without neighbors", reason)
-                self._warned = True
-            return {queries[0].tobytes(): self._nothing()}
+            failed = RetrievalError(f"{where}: {error or type(error).__name__}")
+            failed.__cause__ = error
+            return {queries[0].tobytes(): failed}
 
     def _checked(self, found: Any, num_queries: int) -> Neighbors:
         from retro.retrieval import Neighbors
@@ -172,6 +180,8 @@ class RetrievalSession:
                 f"the retriever gave tokens {list(tokens.shape)} and mask {list(mask.shape)}; both must be [q, k, r], "
                 f"here with q = {num_queries}."
             )
+        if mask.dtype != bool:
+            raise ValueError(f"the retriever gave a mask of {mask.dtype}; it must be bool.")
         outside = tokens[mask & ((tokens < 0) | (tokens >= self.vocab_size))]
         if outside.size:
             raise ValueError(

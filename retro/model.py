@@ -288,7 +288,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             raise ValueError("use_cache is true with gradient checkpointing, which runs layers twice; leave it out.")
         if past_key_values is None:
             return RetroCache(self.config.chunk_len)
-        require_retro_cache(past_key_values)
+        require_retro_cache(past_key_values, self.config.chunk_len)
         return past_key_values
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
@@ -296,7 +296,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         refuse_assisted(generation_mode, model_kwargs)
         given = model_kwargs.get("past_key_values")
         if given is not None:
-            require_retro_cache(given)
+            require_retro_cache(given, self.config.chunk_len)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if given is None and cache is not None:

@@ -342,12 +342,20 @@ def test_a_failing_retriever_stops_with_its_reason(model, words_tokenizer):
     assert isinstance(error.value.__cause__, ConnectionError)
 
 
-def test_what_nothing_read_may_fail(model, words_tokenizer):
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_what_nothing_read_may_fail(lookahead, model, words_tokenizer):
     """The chunk that the very last token ends is searched for `neighbors` only: the text is not lost for it."""
     first = tuple(PROMPTS[3][:8])
     search = Failing(lambda query: query != first, len(words_tokenizer), 16)
-    out = outcome(model, input_ids=torch.tensor([PROMPTS[3]]), retriever=search, max_new_tokens=7, eos_token_id=-1)
+    given = dict(retriever=search, lookahead=lookahead, max_new_tokens=7, eos_token_id=-1)
+    out = outcome(model, input_ids=torch.tensor([PROMPTS[3]]), **given)
     assert [bool(one.mask.any()) for one in out["neighbors"][0]] == [True, False]
+
+
+def test_a_cache_of_other_chunks_is_refused(model):
+    cache = RetroCache(model.config.chunk_len + 1)
+    with pytest.raises(ValueError, match="and the model's chunk_len is"):
+        model(torch.tensor([PROMPTS[3]]), past_key_values=cache)
 
 
 @pytest.mark.parametrize("lookahead", [0, 3])

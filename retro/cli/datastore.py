@@ -105,7 +105,7 @@ def add_neighbors(verbs: Any) -> None:
     parser.add_argument("store", metavar="STORE", help="datastore to search")
     parser.add_argument("--k", type=int, default=2, metavar="N", help="neighbors per chunk")
     parser.add_argument("--queries", metavar="STORE2", help="whose chunks to search for; default: STORE's own")
-    parser.add_argument("--index", default="exact", metavar="I", help=f"{KINDS}; default: exact")
+    parser.add_argument("--index", metavar="I", help=f"{KINDS}; default: exact, or tfidf in a store without keys")
     parser.add_argument(
         "--exclude", default="same_document", choices=["same_document", "none"], help="what is no neighbor of a chunk"
     )
@@ -115,10 +115,12 @@ def add_neighbors(verbs: Any) -> None:
 def neighbors(args: argparse.Namespace) -> int:
     """Write the k nearest chunks of every chunk, those of its own document left out."""
     from retro.retrieval import Store, build_neighbors
+    from retro.retrieval.search import is_keyless
 
     store = Store.open(args.store)
     queries = Store.open(args.queries) if args.queries else None
-    table = build_neighbors(store, args.k, queries, args.exclude, args.index, progress=True)
+    index = args.index or ("tfidf" if is_keyless(store) else "exact")
+    table = build_neighbors(store, args.k, queries, args.exclude, index, progress=True)
     missing = table.record["missing"]
     print(f"{table.path}: {args.k} neighbors of {len(table.rows)} chunks, {missing} missing")
     write_json(args.json, {"table": str(table.path), **table.record} | stamp(store))

@@ -33,7 +33,7 @@ def turns(
 
 
 def turn(
-    x: Float[Tensor, "b h n dh"], cos: Float[Tensor, "*#b 1 n dh"], sin: Float[Tensor, "*#b 1 n dh"]
+    x: Float[Tensor, "b h n dh"], cos: Float[Tensor, "*rows n dh"], sin: Float[Tensor, "*rows n dh"]
 ) -> Float[Tensor, "b h n dh"]:
     """Turn channels i and i + dh/2 of x together."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)

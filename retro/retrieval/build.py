@@ -142,6 +142,7 @@ def _embedder(settings: BuildSettings) -> Embedder:
     chosen = {n: getattr(settings, n) for n in ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")}
     if settings.embedder != NO_EMBEDDER:
         return load_embedder(settings.embedder, **chosen, batch_size=settings.batch_size)
+    chosen |= {"key_dtype": settings.key_dtype, "batch_size": settings.batch_size}
     given = [name for name, value in chosen.items() if value != getattr(BuildSettings, name)]
     if given:
         raise ValueError(f"{given[0]} is given, but embedder is none; leave it out or name an embedder")

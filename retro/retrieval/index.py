@@ -351,12 +351,17 @@ def _key(store: Store, kind: str, chosen: dict[str, Any]) -> str:
     return stable_hash({"kind": kind, "settings": chosen, "store": store.fingerprint})[:16]
 
 
-def _write_index(store: Store, kind: str, chosen: dict[str, Any], folder: Path) -> None:
+def check_searchable(store: Store) -> None:
+    """ValueError for a store of which no chunk is long enough to be found."""
     if not len(store.searchable_rows):
         raise ValueError(
             f"{store.path} has no chunk of at least {store.min_chunk_len} tokens to index; "
             "build it with a smaller min_chunk_len"
         )
+
+
+def _write_index(store: Store, kind: str, chosen: dict[str, Any], folder: Path) -> None:
+    check_searchable(store)
     aside = folder.with_name(TEMPORARY_PREFIX + folder.name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -11,6 +11,7 @@ index/<hash>/    postings.npy (chunk of each posting), weights.npy, starts.npy (
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +32,11 @@ from retro.retrieval.files import (
     stable_hash,
     sync,
 )
-from retro.retrieval.index import Hits
+from retro.retrieval.index import Hits, check_searchable
 from retro.retrieval.queries import Queries
 from retro.retrieval.store import Store
+
+log = logging.getLogger(__name__)
 
 KINDS = ("bm25", "tfidf")
 BUCKETS = 1 << 24
@@ -76,7 +79,7 @@ class LexicalIndex:
                 best, values = self._best(found.indices[part], found.data[part], k, blocked)
                 rows[start + q, : len(best)], scores[start + q, : len(best)] = best, values
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(_num_threads()) as pool:
             list(pool.map(search_block, range(0, len(terms), _BLOCK_QUERIES)))
         return rows, scores, rows >= 0
 
@@ -94,29 +97,52 @@ class LexicalIndex:
         return self._rows[columns[order]], scores[order]
 
 
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def build_lexical(store: Store, kind: str) -> LexicalIndex:
     """Build the index of a store's searchable rows, or open the same one if it is there already."""
     folder = store.path / "index" / stable_hash({"kind": kind, "store": store.fingerprint})[:16]
-    if not (folder / "index.json").is_file():
-        _write(store, kind, folder)
+    if (folder / "index.json").is_file():
+        try:
+            return _open(store, folder)
+        except ValueError as error:
+            log.warning("building the index again: %s", error)
+            shutil.rmtree(folder)
+    _write(store, kind, folder)
+    return _open(store, folder)
+
+
+def _open(store: Store, folder: Path) -> LexicalIndex:
     record = load_json(folder / "index.json")
     check_files(folder, record["files"], checksums=False)
     return LexicalIndex(store, folder, record)
 
 
 def _write(store: Store, kind: str, folder: Path) -> None:
-    aside = folder.with_name(TEMPORARY_PREFIX + folder.name)
+    rows = store.searchable_rows
+    check_searchable(store)
+    aside = folder.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{folder.name}")  # several processes may build it at once
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        rows = store.searchable_rows
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{store.path} has no {kind} index and cannot be written ({error.strerror}); "
+            f"build it where it can be, with `retro build --index {kind}`"
+        ) from None
+    try:
         {"tfidf": _write_tfidf, "bm25": _write_bm25}[kind](store, rows, aside)
         save_npy(aside / "rows.npy", rows)
         record = {"kind": kind, "store": store.fingerprint, "rows": len(rows)}
         save_json(aside / "index.json", {**record, "files": folder_record(aside)})
         sync(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "index.json").is_file():  # else another process was quicker: its index is the same
+                raise
         sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -132,7 +158,9 @@ def _write_tfidf(store: Store, rows: np.ndarray, folder: Path) -> None:
     lengths = np.sqrt(np.bincount(chunks, np.square(weights), minlength=len(rows)))
     weights /= np.maximum(lengths, 1e-9)[chunks]
     order = np.argsort(of_term, kind="stable")  # by term; within a term chunks ascend
-    _save(folder, weights[order], chunks[order], np.concatenate([[0], np.cumsum(frequency)]))
+    order = order[weights[order] > 0]  # a term of half the chunks says nothing
+    starts = np.concatenate([[0], np.cumsum(np.bincount(of_term[order], minlength=len(terms)))])
+    _save(folder, weights[order], chunks[order], starts)
     save_npy(folder / "terms.npy", terms)
     save_npy(folder / "idf.npy", idf)
 
@@ -159,6 +187,8 @@ def _write_bm25(store: Store, rows: np.ndarray, folder: Path) -> None:
     bm25s = _bm25s()
     model = bm25s.BM25()
     words = bm25s.tokenize(store.text(rows), stopwords=None, show_progress=False)
+    if not any(words.ids):
+        raise ValueError(f"{store.path} has no word of two letters or more for bm25 to index; use tfidf")
     model.index(words, show_progress=False)
     ordered = sorted(model.vocab_dict, key=model.vocab_dict.get)
     _save(folder, *(model.scores[name] for name in ("data", "indices", "indptr")))

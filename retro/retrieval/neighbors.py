@@ -65,9 +65,9 @@ def build_neighbors(
     Raises ValueError if k is larger than the store, or the two stores have different embedders or tokenizers.
     """
     queries = queries or store
-    kinds = [kind if kind in lexical.KINDS else resolve_kind(kind) for kind in parse_kind(index, is_keyless(store))]
-    _check(store, queries, k, exclude, uses_keys=any(kind not in lexical.KINDS for kind in kinds))
-    settings = {"k": k, "exclude": exclude, "index": "+".join(kinds)}
+    index = _resolved(store, index)
+    _check(store, queries, k, exclude, uses_keys=_uses_keys(index))
+    settings = {"k": k, "exclude": exclude, "index": index}
     folder = _folder(store, queries, settings)
     if (folder / "neighbors.json").is_file():
         try:
@@ -87,26 +87,38 @@ def open_neighbors(
 ) -> NeighborTable:
     """Open a table that `build_neighbors` wrote for these stores: the one with the fewest neighbors >= k, cut to k.
 
-    index: which kind it must have been searched through; None takes any, an exact one first.
+    index: which kind it must have been searched through; None takes any, first one of exact search.
     Raises ValueError if there is none.
     """
     wanted = (store.fingerprint, (queries or store).fingerprint)
+    index = None if index is None else _resolved(store, index)
     found = []
     for file in sorted((store.path / "neighbors").glob("*/neighbors.json")):
         record = load_json(file)
         same = (record["store"], record["queries"]) == wanted and exclude in (None, record["exclude"])
         same = same and index in (None, record["index"])
         if same and record["k"] >= (k or 1):
-            found.append((record["k"], record["index"] != "exact", file.parent))
+            found.append((record["index"] != "exact", record["k"], file.parent))
     if not found:
+        index = "tfidf" if index is None and is_keyless(store) else index
         raise ValueError(
             f"{store.path} has no neighbor table with k >= {k or 1} for {(queries or store).path}; "
             f"write one with `retro neighbors {store.path} --k {k or 2}"
             + (f" --queries {queries.path}" if queries else "")
             + (f" --index {index}`" if index else "`")
         )
-    best = min(found) if k else max(found, key=lambda item: (item[0], not item[1]))
-    return _open(best[2], k or best[0])
+    best = min(found) if k else min(found, key=lambda item: (item[0], -item[1]))
+    return _open(best[2], k or best[1])
+
+
+def _resolved(store: Store, index: str) -> str:
+    """A kind of index with what "auto" stands for."""
+    kinds = parse_kind(index, is_keyless(store))
+    return "+".join(kind if kind in lexical.KINDS else resolve_kind(kind) for kind in kinds)
+
+
+def _uses_keys(index: str) -> bool:
+    return any(kind not in lexical.KINDS for kind in index.split("+"))
 
 
 def _check(store: Store, queries: Store, k: int, exclude: str, uses_keys: bool) -> None:
@@ -149,7 +161,8 @@ def _write_table(
     store: Store, queries: Store, settings: dict[str, Any], folder: Path, embedder: Embedder | None, progress: bool
 ) -> None:
     k, searcher = settings["k"], open_searcher(store, settings["index"], build=True)
-    embedder = _query_embedder(queries, embedder)
+    uses_keys = _uses_keys(settings["index"])
+    embedder = _query_embedder(queries, embedder) if uses_keys else None
     documents = _excluded_documents(store, queries) if settings["exclude"] == "same_document" else None
     rows = np.empty((queries.num_chunks, k), np.int64)
     distances = np.empty((queries.num_chunks, k), np.float32)
@@ -157,7 +170,8 @@ def _write_table(
         for start in range(0, queries.num_chunks, _QUERY_ROWS):
             part = np.arange(start, min(start + _QUERY_ROWS, queries.num_chunks))
             excluded = None if documents is None else [{row} - {-1} for row in documents[part].tolist()]
-            asked = Queries(queries.tokenizer, None, queries.token_lists(part), _query_keys(queries, part, embedder))
+            keys = _query_keys(queries, part, embedder) if uses_keys else None
+            asked = Queries(queries.tokenizer, None, queries.token_lists(part), keys)
             rows[part], scores, _ = searcher.search(asked, k, excluded)
             distances[part] = -scores
             bar.update(len(part))

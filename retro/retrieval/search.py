@@ -67,7 +67,7 @@ def parse_kind(kind: str, keyless: bool = False) -> list[str]:
                 f"the index {part} needs keys, which a store built with the embedder none does not have; "
                 "use tfidf or bm25, or build a store with an embedder"
             )
-    if len(set(parts)) < len(parts):
+    if len(set(parts)) < len(parts) or sum(part in ("auto", "exact") for part in parts) > 1:
         raise ValueError(f"the index {kind!r} names a kind twice; name each once")
     return parts
 

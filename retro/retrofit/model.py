@@ -162,7 +162,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             if document_ids is not None:
                 raise ValueError("document_ids is given with a cache; packed documents run without one.")
             if past_key_values is not None:
-                require_retro_cache(past_key_values)
+                require_retro_cache(past_key_values, self.config.chunk_len)
             cache = RetroCache(self.config.chunk_len) if cache is None else cache
             call = cache.begin(*tokens.shape[:2], attention_mask)
             cache.bring(call, neighbor_ids, neighbor_mask)
@@ -344,7 +344,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         refuse_assisted(generation_mode, model_kwargs)
         given = model_kwargs.get("past_key_values")
         if given is not None:
-            require_retro_cache(given)
+            require_retro_cache(given, self.config.chunk_len)
         self.base._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if given is not None or generation_config.use_cache is False:
             return

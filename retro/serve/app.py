@@ -182,8 +182,11 @@ class _Guard:
 
     def _is_allowed(self, given: str) -> bool:
         """Takes the same time whatever the token."""
-        wanted = f"Bearer {self._api_key}"
-        return self._api_key is None or hmac.compare_digest(given.encode("latin-1"), wanted.encode("latin-1"))
+        scheme, _, token = given.partition(" ")
+        if self._api_key is None:
+            return True
+        same = hmac.compare_digest(token.encode("latin-1"), self._api_key.encode("latin-1"))
+        return same and scheme.lower() == "bearer"
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self._max_bytes} bytes.", code="request_too_large")
@@ -205,4 +208,5 @@ class _Guard:
 
 def _host_name(host: str) -> str:
     """The name in a Host header, without its port."""
+    host = host.lower()
     return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]

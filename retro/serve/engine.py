@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from retro.retrieval.chunks import pad_token_id
 from retro.serve.limits import Limits
@@ -39,6 +39,8 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any, stores: dict[str, Retriever], limits: Limits | None = None) -> None:
         self.model, self.tokenizer, self.stores, self.limits = model, tokenizer, stores, limits or Limits()
         self.end_ids = _end_ids(model, tokenizer)
+        for part in {model, getattr(model, "base", model)}:  # a row says how it is drawn, nothing else does
+            part.generation_config = GenerationConfig(eos_token_id=sorted(self.end_ids) or None)
         self._waiting: list[Row] = []
         self._running: list[Row] = []
         self._closed = False
@@ -132,6 +134,8 @@ class Engine:
                 stopping_criteria=StoppingCriteriaList([PushRows(running, sorted(self.end_ids))]),
                 **retrieval,
             )
+        for row in rows:
+            row.end("error", RuntimeError("the text ended before its time"))  # nothing, where it has ended as it should
 
 
 def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:

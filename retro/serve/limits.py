@@ -18,6 +18,7 @@ class Limits:
     max_batch: int = _limit(8, "texts written at once, and most of one request")
     max_queue: int = _limit(64, "texts that may wait; beyond it requests get 429")
     max_seconds: float = _limit(120.0, "time of a request, waiting included; then it gets 504")
+    max_stop_chars: int = _limit(256, "longest stop string; longer ones get 400")
     max_request_bytes: int = _limit(1_000_000, "largest body of a request; larger ones get 413")
     grace_seconds: float = _limit(10.0, "time that requests have to end after SIGTERM or Ctrl-C")
 
@@ -26,3 +27,5 @@ class Limits:
             value = getattr(self, limit.name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{limit.name} is {value}; give a number above 0.")
+        if self.max_queue < self.max_batch:
+            raise ValueError(f"max_queue is {self.max_queue}, less than the {self.max_batch} texts of max_batch.")

@@ -210,6 +210,9 @@ class RowMaker:
             )
         if not all(request.stops):
             raise bad("stop holds an empty string; leave it out.", "stop")
+        longest = max(map(len, request.stops), default=0)
+        if longest > self.engine.limits.max_stop_chars:
+            raise bad(f"stop has {longest} characters; at most {self.engine.limits.max_stop_chars} are taken.", "stop")
         lengths = [self._length(request.max_tokens, default_tokens, len(ids), param) for ids in prompts]
         seed = secrets.randbits(31) if request.seed is None else request.seed
         store, k = self._retrieval(request.retro or RetroOptions())

@@ -34,7 +34,8 @@ class StopStrings:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        held = (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        keep = max(held, default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 

@@ -1,5 +1,8 @@
 """BM25, hashed TF-IDF bigrams and fused lists, against loops over words and counts."""
 
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from math import log
@@ -7,11 +10,11 @@ from math import log
 import numpy as np
 import pytest
 
-from retro.retrieval import BuildSettings, Retriever, build_neighbors, build_store, open_neighbors
+from retro.retrieval import BuildSettings, Retriever, build_neighbors, build_store, lexical, open_neighbors
 from retro.retrieval.lexical import build_lexical
 from retro.retrieval.queries import Queries
 from retro.retrieval.search import FusedSearcher, open_searcher
-from tests.stand_ins import make_store, words, write_jsonl
+from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,10 @@ def test_a_store_without_keys(tmp_path, tokenizer):
         build_store(replace(settings, store=str(tmp_path / "other"), pooling="cls"), tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("kind, reason", [("tfidf+tfidf", "names a kind twice"), ("exact+hnsw", "not 'hnsw'")])
+@pytest.mark.parametrize(
+    "kind, reason",
+    [("tfidf+tfidf", "names a kind twice"), ("auto+exact", "names a kind twice"), ("exact+hnsw", "not 'hnsw'")],
+)
 def test_refused_kinds(store, kind, reason):
     with pytest.raises(ValueError, match=reason):
         open_searcher(store, kind)
@@ -150,8 +156,41 @@ def test_a_lexical_index_is_opened_again(store):
     folder = build_lexical(store, "tfidf").folder
     stamp = (folder / "weights.npy").stat().st_mtime_ns
     assert build_lexical(store, "tfidf").folder == folder and (folder / "weights.npy").stat().st_mtime_ns == stamp
+    content = (folder / "weights.npy").read_bytes()
     (folder / "weights.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"weights.npy has 0 bytes"):
-        build_lexical(store, "tfidf")
-    (folder / "index.json").unlink()
-    assert build_lexical(store, "tfidf").num_rows == len(store.searchable_rows)
+    build_lexical(store, "tfidf")
+    assert (folder / "weights.npy").read_bytes() == content
+
+
+def test_an_index_does_not_depend_on_its_blocks(store, monkeypatch):
+    folder = build_lexical(store, "tfidf").folder
+    content = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(lexical, "_BLOCK_ROWS", 7)
+    shutil.rmtree(folder)
+    build_lexical(store, "tfidf")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == content
+
+
+def test_processes_may_build_one_index_at_once(store):
+    code = f"from retro.retrieval import Retriever; print(Retriever({str(store.path)!r}, 'tfidf').index.num_rows)"
+    shutil.rmtree(build_lexical(store, "tfidf").folder)
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [int(one.communicate()[0]) for one in running] == [len(store.searchable_rows)] * 3
+
+
+def test_tables_by_words_need_no_embedder(tmp_path, tokenizer):
+    embedder = HashingEmbedder()
+    embedder.description |= {"query_prefix": "query: ", "passage_prefix": ""}
+    made = make_store(tmp_path, [words(20, n) for n in range(5)], tokenizer, embedder)
+    assert (build_neighbors(made, 2, index="tfidf").rows >= 0).any()
+    with pytest.raises(ValueError, match="embedder of your own"):
+        build_neighbors(made, 2)
+
+
+def test_which_table_is_opened(tmp_path, tokenizer):
+    made = make_store(tmp_path, [words(20, n) for n in range(9)], tokenizer)
+    by_words, exact = build_neighbors(made, 2, index="tfidf"), build_neighbors(made, 3)
+    assert open_neighbors(made, k=2).path == exact.path
+    assert open_neighbors(made, k=2, index="tfidf").path == by_words.path
+    best = build_neighbors(made, 2, index="auto")
+    assert open_neighbors(made, k=2, index="auto").path == best.path
