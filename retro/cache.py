@@ -446,7 +446,7 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
 
-def _same_shape(one: Shaped[Tensor, "a *s"], other: Shaped[Tensor, "c *s"]) -> tuple[Tensor, Tensor]:
+def _same_shape(one: Shaped[Tensor, "a ..."], other: Shaped[Tensor, "c ..."]) -> tuple[Tensor, Tensor]:
     """Both, padded with zeros at the end of each axis but the first, where k or r differ."""
     if one.shape[1:] == other.shape[1:]:
         return one, other

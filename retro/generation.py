@@ -326,7 +326,7 @@ class RetrievalGeneration:
         input_ids: Int[Tensor, "b n"],
         next_sequence_length: int | None = None,
         past_key_values: RetroCache | None = None,
-        attention_mask: Int[Tensor, "b n"] | None = None,
+        attention_mask: Int[Tensor, "b columns"] | None = None,
         retrieval: RetrievalSession | GivenNeighbors | None = None,
         is_first_iteration: bool = False,
         logits_to_keep: int = 0,
@@ -358,7 +358,7 @@ class RetrievalGeneration:
         self,
         retrieval: RetrievalSession | GivenNeighbors | None,
         input_ids: Int[Tensor, "b s"],
-        attention_mask: Int[Tensor, "b n"] | None,
+        attention_mask: Int[Tensor, "b columns"] | None,
         cache: RetroCache | None,
         is_prompt: bool,
     ) -> dict[str, Tensor]:

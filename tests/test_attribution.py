@@ -218,7 +218,7 @@ def test_a_character_cut_by_a_passage_is_left_out(bytes_tokenizer):
     first = next(place for place, text in enumerate(token_texts(bytes_tokenizer, ids)) if text)
     cut = np.array(ids[first : len(ids) - 1])  # the last byte of one fox to the last but one of the other
     found = Neighbors(
-        np.zeros((1, 1), int), cut[None, None], np.ones((1, 1, len(cut)), bool), np.zeros((1, 1)), [[None]]
+        np.zeros((1, 1), int), cut[None, None], np.ones((1, 1, len(cut)), bool), np.zeros((1, 1), np.float32), [[None]]
     )
     text = attribute(bytes_tokenizer, ids, len(ids), [found], chunk_len=4)
     assert text.chunks[1].neighbors[0].text == " the "

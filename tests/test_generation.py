@@ -117,7 +117,7 @@ def test_refuses_what_it_would_ignore(model, words_retriever):
         with pytest.raises(ValueError, match="num_neighbors is .*; it must be at least 1, beside a retriever"):
             model.generate(prompt, **options)
     for options, words in (
-        ({"neighbor_mask": torch.ones(1, 1, 2, 16)}, "neighbor_mask is given without neighbor_ids"),
+        ({"neighbor_mask": torch.ones(1, 1, 2, 16, dtype=torch.bool)}, "neighbor_mask is given without neighbor_ids"),
         ({"neighbor_ids": torch.zeros(1, 2, 16)}, r"neighbor_ids has shape \[1, 2, 16\]; it must be \[b, l, k, r\]"),
         ({"lookahead": 2}, "lookahead is 2; it must be from 0 to chunk_len - 1 = 7, with a retriever"),
         ({"lookahead": 8, **on}, "lookahead is 8; it must be from 0 to chunk_len - 1 = 7, with a retriever"),
@@ -403,7 +403,8 @@ def test_neighbors_of_other_numbers_and_lengths(model, words_tokenizer):
     def uneven(queries, num_neighbors):
         k, r = (1, 9) if int(np.sum(queries)) % 2 else (num_neighbors, 16)
         found = search(queries, num_neighbors)
-        return replace(found, ids=found.ids[:, :k], tokens=found.tokens[:, :k, :r], mask=found.mask[:, :k, :r])
+        cut = {name: getattr(found, name)[:, :k] for name in ("ids", "scores")}
+        return replace(found, tokens=found.tokens[:, :k, :r], mask=found.mask[:, :k, :r], **cut)
 
     prompts = ragged([9], len(words_tokenizer))
     whole = outcome(model, **prompts, retriever=uneven, use_cache=False, eos_token_id=-1, max_new_tokens=40)

@@ -317,7 +317,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         input_ids: Int[Tensor, "b n"],
         next_sequence_length: int | None = None,
         past_key_values: RetroCache | None = None,
-        attention_mask: Int[Tensor, "b n"] | None = None,
+        attention_mask: Int[Tensor, "b columns"] | None = None,
         retrieval: Any = None,
         is_first_iteration: bool = False,
         tokenizer: Any = None,

@@ -193,7 +193,7 @@ def test_keys_one_token_back():
     """With s = 1 the key of token j is made from E(j - 1); the first token of each neighbor has none before it."""
     module = cca(smeared_keys=True)
     torch.nn.init.ones_(module.smear)
-    encoded = inputs(8)[1]
+    encoded = inputs(8)[1].flatten(0, 1)
     keys = module._keys(encoded)
     assert torch.equal(keys[..., 1:, :], encoded[..., :-1, :]) and (keys[..., 0, :] == 0).all()
 

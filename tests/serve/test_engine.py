@@ -191,7 +191,7 @@ def test_a_row_cancelled_while_it_waits_never_runs(make_engine, tokenizer):
 
 
 def test_a_full_queue_refuses_all_or_nothing(make_engine, tokenizer):
-    engine = make_engine(max_queue=3)
+    engine = make_engine(max_queue=3, max_batch=3)
     engine._thread = threading.Thread(target=threading.Event().wait, args=(0.5,))  # a worker that takes nothing
     with engine:
         rows = [Row(prompt(tokenizer, 2), 2) for _ in range(6)]
