@@ -220,7 +220,7 @@ class GivenNeighbors:
     its first real token. Chunks after these have none.
     """
 
-    def __init__(self, neighbor_ids: Int[Tensor, "b l k r"], neighbor_mask: Bool[Tensor, "b l k r"] | None):
+    def __init__(self, neighbor_ids: Tensor, neighbor_mask: Tensor | None):
         if neighbor_ids.ndim != 4:
             raise ValueError(f"neighbor_ids has shape {list(neighbor_ids.shape)}; it must be [b, l, k, r].")
         if neighbor_mask is None:
@@ -254,10 +254,10 @@ class RetrievalGeneration:
         *args,
         retriever: Callable[..., Neighbors] | None = None,
         num_neighbors: int | None = None,
-        neighbor_ids: Int[Tensor, "b l k r"] | None = None,
-        neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
+        neighbor_ids: Tensor | None = None,
+        neighbor_mask: Tensor | None = None,
         lookahead: int = 0,
-        on_retrieval_error: OnError = "raise",
+        on_retrieval_error: str = "raise",
         **kwargs,
     ) -> Any:
         """Hugging Face's generate(), with retrieval at the end of every chunk.
@@ -268,7 +268,7 @@ class RetrievalGeneration:
             retriever: Where neighbors come from: a Retriever, or what is called as one, with token ids [q, m] and
                 `num_neighbors`, and gives Neighbors. It is called once at a time. None samples RETRO[OFF].
             num_neighbors: k; default `config.num_neighbors`. It may be another than in training.
-            neighbor_ids, neighbor_mask: In place of a retriever: the neighbors of the first l chunks of each text, of
+            neighbor_ids, neighbor_mask: In place of a retriever, [b, l, k, r]: the neighbors of the first l chunks of each text, of
                 its prompt and of what is generated. Chunks after these have none.
             lookahead: Search for a chunk's neighbors with what is known so many tokens before its end, in a thread,
                 while these tokens are generated; see RetrievalSession. Queries of a first chunk are that much shorter.

@@ -286,7 +286,7 @@ def test_what_a_cached_run_refuses(make_model, make_batch):
     refused("attention_mask of row 1 is 0 after a real token; pad on the left", attention_mask=hole)
     used = model(ids, use_cache=True).past_key_values
     refused("the cache holds 2 rows, and 1 are given", input_ids=ids[:1], past_key_values=used)
-    one = torch.ones(2, 11)
+    one = torch.ones(2, 11, dtype=torch.long)
     one[0, 10] = 0
     refused("row 0 is 0 after a real token", input_ids=ids[:, :1], past_key_values=used, attention_mask=one)
     model.train().gradient_checkpointing_enable()
