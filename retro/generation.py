@@ -268,8 +268,8 @@ class RetrievalGeneration:
             retriever: Where neighbors come from: a Retriever, or what is called as one, with token ids [q, m] and
                 `num_neighbors`, and gives Neighbors. It is called once at a time. None samples RETRO[OFF].
             num_neighbors: k; default `config.num_neighbors`. It may be another than in training.
-            neighbor_ids, neighbor_mask: In place of a retriever, [b, l, k, r]: the neighbors of the first l chunks of each text, of
-                its prompt and of what is generated. Chunks after these have none.
+            neighbor_ids, neighbor_mask: In place of a retriever, [b, l, k, r]: the neighbors of the first l chunks of
+                each text, of its prompt and of what is generated. Chunks after these have none.
             lookahead: Search for a chunk's neighbors with what is known so many tokens before its end, in a thread,
                 while these tokens are generated; see RetrievalSession. Queries of a first chunk are that much shorter.
             on_retrieval_error: When a search fails, "raise" RetrievalError, or "off": that chunk has no neighbors.
