@@ -87,7 +87,7 @@ def tables(page: str) -> dict[str, list[list[str]]]:
 
 
 def test_every_kind_is_known_by_what_it_holds(files):
-    runs = read_runs(files.values())
+    runs = read_runs(list(files.values()))
     assert [result.kind for result in runs.results] == list(KINDS)
 
 

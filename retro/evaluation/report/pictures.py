@@ -84,7 +84,7 @@ def picture_of_losses(models: Sequence[TrainedModel]) -> Picture | None:
     return _drawn(draw, "Training loss, as it was logged", records)
 
 
-def _bar(name: str, column: str, value: float, ends: Sequence[float] | None) -> dict[str, Any]:
+def _bar(name: str, column: str, value: float | int, ends: Sequence[float] | None) -> dict[str, Any]:
     low, high = (float("nan"), float("nan")) if ends is None else ends
     return {"name": name, "column": column, "value": value, "low": low, "high": high}
 

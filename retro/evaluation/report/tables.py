@@ -246,24 +246,24 @@ def records_table(title: str, records: Sequence[dict[str, Any]]) -> Table:
     return Table(title, [name.replace("_", " ") for name in names], rows)
 
 
-def figure(value: float | None, digits: int = 4) -> str:
+def figure(value: float | int | None, digits: int = 4) -> str:
     return NOTHING if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def percent(value: float, sign: str = "") -> str:
+def percent(value: float | int, sign: str = "") -> str:
     return NOTHING if math.isnan(value) else f"{100 * value:{sign}.2f}%"
 
 
-def share(value: float) -> str:
+def share(value: float | int) -> str:
     return f"{100 * value:g}%"
 
 
-def gain_over(bpb: float, other: float) -> float:
+def gain_over(bpb: float | int, other: float | int) -> float:
     """By which share a figure is below another one; NaN where the other is 0."""
     return 1 - bpb / other if other else math.nan
 
 
-def change(gain: float) -> str:
+def change(gain: float | int) -> str:
     """A gain in words: "8.8% below"."""
     return "not comparable with" if math.isnan(gain) else f"{100 * abs(gain):.1f}% {'below' if gain >= 0 else 'above'}"
 
@@ -279,7 +279,7 @@ def in_brackets(pair: Iterable[float], form: Any = figure) -> str:
     return "" if told == NOTHING else f"({told})"
 
 
-def amount(value: float) -> str:
+def amount(value: float | int) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,g}"
 
 
