@@ -91,7 +91,7 @@ class RetrievalSession:
         if self.lookahead:
             ahead = [Whole(row, end // self.chunk_len, 0) for row, end in self._ends_ahead(call)]
             self._start([self._query(tokens, *chunk[:2]) for chunk in ahead], ahead)
-        return _stacked(found) if found else None
+        return stacked(found) if found else None
 
     def of_sequences(self, sequences: Int[Tensor, "q n"]) -> list[list[Neighbors]]:
         """For each row that generate() returned, the neighbors of its whole chunks.
@@ -204,7 +204,7 @@ class RetrievalSession:
         )
 
 
-def _stacked(found: list[Neighbors]) -> tuple[Int[Tensor, "c k r"], Bool[Tensor, "c k r"]]:
+def stacked(found: list[Neighbors]) -> tuple[Int[Tensor, "c k r"], Bool[Tensor, "c k r"]]:
     """Tokens and masks of c queries, filled up where k or r differ; 0 where the mask is False."""
     k, r = (max(neighbors.tokens.shape[axis] for neighbors in found) for axis in (1, 2))
     ids, mask = np.zeros((len(found), k, r), dtype=np.int64), np.zeros((len(found), k, r), dtype=bool)

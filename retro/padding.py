@@ -1,8 +1,21 @@
 """Left padding as Hugging Face does it, and the chunks that start at each row's first real token."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int] | np.ndarray], padding: int
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    """Prompts of different lengths as one batch, and its attention mask."""
+    n = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (n - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (n - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
 
 
 def align_left(

@@ -31,18 +31,19 @@ MAY_IMPORT = {
     },
     "retro.data": {"retro.retrieval"},
     "retro.prompts": set(),
-    "retro.attribution": {"retro.retrieval", "retro.evaluation"},
+    "retro.attribution": {"retro.retrieval", "retro.evaluation", "retro.generation", "retro.padding"},
     "retro.evaluation": {
         "retro.attribution",
         "retro.corpus",
         "retro.data",
+        "retro.padding",
         "retro.provenance",
         "retro.retrieval",
         "retro.retrofit",
         "retro.settings",
     },
     "retro.provenance": {"retro.retrieval"},
-    "retro.serve": {"retro.attribution", "retro.provenance", "retro.retrieval"},
+    "retro.serve": {"retro.attribution", "retro.padding", "retro.provenance", "retro.retrieval"},
 }
 HEAVY = {"torch", "transformers", "scann", "faiss", "datasets", "pyarrow", "accelerate"}
 

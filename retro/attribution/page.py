@@ -67,22 +67,36 @@ def page_script() -> str:
 
 def _policy() -> str:
     """A Content-Security-Policy under which only the page's own style and script count."""
-    digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()  # noqa: E731
-    style, script = digest(page_style()), digest(page_script())
+    return content_policy([page_style()], [page_script()])
+
+
+def content_policy(styles: Sequence[str], scripts: Sequence[str], others: str = "") -> str:
+    """A Content-Security-Policy of these inline styles and scripts, and of what the directives `others` add."""
+
+    def hashes(texts: Sequence[str]) -> str:
+        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
     return (
-        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'; "
+        f"default-src 'none'; {others}style-src {hashes(styles)}; script-src {hashes(scripts)}; base-uri 'none'; "
         "form-action 'none'"
     )
 
 
 @cache
 def _environment() -> Environment:
+    return template_environment(_FOLDER)
+
+
+def template_environment(folder: Path, **options: Any) -> Environment:
+    """The templates of a folder: everything they are given is escaped, and nothing may be missing."""
     return Environment(
-        loader=FileSystemLoader(_FOLDER),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **options,
     )
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from retro.attribution.sources import Attribution, attribute
+from retro.generation import stacked
+from retro.padding import pad_left
 from retro.retrieval.chunks import pad_token_id, tokenize_document
 
 if TYPE_CHECKING:
@@ -93,9 +95,8 @@ def _continued(
     model: Any, tokenizer: Any, rows: list[list[int]], gains: bool, options: dict[str, Any]
 ) -> Iterator[Attribution]:
     """Continue a batch of prompts by one call of generate()."""
-    pad, longest = pad_token_id(tokenizer), max(map(len, rows))
-    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    pad = pad_token_id(tokenizer)
+    input_ids, mask = pad_left(rows, pad)
     given = {"tokenizer": tokenizer} if options.get("stop_strings") else {}
     given |= {"attention_mask": mask.to(model.device), "pad_token_id": pad, "return_dict_in_generate": True}
     out = model.generate(input_ids.to(model.device), **given, **options)
@@ -103,7 +104,7 @@ def _continued(
     num_samples = len(out.sequences) // len(rows)
     for place, sequence in enumerate(out.sequences.tolist()):
         prompt = rows[place // num_samples]
-        tokens = prompt + _until_end(sequence[longest:], eos, pad)
+        tokens = prompt + _until_end(sequence[input_ids.shape[1] :], eos, pad)
         read = None if found is None else found[place]
         measured = token_gains(model, tokens, read) if gains else None
         yield attribute(tokenizer, tokens, len(prompt), read, model.config.chunk_len, measured)
@@ -150,17 +151,12 @@ def _neighbor_tensors(
     found: Sequence[Neighbors | None], num_chunks: int, device: Any
 ) -> dict[str, torch.Tensor] | None:
     """neighbor_ids and neighbor_mask [1, l, k, r] of one text, filled up where k or r differ; None without any."""
-    shapes = [neighbors.tokens.shape[1:] for neighbors in found if neighbors is not None]
-    if not shapes:
+    present = [u for u, neighbors in enumerate(found) if neighbors is not None]
+    if not present:
         return None
-    ids = np.zeros((1, num_chunks, *np.max(shapes, axis=0)), np.int64)
-    mask = np.zeros(ids.shape, bool)
-    for u, neighbors in enumerate(found):
-        if neighbors is not None:
-            k, r = neighbors.tokens.shape[1:]
-            ids[0, u, :k, :r] = np.where(neighbors.mask[0], neighbors.tokens[0], 0)
-            mask[0, u, :k, :r] = neighbors.mask[0]
-    return {
-        "neighbor_ids": torch.from_numpy(ids).to(device),
-        "neighbor_mask": torch.from_numpy(mask).to(device),
-    }
+    tensors = {}
+    for name, x in zip(("neighbor_ids", "neighbor_mask"), stacked([found[u] for u in present]), strict=True):
+        tensors[name] = x.new_zeros(1, num_chunks, *x.shape[1:])
+        tensors[name][0, present] = x
+        tensors[name] = tensors[name].to(device)
+    return tensors

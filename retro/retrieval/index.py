@@ -19,15 +19,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
 from retro.retrieval.files import (
-    TEMPORARY_PREFIX,
     check_files,
     folder_record,
+    folder_written_aside,
     load_json,
     open_npy,
     save_json,
     save_npy,
     stable_hash,
-    sync,
 )
 from retro.retrieval.store import Store
 
@@ -75,6 +74,7 @@ def build_index(store: Store, kind: str = "auto", **settings: Any) -> Index:
             return _open_folder(store, folder)
         except ValueError as error:
             log.warning("building the index again: %s", error)
+            shutil.rmtree(folder)
     _write_index(store, kind, chosen, folder)
     return _open_folder(store, folder)
 
@@ -362,10 +362,7 @@ def check_searchable(store: Store) -> None:
 
 def _write_index(store: Store, kind: str, chosen: dict[str, Any], folder: Path) -> None:
     check_searchable(store)
-    aside = folder.with_name(TEMPORARY_PREFIX + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with folder_written_aside(folder) as aside:
         for number, (start, stop) in enumerate(_blocks(len(store.searchable_rows), chosen["max_part_rows"])):
             part = aside / f"{number:05d}"
             part.mkdir()
@@ -375,13 +372,6 @@ def _write_index(store: Store, kind: str, chosen: dict[str, Any], folder: Path) 
         index = _open_parts(store, aside, {**record, "recall": {"recall": 0.0}})
         record["recall"] = measure_recall(index, store, seed=chosen["seed"])
         save_json(aside / "index.json", record)
-        for file in (*aside.rglob("*"), aside):
-            sync(file)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     log.info(
         "%s index of %d rows: recall@%d %.4f", kind, record["rows"], record["recall"]["k"], record["recall"]["recall"]
     )

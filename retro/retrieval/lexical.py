@@ -22,15 +22,14 @@ import numpy as np
 from jaxtyping import Int64
 
 from retro.retrieval.files import (
-    TEMPORARY_PREFIX,
     check_files,
     folder_record,
+    folder_written_aside,
     load_json,
     open_npy,
     save_json,
     save_npy,
     stable_hash,
-    sync,
 )
 from retro.retrieval.index import Hits, check_searchable
 from retro.retrieval.queries import Queries
@@ -123,29 +122,22 @@ def _open(store: Store, folder: Path) -> LexicalIndex:
 def _write(store: Store, kind: str, folder: Path) -> None:
     rows = store.searchable_rows
     check_searchable(store)
-    aside = folder.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{folder.name}")  # several processes may build it at once
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-    except OSError as error:
+        folder.parent.mkdir(exist_ok=True)
+        with folder_written_aside(folder) as aside:
+            _write_files(store, kind, rows, aside)
+    except PermissionError as error:
         raise ValueError(
             f"{store.path} has no {kind} index and cannot be written ({error.strerror}); "
             f"build it where it can be, with `retro build --index {kind}`"
         ) from None
-    try:
-        {"tfidf": _write_tfidf, "bm25": _write_bm25}[kind](store, rows, aside)
-        save_npy(aside / "rows.npy", rows)
-        record = {"kind": kind, "store": store.fingerprint, "rows": len(rows)}
-        save_json(aside / "index.json", {**record, "files": folder_record(aside)})
-        sync(aside)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not (folder / "index.json").is_file():  # else another process was quicker: its index is the same
-                raise
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_files(store: Store, kind: str, rows: np.ndarray, folder: Path) -> None:
+    {"tfidf": _write_tfidf, "bm25": _write_bm25}[kind](store, rows, folder)
+    save_npy(folder / "rows.npy", rows)
+    record = {"kind": kind, "store": store.fingerprint, "rows": len(rows)}
+    save_json(folder / "index.json", {**record, "files": folder_record(folder)})
 
 
 def _write_tfidf(store: Store, rows: np.ndarray, folder: Path) -> None:

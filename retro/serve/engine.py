@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from retro.padding import pad_left
 from retro.retrieval.chunks import pad_token_id
 from retro.serve.limits import Limits
 from retro.serve.rows import Closed, DrawRows, FoundByChunk, PushRows, Row, RunningRow
@@ -136,14 +135,6 @@ class Engine:
             )
         for row in rows:
             row.end("error", RuntimeError("the text ended before its time"))  # nothing, where it has ended as it should
-
-
-def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
-    """Prompts of different lengths as one batch, and its attention mask."""
-    n = max(map(len, prompts))
-    ids = torch.tensor([[padding] * (n - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (n - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -6,8 +6,6 @@ its own styles and script, by their hashes; pictures are part of the page.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 import retro
 from retro.attribution import html_fragment, visible
-from retro.attribution.page import page_script, page_style
+from retro.attribution.page import content_policy, page_script, page_style, template_environment
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.files import Result, Runs, StoreRecord
 from retro.evaluation.report.limits import limits_of
@@ -206,22 +204,10 @@ def _style() -> str:
 
 
 def _policy() -> str:
-    digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()  # noqa: E731
-    styles = " ".join(f"'sha256-{digest(text)}'" for text in (page_style(), _style()))
-    return (
-        f"default-src 'none'; img-src data:; style-src {styles}; script-src 'sha256-{digest(page_script())}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    return content_policy([page_style(), _style()], [page_script()], "img-src data:; ")
 
 
 @cache
 def _environment() -> Environment:
     """Every text that is no markup is made visible, then escaped."""
-    return Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
+    return template_environment(_FOLDER, finalize=lambda value: visible(value) if type(value) is str else value)

@@ -29,6 +29,7 @@ from retro.data import random_rows
 from retro.evaluation.bits import MAX_LOGITS, RETRIEVAL, neighbors_of, reads_neighbors
 from retro.evaluation.neighbors import neighbor_rows
 from retro.evaluation.tasks.contamination import overlaps
+from retro.padding import pad_left
 from retro.retrieval.chunks import decode_chunks, pad_token_id, tokenize_ids
 
 if TYPE_CHECKING:
@@ -324,9 +325,9 @@ class Reader:
         return texts
 
     def _write(self, prompts, max_new_tokens: int, end: _Stop, passages, options: dict[str, Any]) -> list[str]:
-        n, pad = max(map(len, prompts)), pad_token_id(self.tokenizer)
-        ids = np.stack([np.pad(prompt, (n - len(prompt), 0), constant_values=pad) for prompt in prompts])
-        mask = np.stack([np.arange(n) >= n - len(prompt) for prompt in prompts]).astype(np.int64)
+        pad = pad_token_id(self.tokenizer)
+        ids, mask = pad_left(prompts, pad)
+        n = ids.shape[1]
         given = {"do_sample": False, "pad_token_id": pad, "eos_token_id": self.tokenizer.eos_token_id, **options}
         if end.stop:
             given["stopping_criteria"] = [lambda ids, scores, **kwargs: end(ids[:, n:])]
@@ -334,8 +335,7 @@ class Reader:
             given |= self._placed(prompts, passages)
         elif self.retrieval == "on":
             given |= {"retriever": self.retriever, "num_neighbors": neighbors_of(self.model, self.num_neighbors)}
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
         written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **given)[:, n:].cpu().numpy()
         return [end.cut(text) for text in end.texts(written)]
 
