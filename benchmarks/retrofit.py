@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from retro.corpus import read_documents
 from retro.data import Loader, Windows, random_rows
 from retro.evaluation import EvaluationData, prepare
+from retro.evaluation.sweeps import checkpoints_of
 from retro.retrieval import Retriever, Store
 from retro.retrofit import open_base
 from retro.settings import load_settings
@@ -141,12 +142,24 @@ def _batches(settings: RetrofitSettings, store: Store) -> Iterator[dict[str, Ten
         yield from step
 
 
-def training_seconds(folder: Path) -> float | None:
-    """What the run's own log says; None without one."""
+def training_seconds(folder: Path, tokens: float = float("inf")) -> float | None:
+    """What the run's own log says, up to so many tokens; None without one."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return None
-    return max(json.loads(line).get("elapsed_seconds", 0.0) for line in file.read_text().splitlines())
+    lines = map(json.loads, file.read_text().splitlines())
+    return max(line.get("elapsed_seconds", 0.0) for line in lines if line["tokens"] <= tokens)
+
+
+def chosen_checkpoints(run: Path, wanted: list[int]) -> list[tuple[int, Path]]:
+    """Tokens and folders of the run's checkpoints after so many tokens; ValueError names one that is not kept."""
+    if not wanted:
+        return []
+    kept = dict(checkpoints_of(run))
+    missing = [tokens for tokens in wanted if tokens not in kept]
+    if missing:
+        raise ValueError(f"{run} keeps no checkpoint after {missing[0]} tokens, but after {', '.join(map(str, kept))}")
+    return [(tokens, kept[tokens]) for tokens in wanted]
 
 
 class Table:
@@ -190,6 +203,13 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                         model, sample, start, k, randomly, r
                     ),
                 )
+    for tokens, folder in chosen_checkpoints(arguments.fitted, arguments.checkpoints):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        k, seen = arguments.k[0], {"tokens": tokens, "training_seconds": training_seconds(arguments.fitted, tokens)}
+        read = dict(k=k, retrieved_len=model.config.retrieved_len)
+        table.add(
+            f"ON, k = {k}", lambda start, model=model, read=read: log_p_of_window(model, sample, start, **read), **seen
+        )
     if arguments.prepend:
         k = arguments.k[0]
         table.add(f"prepended, k = {k}", lambda start: log_p_with_prompt(base, sample, start, k, r))
@@ -214,6 +234,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", help="prepending takes the first; default: that of training")
     parser.add_argument("--window", type=int, default=512, help="tokens scored in a window")
     parser.add_argument("--max-windows", type=int, help="the first so many of the documents; default: all")
+    parser.add_argument("--checkpoints", type=int, nargs="+", default=[], metavar="TOKENS", help="of the fitted run")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--prepend", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

@@ -51,7 +51,8 @@ def run_demo(output: Path, seed: int = 0) -> str:
         result = _measure(output, store, seed)
     with stage("sampling"):
         sample = _sample(output, store)
-    result |= {"seed": seed, "seconds": round(sum(seconds.values()), 1), "seconds_of_stage": seconds}
+    result |= {"kind": "evaluate", "store": "store", "data": ["valid.jsonl"]}
+    result |= {"seconds": round(sum(seconds.values()), 1), "seconds_of_stage": seconds}
     result["near_copies_removed"] = store.manifest["counts"]["filtered"]
     (output / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     plot_losses(output)
@@ -167,8 +168,6 @@ def closing_page(output: Path, result: dict[str, Any], sample: str) -> str:
     """Numbers, a sample with its sources, and what was written where."""
     from retro.evaluation import bits_table
 
-    bpb = result["bpb"]
-    gain = lambda column: f"{100 * (1 - bpb['retro_on'] / bpb[column]):.1f}% below {column}"  # noqa: E731
     written = {
         "results.json": "the numbers",
         "loss.png": "loss curves",
@@ -183,7 +182,6 @@ def closing_page(output: Path, result: dict[str, Any], sample: str) -> str:
             "",
             sample,
             bits_table(result),
-            f"RETRO[ON] is {gain('lm')}, {gain('retro_off')}, {gain('retro_on_random')}",
             f"near-copies of held-out documents removed from the datastore: {result['near_copies_removed']}",
             f"took {result['seconds'] / 60:.1f} minutes; wrote",
             *files,

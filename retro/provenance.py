@@ -17,6 +17,14 @@ _NEEDED = ("tokenizer", "tokenizer_fingerprint", "chunk_len")
 logger = logging.getLogger(__name__)
 
 
+def versions() -> dict[str, str]:
+    """The versions that a result or a checkpoint was made with."""
+    import torch
+    import transformers
+
+    return {"retro": retro.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def describe(store: Store) -> dict[str, Any]:
     """What a model trained on `store` records: fingerprints of store and tokenizer, embedder, the library's version."""
     return {

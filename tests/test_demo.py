@@ -43,9 +43,10 @@ def test_plot_and_closing_page(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     columns = {"lm": 2.0, "retro_off": 2.5, "retro_on": 1.5, "retro_on_random": 3.0}
     result = {"bpb": columns, "bpb_little_overlap": columns, "documents": 3, "chunks": 9, "chunks_little_overlap": 4}
+    result |= {"gain": {"lm": [0.25, 0.125, 0.5], "retro_off": [0.4, -0.1, 0.6]}}
     result |= {"bytes": 1000, "num_neighbors": 2, "seconds": 120.0, "near_copies_removed": 5}
     page = closing_page(tmp_path, result, "a sample")
-    assert "25.0% below lm, 40.0% below retro_off, 50.0% below retro_on_random" in page
+    assert "25.0% below LM (95%: 12.5 to 50.0)" in page and "40.0% below RETRO[OFF] (95%: -10.0 to 60.0)" in page
     assert "removed from the datastore: 5" in page and str(tmp_path / "results.json") in page
 
 

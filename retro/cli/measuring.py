@@ -16,7 +16,6 @@ from retro.cli.shared import (
     only_documents,
     open_lm,
     open_model,
-    stamp,
     verb,
     write_measured,
 )
@@ -41,7 +40,7 @@ def evaluate(args: argparse.Namespace) -> int:
     given = dict(seed=args.seed, progress=True, cache=args.cache or True, **window)
     result = bits_per_byte(model, documents, retriever, args.k, baseline, **given)
     print(bits_table(result), perplexity_table(result), sep="\n\n")
-    write_measured(args, result | stamp(retriever.store))
+    write_measured(args, "evaluate", result)
     return 0
 
 
@@ -76,7 +75,7 @@ def leakage(args: argparse.Namespace) -> int:
     given = dict(exclude=args.exclude, seed=args.seed, progress=True, cache=args.cache or True, **window)
     result = measure_leakage(model, documents, retriever, args.k, baseline, **given)
     print(leakage_table(result), examples_page(result), sep="\n\n")
-    write_measured(args, result | stamp(retriever.store), leakage_rows(result), plot_leakage)
+    write_measured(args, "leakage", result, leakage_rows(result), plot_leakage)
     return 0
 
 
@@ -113,7 +112,7 @@ def sweep_neighbors(args: argparse.Namespace) -> int:
     model, retriever = open_model(args.model, args.store, args.index)
     baseline = open_lm(args.lm, retriever.store)
     result = sweep_neighbors(model, held_out(args), retriever, args.ks, baseline, _reading(args))
-    return _show_sweep(args, result, retriever.store)
+    return _show_sweep(args, result)
 
 
 def sweep_datastore(args: argparse.Namespace) -> int:
@@ -130,7 +129,7 @@ def sweep_datastore(args: argparse.Namespace) -> int:
     baseline, documents = open_lm(args.lm, store), held_out(args)
     given = dict(num_neighbors=args.k, baseline=baseline, index=args.index, reading=_reading(args))
     result = sweep_datastore(model, documents, store, args.shares, args.draws, **given)
-    return _show_sweep(args, result, store)
+    return _show_sweep(args, result)
 
 
 def sweep_models(args: argparse.Namespace) -> int:
@@ -142,7 +141,7 @@ def sweep_models(args: argparse.Namespace) -> int:
     retriever = Retriever(args.store, args.index)
     models = ((name, open_lm(name, retriever.store)) for name in args.models)
     result = sweep_models(models, held_out(args), retriever, args.k, _reading(args))
-    return _show_sweep(args, result, retriever.store)
+    return _show_sweep(args, result)
 
 
 def sweep_tokens(args: argparse.Namespace) -> int:
@@ -156,7 +155,7 @@ def sweep_tokens(args: argparse.Namespace) -> int:
     baseline = open_lm(args.lm, retriever.store)
     documents = held_out(args)
     result = sweep_tokens(args.folder, documents, retriever, open_checkpoint, args.k, baseline, _reading(args))
-    return _show_sweep(args, result, retriever.store)
+    return _show_sweep(args, result)
 
 
 def _reading(args: argparse.Namespace) -> Any:
@@ -165,12 +164,12 @@ def _reading(args: argparse.Namespace) -> Any:
     return Reading(args.window, args.stride, args.seed, args.cache or True, progress=True)
 
 
-def _show_sweep(args: argparse.Namespace, result: dict[str, Any], store: Any) -> int:
+def _show_sweep(args: argparse.Namespace, result: dict[str, Any]) -> int:
     from retro.evaluation.plots import plot_sweep
     from retro.evaluation.sweeps import sweep_rows, sweep_table
 
     print(sweep_table(result))
-    write_measured(args, result | stamp(store), sweep_rows(result), plot_sweep)
+    write_measured(args, "sweep", result, sweep_rows(result), plot_sweep)
     return 0
 
 
@@ -236,7 +235,7 @@ def baselines(args: argparse.Namespace) -> int:
     validation = None if args.validation is None else list(only_documents(read_documents(args.validation)))
     result = measure_baselines(model, held_out(args), retriever, reader, validation, settings, progress=True)
     print(baselines_table(result))
-    write_measured(args, result | {"validation": args.validation} | stamp(store), baselines_rows(result))
+    write_measured(args, "baselines", result | {"validation": args.validation}, baselines_rows(result))
     return 0
 
 

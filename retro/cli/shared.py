@@ -28,15 +28,11 @@ def write_json(file: str | None, value: Any) -> None:
         Path(file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def stamp(store: Any) -> dict[str, str]:
-    """What a result was measured with."""
-    import torch
-    import transformers
+def stamp(store: Any) -> dict[str, Any]:
+    """What a result was made with."""
+    from retro.provenance import versions
 
-    import retro
-
-    versions = {"retro": retro.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"store_fingerprint": store.fingerprint, "versions": versions}
+    return {"store_fingerprint": store.fingerprint, "versions": versions()}
 
 
 def open_model(folder: str, store: Any = None, index: str = "auto") -> tuple[Any, Any]:
@@ -105,16 +101,18 @@ def check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"the folder of {file} is not there; make it first.")
 
 
-def write_measured(args: argparse.Namespace, result: dict[str, Any], rows: Any = None, draw: Any = None) -> None:
+def write_measured(
+    args: argparse.Namespace, kind: str, result: dict[str, Any], rows: Any = None, draw: Any = None
+) -> None:
     """The files that a measuring verb was asked for."""
     from retro.evaluation.plots import write_csv, write_json
 
-    result |= {"store": str(args.store), "data": args.data}
+    result = {"kind": kind} | result | {"store": args.store, "data": getattr(args, "data", None)}
     if args.json:
         write_json(args.json, result)
-    if rows and args.csv:
+    if rows is not None and args.csv:
         write_csv(args.csv, rows)
-    if draw and args.plot:
+    if draw is not None and args.plot:
         draw(result, args.plot)
         write_json(Path(args.plot).with_suffix(".json"), result)
         write_csv(Path(args.plot).with_suffix(".csv"), rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from retro.cli.shared import KINDS, add_json, add_recipe, held_out, run_recipe, verb, write_json
+from retro.cli.shared import KINDS, add_json, add_recipe, held_out, run_recipe, verb, write_measured
 
 # task
 
@@ -129,6 +129,7 @@ def task_qa(args: argparse.Namespace) -> int:
 def task_recall(args: argparse.Namespace) -> int:
     """For how many questions one of the first k passages is of the right document, or holds a right answer."""
     from retro.evaluation.tasks import find_passages, read_questions, recall, recall_table
+    from retro.provenance import versions
     from retro.retrieval import Retriever
 
     if args.index and not args.store:
@@ -139,8 +140,7 @@ def task_recall(args: argparse.Namespace) -> int:
         results[kind] = recall(found, args.ks, args.seed)
     results = results or {"the file's": recall(questions, args.ks, args.seed)}
     print(recall_table(results))
-    write_json(args.json, {"task": "recall", "data": args.data, "store": args.store, "recall": results})
-    return 0
+    return _write_task(args, {"task": "recall", "seed": args.seed, "recall": results, "versions": versions()})
 
 
 def task_lm_eval(args: argparse.Namespace) -> int:
@@ -158,7 +158,7 @@ def task_lm_eval(args: argparse.Namespace) -> int:
     lm = RetroLM(args.model, **given)
     results = run_tasks(lm, args.tasks, args.include, args.cache, args.fewshot, args.limit, args.seed)
     print(results_table(results))
-    return _write_task(args, results)
+    return _write_task(args, results, "lm_eval")
 
 
 def task_finetune(args: argparse.Namespace) -> int:
@@ -187,9 +187,6 @@ def _first(args: argparse.Namespace, records: list) -> list:
     return records[: args.documents]
 
 
-def _write_task(args: argparse.Namespace, result: dict[str, Any]) -> int:
-    from retro.evaluation.plots import write_json
-
-    if args.json:
-        write_json(args.json, result | {"store": args.store, "data": getattr(args, "data", None)})
+def _write_task(args: argparse.Namespace, result: dict[str, Any], kind: str = "task") -> int:
+    write_measured(args, kind, result)
     return 0

@@ -26,12 +26,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
-import retro
 from retro.corpus import Document
 from retro.data import random_rows
 from retro.evaluation.intervals import interval, ratio, resampled_sums
 from retro.evaluation.neighbors import neighbor_rows
 from retro.evaluation.overlap import longest_common_run
+from retro.provenance import versions
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever, Store
@@ -253,8 +253,9 @@ def bits_per_byte(
 
     Gives {"bpb": {"lm", "retro_off", "retro_on", "retro_on_random"}, "interval": [low, high] of each,
     "bpb_little_overlap": bpb over the chunks with r(C) <= 12.5%, "perplexity": {"token", "word", "word_with_line_ends"}
-    of each, "documents", "chunks", "chunks_little_overlap", "bytes", "tokens", "words", "line_ends", "num_neighbors",
-    "window_len", "stride", "seconds" of each, "model", "lm", "store_fingerprint", "index", "library_version"}.
+    of each, "gain": how far RETRO[ON] is below each other column with its interval, "documents", "chunks",
+    "chunks_little_overlap", "chunks_without_neighbors", "bytes", "tokens", "words", "line_ends", "num_neighbors",
+    "window_len", "stride", "seed", "seconds" of each, and what it was measured with (`measured_with`)}.
     """
     k, store = neighbors_of(model, num_neighbors), retriever.store
     models = [one for one in (model, baseline) if one is not None]
@@ -268,9 +269,11 @@ def bits_per_byte(
         "interval": {column: bpb_interval(s, data, seed) for column, s in scores.items()},
         "bpb_little_overlap": {column: s.bits_per_byte(data, little) for column, s in scores.items()},
         "perplexity": {column: perplexity(s, data) for column, s in scores.items()},
+        "gain": gains_of(scores, data, seed),
         "documents": data.num_documents,
         "chunks": len(data.tokens),
         "chunks_little_overlap": int(little.sum()),
+        "chunks_without_neighbors": int((data.rows[:, 0] < 0).sum()),
         "bytes": int(data.bytes_of_chunk.sum()),
         "tokens": int(data.scored.sum()),
         "words": int(data.words.sum()),
@@ -278,6 +281,7 @@ def bits_per_byte(
         "num_neighbors": k,
         "window_len": window_len,
         "stride": stride,
+        "seed": seed,
         "seconds": {column: round(s.elapsed_seconds, 2) for column, s in scores.items()},
         **measured_with(model, retriever, baseline),
     }
@@ -291,7 +295,8 @@ def measured_with(model: Any, retriever: Retriever, baseline: Any = None) -> dic
         "lm": lm,
         "store_fingerprint": retriever.store.fingerprint,
         "index": retriever.index.kind,
-        "library_version": retro.__version__,
+        "index_recall": retriever.index.recall,
+        "versions": versions(),
     }
 
 
@@ -315,6 +320,12 @@ def gain(scores: ChunkScores, other: ChunkScores, data: EvaluationData, seed: in
     drawn, total = resampled_sums(sums, seed=seed), sums.sum(0, keepdims=True)
     saved = lambda x: 1 - ratio(x[:, 0], x[:, 1])  # noqa: E731
     return [float(saved(total)[0]), *map(float, interval(saved(drawn)))]
+
+
+def gains_of(scores: dict[str, ChunkScores], data: EvaluationData, seed: int = 0) -> dict[str, list[float]]:
+    """How far RETRO[ON] is below each other column, see `gain`; nothing of a plain LM alone."""
+    on = scores.get("retro_on")
+    return {name: gain(on, other, data, seed) for name, other in scores.items() if on and other is not on}
 
 
 def _per_document(data: EvaluationData, *values: np.ndarray) -> Float[np.ndarray, "d v"]:
@@ -341,6 +352,9 @@ def bits_table(result: dict[str, Any]) -> str:
     ]
     lines += [f"{COLUMNS[key]:20}{value:12.4f}{little[key]:14.4f}" for key, value in result["bpb"].items()]
     lines.append(f"{'chunks':20}{result['chunks']:12,}{result['chunks_little_overlap']:14,}")
+    for column, (value, low, high) in result["gain"].items():
+        ends = f"{100 * low:.1f} to {100 * high:.1f}"
+        lines.append(f"RETRO[ON] is {100 * value:.1f}% below {COLUMNS[column]} (95%: {ends})")
     lines.append("r <= 12.5%: at most an eighth of the chunk in one run in common with any of its 10 nearest neighbors")
     return "\n".join(lines)
 

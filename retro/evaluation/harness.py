@@ -29,10 +29,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import retro
 from retro.evaluation.bits import neighbors_of, reads_neighbors
-from retro.evaluation.tasks.contamination import overlaps
 from retro.evaluation.tasks.reading import Example, Reader, Scored, open_reader
+from retro.evaluation.tasks.results import about
 from retro.retrieval.chunks import tokenizer_fingerprint
 from retro.retrieval.files import stable_hash
+from retro.retrieval.filters import shares_run
 
 READING = ("neighbors", "prompt")
 logger = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class RetroLM(TemplateLM):
             return context
         rows = retriever([query], min(3 * k + 8, retriever.index.num_rows)).ids[0]
         passages = self.reader.passage_texts(rows[rows >= 0])
-        clean = [passage for passage in passages if not overlaps(passage, query + continuation)][:k]
+        clean = [passage for passage in passages if not shares_run(passage, query + continuation)][:k]
         head = self._num_special(context)
         for passage in clean:
             tokens = self.tokenizer.encode(f"{passage}\n\n", add_special_tokens=False)
@@ -247,6 +248,12 @@ class RetroLM(TemplateLM):
             weights.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode() + held.tobytes())
         tokenizer = tokenizer_fingerprint(self.tokenizer)
         return stable_hash(self._identity | {"weights": weights.hexdigest(), "tokenizer": tokenizer})
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a result says of model, store and code; "versions" are lm_eval's word for those of its tasks."""
+        made_with = about(self.reader)
+        return made_with | {"library_versions": made_with.pop("versions"), "reading": self.reading}
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -295,7 +302,7 @@ def run_tasks(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Run tasks of lm_eval by name: its results, those of every document left out.
+    """Run tasks of lm_eval by name: its results, those of every document left out, and what they were measured with.
 
     Args:
         include: Folder with the YAML files of other tasks.
@@ -327,7 +334,7 @@ def run_tasks(
         log_samples=False,
     )
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "config", "date")
-    return {name: results[name] for name in kept if name in results}
+    return {name: results[name] for name in kept if name in results} | lm.about
 
 
 def results_table(results: dict[str, Any]) -> str:

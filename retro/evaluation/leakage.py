@@ -92,6 +92,7 @@ def measure_leakage(
         "num_neighbors": k,
         "window_len": window_len,
         "stride": stride,
+        "seed": seed,
         "exclude": exclude,
         "seconds": {column: round(found.elapsed_seconds, 2) for column, found in scores.items()},
         **measured_with(model, retriever, baseline),

@@ -65,7 +65,7 @@ def test_the_last_point_is_the_plain_figure(result, pointer, make_lm, planted_re
     assert result["points"][-1]["bpb"] == pytest.approx(plain["bpb"], abs=1e-12)
     assert result["points"][-1]["interval"] == {name: pytest.approx(ends) for name, ends in plain["interval"].items()}
     assert result["points"][0]["bpb"] == pytest.approx(plain["bpb_little_overlap"], abs=1e-12)
-    for name in ("bytes", "tokens", "documents", "window_len", "stride", "store_fingerprint", "library_version"):
+    for name in ("bytes", "tokens", "documents", "window_len", "stride", "store_fingerprint", "versions"):
         assert result[name] == plain[name]
 
 

@@ -53,7 +53,7 @@ ABOUT = {
     "seed?": int,
     "index?": Maybe(str),
     "index_recall?": float,
-    "library_version?": str,
+    "versions?": Each(str),
 }
 _MEASURED = ABOUT | {"documents": int, "bytes": int, "tokens": int}
 _POINT = {
@@ -123,6 +123,7 @@ SHAPES = {
         "bpb": by_column(float),
         "bpb_little_overlap": by_column(float),
         "interval?": by_column(ENDS),
+        "gain?": by_column((float, float, float)),
         "perplexity?": by_column(Each(float)),
         "chunks": int,
         "chunks_little_overlap": int,

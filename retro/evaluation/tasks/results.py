@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-import retro
 from retro.evaluation.bits import COLUMNS, neighbors_of, reads_neighbors
 from retro.evaluation.intervals import interval, ratio, resampled_sums
 from retro.evaluation.tasks.reading import Reader
+from retro.provenance import versions
 
 Figure = tuple[float, list[float]]  # value, [low, high]
 TITLES = COLUMNS | {"in_context": "passages in the prompt"}
@@ -39,7 +39,7 @@ def about(reader: Reader) -> dict[str, Any]:
     model, retriever = reader.model, reader.retriever
     result = {
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
-        "library_version": retro.__version__,
+        "versions": versions(),
     }
     if retriever is not None:
         result |= {"store_fingerprint": retriever.store.fingerprint, "index": retriever.index.kind}
