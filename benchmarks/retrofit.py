@@ -26,6 +26,7 @@ from retro.corpus import read_documents
 from retro.data import Loader, Windows, random_rows
 from retro.evaluation import EvaluationData, prepare
 from retro.evaluation.sweeps import checkpoints_of
+from retro.products import fast_products
 from retro.retrieval import Retriever, Store
 from retro.retrofit import open_base
 from retro.settings import load_settings
@@ -78,6 +79,7 @@ class Sample:
 
 
 @torch.inference_mode()
+@fast_products()
 def log_p_of_window(
     model: PreTrainedModel, sample: Sample, start: int, k: int = 0, randomly: bool = False, retrieved_len: int = 128
 ) -> Tensor:
@@ -93,6 +95,7 @@ def log_p_of_window(
 
 
 @torch.inference_mode()
+@fast_products()
 def log_p_with_prompt(base: PreTrainedModel, sample: Sample, start: int, k: int, retrieved_len: int) -> Tensor:
     """With the k neighbors of the chunk before put in front, anew for each chunk: in-context retrieval."""
     m, scored = sample.data.chunk_len, []
@@ -112,6 +115,7 @@ def _of_targets(logits: Tensor, ids: Tensor) -> Tensor:
     return logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
 
+@fast_products()
 def train_lora(settings: RetrofitSettings, store: Store, num_weights: int) -> tuple[PreTrainedModel, int, float]:
     """LoRA on the base with about as many weights, over the windows that the fitted model saw; seconds of training."""
     from peft import LoraConfig, get_peft_model

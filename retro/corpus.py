@@ -13,11 +13,14 @@ import json
 import logging
 import os
 import re
+import sys
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +39,7 @@ _SUFFIXES = {
     ".rst": "text",
 }
 _BOM = b"\xef\xbb\xbf"
+_MOST_GZIP_PIECES = 64  # every piece of a compressed file is decompressed from the file's beginning
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,22 @@ class Input:
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps: name, kind, bytes and sha256 (of a dataset or package: of its contents)."""
-        if self.kind == "package":
-            size, digest = _package_digest(self.path)
-        elif self.kind == "dataset":
-            size, digest = _dataset_digest(self)
-        else:
-            size, digest = os.path.getsize(self.path), _file_digest([self.path])
-        return {"name": self.name, "kind": self.kind, "bytes": size, "sha256": digest}
+        return split_input(self)[0]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one input's records.
+
+    start, stop: bytes of a plain JSONL file, lines of a compressed one, row groups of a Parquet file, rows of a
+    dataset; None is the end. first: the number of the first record. bytes: about how much there is to read.
+    """
+
+    item: Input
+    start: int = 0
+    stop: int | None = None
+    first: int = 1
+    bytes: int = 0
 
 
 def read_documents(
@@ -127,10 +140,29 @@ def expand_inputs(inputs: Sequence[str]) -> list[Input]:
 
 def read_input(item: Input, text_field: str = "text") -> Iterator[Document | Reject]:
     """All records of one frozen input."""
+    return read_piece(Piece(item), text_field)
+
+
+def read_piece(piece: Piece, text_field: str = "text") -> Iterator[Document | Reject]:
+    """The records of a piece, as `read_input` gives them in their place."""
     readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "dataset": _read_dataset}
-    if item.kind == "package":
-        return iter(package_documents([item.path]))
-    return readers[item.kind](item, text_field)
+    if piece.item.kind == "package":
+        return iter(package_documents([piece.item.path]))
+    return readers[piece.item.kind](piece, text_field)
+
+
+def split_input(item: Input, piece_bytes: int | None = None) -> tuple[dict[str, Any], list[Piece]]:
+    """An input's record for a manifest, and its pieces in order; all pieces together hold every record once.
+
+    piece_bytes: a piece ends at the first border between records after so many bytes; None is one piece. Text files
+    and packages are one piece always. Reads the whole input once; ValueError if it is damaged.
+    """
+    size, digest, marks = _SCANS[item.kind](item, piece_bytes or sys.maxsize)
+    pieces = [
+        Piece(item, start, stop, first, stop_byte - start_byte)
+        for (start, first, start_byte), (stop, _, stop_byte) in zip(marks, marks[1:], strict=False)
+    ]
+    return {"name": item.name, "kind": item.kind, "bytes": size, "sha256": digest}, pieces
 
 
 # Inputs
@@ -197,6 +229,99 @@ def _file_digest(paths: Iterable[str], names: Sequence[str] = ()) -> str:
     return digest.hexdigest()
 
 
+# Pieces: (bytes, sha256, marks) of an input. A mark is where a piece begins, as its `start`, the number of its first
+# record and the bytes before it; the last mark is the end.
+
+_Mark = tuple[int | None, int, int]
+
+
+def _scan_whole(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+    size = os.path.getsize(item.path)
+    return size, _file_digest([item.path]), [(0, 1, 0), (None, 1, size)]
+
+
+def _scan_package(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+    modules = package_modules(item.path)
+    names, paths = [name for name, _ in modules], [str(path) for _, path in modules]
+    size = sum(map(os.path.getsize, paths))
+    return size, _file_digest(paths, names), [(0, 1, 0), (None, 1, size)]
+
+
+def _scan_jsonl(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+    if _is_gzip(item.path):
+        return _scan_gzip(item, piece_bytes)
+    digest, size, line = hashlib.sha256(), 0, 1
+    marks: list[_Mark] = [(0, 1, 0)]
+    with open(item.path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+            begin = 0
+            while (end := block.find(b"\n", max(marks[-1][2] + piece_bytes - size - 1, begin))) >= 0:
+                line += block.count(b"\n", begin, end + 1)
+                begin = end + 1
+                marks.append((size + begin, line, size + begin))
+            line += block.count(b"\n", begin)
+            size += len(block)
+    return size, digest.hexdigest(), _ended(marks, size, line, size)
+
+
+def _scan_gzip(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+    marks: list[_Mark] = [(0, 1, 0)]
+    line = size = 0
+    try:
+        with gzip.open(item.path, "rb") as handle:
+            for line, raw in enumerate(handle, start=1):
+                size += len(raw)
+                if size - marks[-1][2] >= piece_bytes:
+                    marks.append((line, line + 1, size))
+    except _GZIP_ERRORS as error:
+        raise _damaged(item, line + 1, error) from None
+    step = -(-len(marks) // _MOST_GZIP_PIECES)
+    marks = _ended(marks[::step], line, line + 1, size)
+    return os.path.getsize(item.path), _file_digest([item.path]), marks
+
+
+def _scan_parquet(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+    import pyarrow.parquet as pq
+
+    marks: list[_Mark] = [(0, 1, 0)]
+    group, row, size = 0, 1, 0
+    with _readable_parquet(item):
+        metadata = pq.ParquetFile(item.path).metadata
+        for group in range(1, metadata.num_row_groups + 1):
+            row += metadata.row_group(group - 1).num_rows
+            size += metadata.row_group(group - 1).total_byte_size
+            if size - marks[-1][2] >= piece_bytes:
+                marks.append((group, row, size))
+    return os.path.getsize(item.path), _file_digest([item.path]), _ended(marks, group, row, size)
+
+
+def _scan_dataset(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+    digest, size, row = hashlib.sha256(), 0, 0
+    marks: list[_Mark] = [(0, 1, 0)]
+    for row, record in enumerate(_load_dataset(item), start=1):
+        line = json.dumps(record, sort_keys=True, default=str).encode("ascii")
+        digest.update(line + b"\n")
+        size += len(line) + 1
+        if size - marks[-1][2] >= piece_bytes:
+            marks.append((row, row + 1, size))
+    return size, digest.hexdigest(), _ended(marks, row, row + 1, size)
+
+
+def _ended(marks: list[_Mark], stop: int, number: int, size: int) -> list[_Mark]:
+    """Marks with the end of the input, unless the last piece ends there."""
+    return marks if len(marks) > 1 and marks[-1][0] == stop else [*marks, (stop, number, size)]
+
+
+_SCANS = {
+    "jsonl": _scan_jsonl,
+    "parquet": _scan_parquet,
+    "text": _scan_whole,
+    "dataset": _scan_dataset,
+    "package": _scan_package,
+}
+
+
 # Records
 
 
@@ -242,18 +367,41 @@ def _has_surrogates(text: str) -> bool:
     return False
 
 
-def _open_lines(path: str) -> Any:
-    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
+_GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
-def _read_jsonl(item: Input, text_field: str) -> Iterator[Document | Reject]:
-    line = 0
-    with _open_lines(item.path) as handle:
-        try:
-            for line, raw in enumerate(handle, start=1):
-                yield _record_of_line(raw.removeprefix(_BOM) if line == 1 else raw, (item.name, line), text_field)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{item.name}:{line + 1}: the compressed file is damaged ({error})") from None
+def _is_gzip(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
+def _damaged(item: Input, line: int, error: Exception) -> ValueError:
+    return ValueError(f"{item.name}:{line}: the compressed file is damaged ({error})")
+
+
+def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
+    item, line = piece.item, piece.first - 1
+    try:
+        for line, raw in enumerate(_lines(piece), start=piece.first):
+            yield _record_of_line(raw.removeprefix(_BOM) if line == 1 else raw, (item.name, line), text_field)
+    except _GZIP_ERRORS as error:
+        raise _damaged(item, line + 1, error) from None
+
+
+def _lines(piece: Piece) -> Iterator[bytes]:
+    """The lines of a piece; ValueError if it does not end where it ended when the input was split."""
+    path, at, stop = piece.item.path, piece.start, piece.stop
+    with gzip.open(path, "rb") if _is_gzip(path) else open(path, "rb") as handle:
+        if _is_gzip(path):
+            for raw in islice(handle, at, stop):
+                at += 1
+                yield raw
+        else:
+            handle.seek(at)
+            while (stop is None or at < stop) and (raw := handle.readline()):
+                at += len(raw)
+                yield raw
+    if stop not in (None, at):
+        raise ValueError(f"{piece.item.name} has changed since the work began; start again")
 
 
 def _record_of_line(raw: bytes, place: tuple[str, int], text_field: str) -> Document | Reject:
@@ -273,19 +421,28 @@ def _record_of_line(raw: bytes, place: tuple[str, int], text_field: str) -> Docu
     return Reject(found.file, found.line, found.reason, shown) if isinstance(found, Reject) else found
 
 
-def _read_parquet(item: Input, text_field: str) -> Iterator[Document | Reject]:
-    import pyarrow as pa
+def _read_parquet(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
     import pyarrow.parquet as pq
 
-    try:
-        row = 0
-        for batch in pq.ParquetFile(item.path).iter_batches(batch_size=1024):
+    item, row = piece.item, piece.first - 1
+    with _readable_parquet(item):
+        file = pq.ParquetFile(item.path)
+        groups = list(range(file.num_row_groups))[piece.start : piece.stop]
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
             for record in _records_of_batch(batch):
                 row += 1
                 if isinstance(record, UnicodeDecodeError):
                     yield Reject(item.name, row, "the row is invalid UTF-8")
                 else:
                     yield document_of(record, (item.name, row), text_field)
+
+
+@contextmanager
+def _readable_parquet(item: Input) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowInvalid, OSError) as error:  # a damaged page or footer is an OSError that names no file
         raise ValueError(f"{item.name} is not a readable Parquet file ({error}); restore it from a copy") from None
 
@@ -300,7 +457,8 @@ def _records_of_batch(batch: Any) -> list[Any]:
         return [record for row in range(batch.num_rows) for record in _records_of_batch(batch.slice(row, 1))]
 
 
-def _read_text(item: Input, text_field: str) -> Iterator[Document | Reject]:
+def _read_text(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
+    item = piece.item
     raw = Path(item.path).read_bytes().removeprefix(_BOM)
     try:
         yield Document(item.name, raw.decode("utf-8"), place=item.name)
@@ -328,18 +486,11 @@ def _load_dataset(item: Input) -> Any:
     return found
 
 
-def _read_dataset(item: Input, text_field: str) -> Iterator[Document | Reject]:
-    for row, record in enumerate(_load_dataset(item), start=1):
-        yield document_of(dict(record), (item.name, row), text_field)
-
-
-def _dataset_digest(item: Input) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    for record in _load_dataset(item):
-        line = json.dumps(record, sort_keys=True, default=str).encode("ascii")
-        digest.update(line + b"\n")
-        size += len(line) + 1
-    return size, digest.hexdigest()
+def _read_dataset(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
+    found = _load_dataset(piece.item)
+    rows = range(len(found))[piece.start : piece.stop]
+    for row, record in enumerate(found.select(rows), start=piece.first):
+        yield document_of(dict(record), (piece.item.name, row), text_field)
 
 
 # The documentation of installed packages
@@ -440,9 +591,3 @@ def _signature(node: Any, name: str) -> str:
         return f"class {name}({bases})" if bases else f"class {name}"
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"def {name}({ast.unparse(node.args)}){returns}"
-
-
-def _package_digest(package: str) -> tuple[int, str]:
-    modules = package_modules(package)
-    names, paths = [name for name, _ in modules], [str(path) for _, path in modules]
-    return sum(map(os.path.getsize, paths)), _file_digest(paths, names)

@@ -1,8 +1,8 @@
 """Training data: windows of consecutive chunks with their neighbors, in an order that any number of ranks share.
 
-Window w of a store is its chunks [w * l, (w + 1) * l): a window may hold several documents, told apart by
-`document_ids`, and the last one is padded with missing chunks. Nothing is copied ahead: a batch is one fancy index into
-the memory-mapped store.
+Window w of a store is its chunks [w * l, (w + 1) * l), removed documents skipped: a window may hold several documents,
+told apart by `document_ids`, and the last one is padded with missing chunks. Nothing is copied ahead: a batch is one
+fancy index into the memory-mapped store.
 
 The order of windows is an endless stream: the permutation of epoch 0, then that of epoch 1, ... A step takes the next
 `batch_size * accumulation * world_size` windows of the stream, whatever the number of ranks:
@@ -60,11 +60,13 @@ class Windows(Dataset):
         check_window(window_len, store.chunk_len)
         self.store, self.neighbors, self.neighbor_store = store, neighbors, neighbor_store or store
         self.window_len, self.retrieved_len, self.random_seed = window_len, retrieved_len, random_seed
-        self.num_neighbors = 0 if neighbors is None else _check_table(neighbors, store, num_neighbors)
+        if neighbors is not None:
+            _check_table(neighbors, store, self.neighbor_store)
+        self.num_neighbors = 0 if neighbors is None else _check_k(neighbors, num_neighbors)
         self.chunks_per_window = window_len // store.chunk_len
 
     def __len__(self) -> int:
-        return -(-self.store.num_chunks // self.chunks_per_window)
+        return -(-self.store.num_live_chunks // self.chunks_per_window)
 
     def __getitem__(self, window: int) -> Batch:
         return {name: tensor[0] for name, tensor in self.batch(np.array([range(len(self))[window]])).items()}
@@ -88,10 +90,10 @@ class Windows(Dataset):
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
     def rows(self, windows: Int[np.ndarray, " b"]) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-        """The store's rows of the windows' chunks, and which are present (a missing one reads row 0)."""
-        rows = np.asarray(windows, np.int64)[:, None] * self.chunks_per_window + np.arange(self.chunks_per_window)
-        present = rows < self.store.num_chunks
-        return np.where(present, rows, 0), present
+        """The store's rows of the windows' chunks, and which are present (a missing one reads the first row)."""
+        numbers = np.asarray(windows, np.int64)[:, None] * self.chunks_per_window + np.arange(self.chunks_per_window)
+        present = numbers < self.store.num_live_chunks
+        return self.store.live_rows(np.where(present, numbers, 0)), present
 
     def neighbor_rows(self, rows: Int[np.ndarray, "*c"]) -> Int[np.ndarray, "*c k"]:
         """The k neighbors of each chunk as rows of the neighbors' store, -1 for none."""
@@ -129,13 +131,25 @@ def check_window(window_len: int, chunk_len: int) -> None:
         )
 
 
-def _check_table(table: NeighborTable, store: Store, num_neighbors: int | None) -> int:
-    num_rows, available = table.rows.shape
+def _check_table(table: NeighborTable, store: Store, neighbor_store: Store) -> None:
+    """Refuse the table of another store, or of another generation: its rows may mean other chunks here."""
+    num_rows = len(table.rows)
     if num_rows != store.num_chunks:
         raise ValueError(
             f"the neighbor table has {num_rows} rows, the store {store.path} {store.num_chunks} chunks; "
             "run `retro neighbors` for this store"
         )
+    for name, own in (("queries", store), ("store", neighbor_store)):
+        recorded = table.record.get(name, own.fingerprint)
+        if recorded != own.fingerprint:
+            raise ValueError(
+                f"the neighbor table is of another state ({recorded[:12]}) of the store {own.path} than it "
+                f"is in ({own.fingerprint[:12]}), or of another store; run `retro neighbors` again"
+            )
+
+
+def _check_k(table: NeighborTable, num_neighbors: int | None) -> int:
+    available = table.rows.shape[1]
     if num_neighbors is not None and not 1 <= num_neighbors <= available:
         raise ValueError(
             f"num_neighbors: {num_neighbors} is not within 1..{available}, what the neighbor table holds; "

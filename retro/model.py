@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from retro.config import RetroConfig
 from retro.generation import RetrievalGeneration, refuse_assisted
 from retro.modules import Attention, ChunkedCrossAttention, DecoderBlock, NeighborEncoder
 from retro.modules.attention import Past, attendable
-from retro.modules.cross_attention import checked_neighbor_mask
+from retro.modules.cross_attention import ReadChunks, checked_neighbor_mask, read_chunks
 from retro.modules.encoder import chunks_of
 from retro.modules.feed_forward import ResidualLinear
 from retro.modules.loss import linear_cross_entropy
-from retro.modules.positions import RelativePositions
+from retro.modules.norm import RMSNorm
+from retro.modules.positions import RelativePositions, turns
 from retro.padding import align_left, align_right
 
 
@@ -75,7 +77,7 @@ class RetroModel(RetroPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_decoder_block(config, i + 1) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.cca_layers:
             self.encoder = _neighbor_encoder(config)
             self.encoder_embedding = _encoder_embedding(config)
@@ -116,18 +118,25 @@ class RetroModel(RetroPreTrainedModel):
     def _all(self, h, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> list[Float[Tensor, "b n d"]]:
         """The embeddings and every layer's output, over whole sequences."""
         neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
-        retrieves = neighbor_ids is not None and neighbor_ids.shape[1] > 0  # n < m: no whole chunk, identity everywhere
-        mask = None if document_ids is None else _inside_documents(document_ids)
-        encoded, states = None, [h]
+        chunks, encoded, states = None, None, [h]
+        if neighbor_ids is not None and neighbor_ids.shape[1]:  # n < m: no whole chunk, identity everywhere
+            chunks = read_chunks(neighbor_mask, self.config.chunk_len, document_ids)
+        inside = (*_inside_documents(document_ids), self._turns(h))
         for number, layer in enumerate(self.layers, start=1):
-            h = self._run(layer, "attend", h, mask)
-            if retrieves and number in self.config.cca_layers:
+            h = self._run(layer, "attend", h, *inside)
+            if chunks is not None and number in self.config.cca_layers:
                 if encoded is None:
-                    encoded = self._encode(h, neighbor_ids, neighbor_mask, attention_mask)
-                h = self._run(layer, "read", h, encoded, neighbor_mask, document_ids)
+                    encoded = self._encode(h, neighbor_ids, chunks, attention_mask)
+                h = self._run(layer, "read", h, encoded, chunks)
             h = self._run(layer, "feed", h)
             states.append(h)
         return states
+
+    def _turns(self, h: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor] | None:
+        """The table of rotary positions that all layers share."""
+        if self.config.position != "rotary":
+            return None
+        return turns(torch.arange(h.shape[1], device=h.device), self.config.head_dim, self.config.rope_theta)
 
     def _continue(self, h, cache: RetroCache, call: Call) -> list[Float[Tensor, "b s d"]]:
         """The same for new tokens, after those that the cache has seen.
@@ -167,11 +176,15 @@ class RetroModel(RetroPreTrainedModel):
         rotary = cache.turns(start, start + s, self.config.head_dim, self.config.rope_theta, h.device)
         return Past(cache.update, positions, rotary, attendable(mask), mask is None and s > 1, cache.tables)
 
-    def _encode(self, h, neighbor_ids, neighbor_mask, attention_mask) -> Float[Tensor, "b l k r c"]:
-        """E_1 .. E_l from the activations at the first layer of P."""
+    def _encode(self, h, neighbor_ids, chunks: ReadChunks, attention_mask) -> Float[Tensor, "c k r e"]:
+        """E_u of the chunks that are read, from the activations at the first layer of P."""
         m = self.config.chunk_len
-        condition_mask = None if attention_mask is None else chunks_of(attention_mask.bool()[..., None], m)[..., 0]
-        return self._run(self.encoder, self._embedded(neighbor_ids), neighbor_mask, chunks_of(h, m), condition_mask)
+        embedded, conditions = self._embedded(chunks.pack(neighbor_ids)[None]), chunks.pack(chunks_of(h, m))[None]
+        mask = None if chunks.mask is None else chunks.mask[None]
+        condition_mask = None
+        if attention_mask is not None:
+            condition_mask = chunks.pack(chunks_of(attention_mask.bool()[..., None], m)[..., 0])[None]
+        return self._run(self.encoder, embedded, mask, conditions, condition_mask)[0]
 
     def _embedded(self, neighbor_ids: Int[Tensor, "b l k r"]) -> Float[Tensor, "b l k r c"]:
         embedded = self.embed_tokens(neighbor_ids) if self.config.encoder_shares_embeddings else neighbor_ids
@@ -249,12 +262,18 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         if output_attentions:
             raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
         past_key_values = self._cache(past_key_values, use_cache, document_ids)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
         left = past_key_values is None and attention_mask is not None and not attention_mask[:, 0].all()
         padding = attention_mask if left else None
         if padding is not None:
             input_ids, inputs_embeds, labels, document_ids, attention_mask = (
                 align_left(x, padding) for x in (input_ids, inputs_embeds, labels, document_ids, attention_mask)
             )
+        states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        only_loss = labels is not None and past_key_values is None and not (return_logits or states_wanted)
+        if only_loss and neighbor_ids is not None:
+            neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, labels, document_ids)
         outputs = self.model(
             input_ids,
             neighbor_ids,
@@ -268,8 +287,6 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         )
         hidden = outputs.last_hidden_state
         loss = None if labels is None else self._loss(hidden, labels)
-        if return_logits is None:
-            return_logits = labels is None or not self.training
         if padding is not None:
             hidden = align_right(hidden, padding)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -302,6 +319,20 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         if given is None and cache is not None:
             grows = type(cache) is DynamicCache and not cache.offloading
             model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, None if grows else cache)
+
+    def _that_matter(self, neighbor_ids, neighbor_mask, labels, document_ids) -> Bool[Tensor, "b l k r"]:
+        """The mask without the neighbors of chunks that no prediction with a label can see.
+
+        E_u reaches the tokens of C_u's document from the last of C_u on; each predicts the label after it.
+        """
+        m, (b, n) = self.config.chunk_len, labels.shape
+        neighbor_mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, b, n, m)
+        predicting = F.pad(labels[:, 1:] >= 0, (0, 1)).to(neighbor_mask.device)  # [b, n]
+        first_reader = torch.arange(1, n // m + 1, device=labels.device)[:, None] * m - 1
+        sees = predicting[:, None] & (torch.arange(n, device=labels.device) >= first_reader)  # [b, l, n]
+        if document_ids is not None:
+            sees = sees & (document_ids[:, None] == document_ids[:, : n // m * m : m, None])
+        return neighbor_mask & sees.any(-1)[..., None, None]
 
     def _loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
         predicting, targets = hidden[:, :-1], labels[:, 1:].to(hidden.device)
@@ -361,9 +392,18 @@ def _encoder_embedding(config: RetroConfig) -> nn.Module | None:
     return nn.Linear(config.hidden_size, config.encoder_hidden_size, bias=False)
 
 
-def _inside_documents(document_ids: Int[Tensor, "b n"]) -> Bool[Tensor, "b n n"]:
-    """Causal, and inside documents only.
+def _inside_documents(
+    document_ids: Int[Tensor, "b n"] | None,
+) -> tuple[Bool[Tensor, "b n n"] | None, tuple[int, ...] | None]:
+    """How self-attention stays inside documents: by a mask, by the lengths of documents, or neither, if rows are whole.
 
-    Padding needs no mask: rows are right-padded here, so that no real token could see padding before it.
+    Lengths leave out what a mask computes and throws away; they take a call of the kernel for each document, which only
+    on CPUs is cheap. Padding needs no mask: rows are right-padded here, so no real token could see padding before it.
     """
-    return (document_ids[:, :, None] == document_ids[:, None, :]).tril()
+    if document_ids is None:
+        return None, None
+    if document_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return (document_ids[:, :, None] == document_ids[:, None, :]).tril(), None
+    is_first = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True).flatten()
+    lengths = F.pad(is_first.nonzero()[:, 0], (0, 1), value=is_first.numel()).diff().tolist()
+    return None, tuple(lengths) if len(lengths) > len(document_ids) else None

@@ -18,7 +18,7 @@ from retro.corpus import package_documents
 
 README = Path(__file__).parents[1] / "README.md"
 VERBS = ("build", "tokenizer", "neighbors", "search", "train", "retrofit", "evaluate", "leakage", "sweep")
-VERBS += ("generate", "serve", "demo")
+VERBS += ("generate", "serve", "demo", "add", "remove", "compact", "verify", "plan", "serve-store")
 TINY = [
     "model.hidden_size=32",
     "model.num_hidden_layers=2",

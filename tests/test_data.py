@@ -1,5 +1,6 @@
 """Windows against a naive reading of the same store, the order shared by ranks, and resuming at any position."""
 
+import hashlib
 import json
 from itertools import islice
 from pathlib import Path
@@ -13,13 +14,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from retro.data import IGNORED, Loader, Windows, epoch_order, random_rows
-from retro.retrieval.store import CHUNK_DTYPE, Store, _Shard
+from retro.retrieval.store import CHUNK_DTYPE, ShardArrays, Store
 
 M, PAD = 4, 0
 
 
-def make_store(document_lens: list[int], shards: int = 1, seed: int = 0) -> Store:
-    """A store in memory: documents of so many tokens, spread over shards; token ids tell documents apart."""
+def make_store(document_lens: list[int], shards: int = 1, seed: int = 0, removed: tuple[int, ...] = ()) -> Store:
+    """A store in memory: documents of so many tokens, spread over shards, some removed; token ids tell them apart."""
     rng, records, parts, first_row = np.random.default_rng(seed), [], [], 0
     for share in np.array_split(np.arange(len(document_lens)), shards):
         tokens, chunks = [], []
@@ -29,38 +30,63 @@ def make_store(document_lens: list[int], shards: int = 1, seed: int = 0) -> Stor
                 tokens.append(np.r_[rng.integers(1, 1000, length) + 1000 * document, np.full(M - length, PAD)])
                 chunks.append((local, position, length))
         table = np.array(chunks, CHUNK_DTYPE)
-        parts.append(_Shard(np.array(tokens, np.uint32).reshape(-1, M), table, np.zeros((len(table), 2), np.float32)))
+        arrays = np.array(tokens, np.uint32).reshape(-1, M), table, np.zeros((len(table), 2), np.float32)
+        parts.append(ShardArrays(*arrays, np.zeros(0, np.uint8)))
         record = {"first_row": first_row, "first_document": int(share[0]), "rows": len(table), "documents": len(share)}
+        record["files"] = {"tokens.npy": {"sha256": hashlib.sha256(arrays[0].tobytes()).hexdigest()}}
         records, first_row = [*records, record], first_row + len(table)
     manifest = {
+        "format_version": 2,
+        "generation": 1,
+        "tokenizer": {"fingerprint": "t"},
+        "removed": {"sha256": str(removed)},
         "shards": records,
         "chunk_len": M,
         "pad_token_id": PAD,
         "settings": {"min_chunk_len": 2},
-        "embedder": {"dim": 2},
+        "embedder": {"dim": 2, "fingerprint": "e"},
     }
-    return Store(Path("store"), manifest, parts)
+    counts = -(-np.array(document_lens, np.int64) // M)
+    spans = np.stack([np.arange(len(counts)), np.cumsum(counts) - counts, counts], axis=1)
+    return Store(Path("store"), manifest, parts, spans[list(removed)])
+
+
+def live_rows(store: Store) -> list[int]:
+    """The rows of documents that are not removed."""
+    rows = np.arange(store.num_chunks)
+    return rows[~np.isin(store.document_rows(rows), store.removed_documents)].tolist()
+
+
+def make_some_store(document_lens: list[int], shards: int, removed: set[int]) -> Store:
+    """A store of which not everything is removed."""
+    kept = sum(document_lens) % len(document_lens)
+    chosen = sorted(document for document in removed - {kept} if document < len(document_lens))
+    return make_store(document_lens, min(shards, len(document_lens)), removed=tuple(chosen))
 
 
 def make_table(store: Store, k: int = 2, missing: float = 0.3, seed: int = 0, target: Store | None = None):
     """Arbitrary neighbors, some missing."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, (target or store).num_chunks, (store.num_chunks, k))
-    return SimpleNamespace(rows=np.where(rng.random(rows.shape) < missing, -1, rows))
+    record = {"queries": store.fingerprint, "store": (target or store).fingerprint}
+    return SimpleNamespace(rows=np.where(rng.random(rows.shape) < missing, -1, rows), record=record)
 
 
 stores = st.builds(
-    lambda lens, shards: make_store(lens, min(shards, len(lens))),
+    make_some_store,
     st.lists(st.integers(1, 3 * M + 1), min_size=1, max_size=8),
     st.integers(1, 3),
+    st.one_of(st.just(set()), st.sets(st.integers(0, 7))),
 )
 
 
 def naive_window(store: Store, table, window: int, chunks_per_window: int, retrieved_len: int) -> dict[str, list]:
     """One window, token by token, from chunks read one at a time."""
     out = {name: [] for name in ("input_ids", "labels", "document_ids", "neighbor_ids", "neighbor_mask")}
-    for row in range(window * chunks_per_window, (window + 1) * chunks_per_window):
-        there = row < store.num_chunks
+    live = live_rows(store)
+    for number in range(window * chunks_per_window, (window + 1) * chunks_per_window):
+        there = number < len(live)
+        row = live[number] if there else -1
         tokens = store.token_lists(np.array([row]))[0].tolist() if there else []
         document = int(store.document_rows(np.array(row))) if there else -1
         out["input_ids"] += tokens + [PAD] * (M - len(tokens))
@@ -82,7 +108,7 @@ def naive_window(store: Store, table, window: int, chunks_per_window: int, retri
 def test_batches_are_what_a_naive_reading_gives(store, chunks_per_window, retrieved_len, random):
     table = make_table(store)
     windows = Windows(store, table, window_len=M * chunks_per_window, retrieved_len=retrieved_len)
-    assert len(windows) == -(-store.num_chunks // chunks_per_window)
+    assert len(windows) == -(-len(live_rows(store)) // chunks_per_window)
     chosen = np.array(random.choices(range(len(windows)), k=3))
     batch = windows.batch(chosen)
     expected = [naive_window(store, table, int(window), chunks_per_window, retrieved_len) for window in chosen]
@@ -100,9 +126,9 @@ def test_each_token_is_predicted_once_an_epoch_but_the_first_of_windows_and_docu
     labels, ids, documents = (batch[name] for name in ("labels", "input_ids", "document_ids"))
     predicted = (labels != IGNORED).nonzero().tolist()
     assert all(labels[b, i] == ids[b, i] and i > 0 and documents[b, i - 1] == documents[b, i] for b, i in predicted)
-    rows = np.arange(store.num_chunks)
+    rows = np.array(live_rows(store))
     first_of_document = store.positions(rows) == 0
-    first_of_window = rows % chunks_per_window == 0
+    first_of_window = np.arange(len(rows)) % chunks_per_window == 0
     assert len(predicted) == store.chunk_lens(rows).sum() - (first_of_document | first_of_window).sum()
 
 
@@ -156,6 +182,12 @@ def test_refusals(arguments, named):
 def test_a_table_of_another_store_is_refused():
     with pytest.raises(ValueError, match="6 chunks"):
         Windows(make_store([9, 9]), make_table(make_store([9, 9, 9])), window_len=8)
+    store, after = make_store([9, 9, 9]), make_store([9, 9, 9], removed=(1,))
+    with pytest.raises(ValueError, match="another state .* run `retro neighbors` again"):
+        Windows(after, make_table(store), window_len=8)
+    with pytest.raises(ValueError, match="another state"):
+        Windows(store, make_table(store, target=store), window_len=8, neighbor_store=after)
+    Windows(store, make_table(store, target=after), window_len=8, neighbor_store=after)
 
 
 # Random neighbors
@@ -166,12 +198,12 @@ def test_a_table_of_another_store_is_refused():
 def test_random_neighbors_are_of_other_documents_and_missing_where_none_was_found(store, seed):
     table = make_table(store)
     windows = Windows(store, table, window_len=M, random_seed=seed)
-    rows = np.arange(store.num_chunks)
+    rows = np.array(live_rows(store))
     drawn = windows.neighbor_rows(rows)
     assert np.array_equal(drawn, windows.neighbor_rows(rows)), "the same at every reading"
     assert np.array_equal(drawn[::-1], windows.neighbor_rows(rows[::-1])), "whatever is read with it"
     real = drawn >= 0
-    assert not (real & (table.rows < 0)).any()
+    assert not (real & (table.rows[rows] < 0)).any()
     other = store.document_rows(np.where(real, drawn, 0)) != store.document_rows(rows)[:, None]
     assert other[real].all()
     assert (store.chunk_lens(drawn[real]) >= 2).all(), "only rows that an index may return"

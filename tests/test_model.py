@@ -80,6 +80,35 @@ def test_every_weight_gets_a_gradient(make_model, make_batch):
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
+@pytest.mark.parametrize("documents", [None, [[0] * 8 + [1] * 6, [2] * 14]])
+def test_neighbors_that_no_label_sees_are_not_encoded_and_change_nothing(documents, make_model, make_batch):
+    """m = 4 and n = 14: E_3 is read from token 11 on, and E_2 by token 7 alone where the document ends there."""
+    model = make_model().train()
+    batch = make_batch(model, 14) | ({} if documents is None else {"document_ids": torch.tensor(documents)})
+    batch["neighbor_mask"][:] = True
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][0, 8] = batch["labels"][0, 12:] = -100
+    seen, results = [], []
+    model.model.encoder.register_forward_hook(lambda _, given, out: seen.append(out.shape[1]))
+    for all_logits in (True, False):
+        model.zero_grad()
+        loss = model(**batch, return_logits=all_logits).loss
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert seen == [6, 5 if documents is None else 4]
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_any_neighbor_gives_every_weight_a_gradient(make_model, make_batch):
+    """Data-parallel training waits for each."""
+    model = make_model().train()
+    batch = make_batch(model, 14)
+    batch["neighbor_mask"][:] = False
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_keeps_retrieval(reentrant, make_model, make_batch):
     model = make_model().train()

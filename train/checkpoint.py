@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from retro.settings import differing
+from retro.train.sharding import gathered, spread_as
 
 
 @dataclass
@@ -72,12 +73,13 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
+    moments = _optimizer_tensors(state, keep=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     _write_json(aside / f"rng-{accelerator.process_index}.json", random_states())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_model(aside)
-        save_file(_optimizer_tensors(state), aside / "optimizer.safetensors")
+        save_file(moments, aside / "optimizer.safetensors")
         _write_json(aside / "state.json", {**state.counters(), "identity": identity})
         sync_files(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,17 +152,20 @@ def _parameter_names(state: TrainState) -> list[str]:
     return [names[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(state: TrainState, keep: bool) -> dict[str, torch.Tensor]:
+    """The moments by name; all processes call this together, and one keeps what it gives."""
     names, moments = _parameter_names(state), state.optimizer.state_dict()["state"]
-    return {f"{names[i]}/{key}": tensor.contiguous() for i, entry in moments.items() for key, tensor in entry.items()}
+    named = {f"{names[i]}/{key}": tensor for i, entry in moments.items() for key, tensor in entry.items()}
+    return gathered(named, keep)
 
 
 def _load_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
     index = {name: i for i, name in enumerate(_parameter_names(state))}
+    parameters = dict(state.model.named_parameters())
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition("/")
-        moments.setdefault(index[name], {})[moment] = tensor
+        moments.setdefault(index[name], {})[moment] = spread_as(tensor, parameters[name])
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

@@ -33,6 +33,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from retro.data import IGNORED, Batch, Loader, Windows, check_window
+from retro.model import RetroForCausalLM
+from retro.products import fast_products
 from retro.provenance import write_provenance
 from retro.retrieval import NeighborTable, Store, open_neighbors
 from retro.settings import save_settings, to_plain
@@ -44,7 +46,9 @@ from retro.train.checkpoint import (
     save_checkpoint,
     sync_files,
 )
+from retro.train.memory import keep_freed_memory
 from retro.train.settings import FREE_FIELDS, TrainSettings, learning_rate
+from retro.train.sharding import shard, whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +96,7 @@ def setup(
         check_identity(checkpoint, identity)
     set_seed(settings.seed)
     model = make_model(settings, config, model_class, checkpoint)
-    wrapped = accelerator.prepare_model(model)
+    wrapped = spread(model, settings, accelerator)
     state = TrainState(model, make_optimizer(model, settings))
     if checkpoint is not None:
         load_checkpoint(checkpoint, state, accelerator.process_index)
@@ -112,9 +116,24 @@ def make_model(
         with without_loading_bars():
             model = model_class.from_pretrained(checkpoint, dtype=torch.float32)
     if settings.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def spread(model: PreTrainedModel, settings: TrainSettings, accelerator: Accelerator) -> nn.Module:
+    """The model as the processes run it together: each a whole one, or sharded in place."""
+    if not settings.fsdp:
+        return accelerator.prepare_model(model)
+    if not isinstance(model, RetroForCausalLM):
+        raise ValueError(f"fsdp is true, and {type(model).__name__} is no RetroForCausalLM; leave it out")
+    if accelerator.num_processes == 1:
+        raise ValueError("fsdp is true with a single process; launch several, or leave it out")
+    wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast alone
+    shard(model, accelerator.device.type)
+    return wrapped
 
 
 def make_loader(
@@ -146,6 +165,8 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         raise ValueError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
     if tracker is not None and tracker not in [getattr(one, "value", one) for one in accelerator.log_with]:
         raise ValueError(f"tracker: {tracker} is not installed; pip install {tracker}, or take tracker=none")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -170,7 +191,7 @@ def run_identity(settings: TrainSettings, windows: Windows, world_size: int) -> 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over the weights that are trained, grouped by weight decay and by learning rate."""
     groups = parameter_groups(model, settings.weight_decay, settings.lr_ratios, all_fit=settings.retrieval)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def parameter_groups(
@@ -275,6 +296,7 @@ def fit(run: Run) -> bool:
     return True
 
 
+@fast_products()
 def train_step(run: Run, micro_batches: list[Batch], num_targets: int) -> float:
     """One step of the optimizer: the loss is the mean over all predicted tokens of all processes' micro-batches.
 
@@ -293,7 +315,7 @@ def train_step(run: Run, micro_batches: list[Batch], num_targets: int) -> float:
             loss = run.wrapped(**_to(batch, accelerator.device)).loss
             accelerator.backward(loss * (own_targets * accelerator.num_processes / max(1, num_targets)))
         losses.append((loss.detach(), own_targets))
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.settings.max_grad_norm).item()
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), run.settings.max_grad_norm)).item()
     (loss_sum,) = sum_over_processes(accelerator, sum(loss.item() * weight for loss, weight in losses))
     _require_finite(run, loss_sum / max(1, num_targets), grad_norm)
     state.optimizer.step()
@@ -342,6 +364,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
+@fast_products()
 def validate(run: Run) -> dict[str, float]:
     """Bits per token and per byte of the validation windows, with neighbors (on) and without (off).
 
@@ -353,7 +376,9 @@ def validate(run: Run) -> dict[str, float]:
     sums = dict.fromkeys((*modes, "tokens", "bytes"), 0.0)
     model.eval()
     for windows in _own_validation(run):
-        batch = valid.batch(windows)
+        batch = valid.batch(windows if len(windows) else np.zeros(1, np.int64))
+        if not len(windows):  # others have one more, and a sharded model runs in step
+            batch["labels"].fill_(IGNORED)
         own_targets = count_targets(batch)
         sums["tokens"] += own_targets
         sums["bytes"] += scored_bytes(valid.store, batch)
@@ -382,11 +407,15 @@ def scored_bytes(store: Store, batch: Batch) -> float:
 
 
 def _own_validation(run: Run) -> Iterator[np.ndarray]:
-    """This process's batches of validation windows: evenly spread over the store, at most `eval_windows` in all."""
+    """This process's batches of validation windows: evenly spread over the store, at most `eval_windows` in all.
+
+    All processes have the same number of batches; the last may be empty.
+    """
     count = min(run.settings.eval_windows or len(run.valid), len(run.valid))
     chosen = np.linspace(0, len(run.valid) - 1, count).round().astype(np.int64)
     own = chosen[run.accelerator.process_index :: run.accelerator.num_processes]
-    return (own[i : i + run.settings.batch_size] for i in range(0, len(own), run.settings.batch_size))
+    most = math.ceil(count / run.accelerator.num_processes)
+    return (own[i : i + run.settings.batch_size] for i in range(0, most, run.settings.batch_size))
 
 
 # Output
@@ -423,20 +452,24 @@ def log_metrics(run: Run, values: dict[str, float]) -> None:
 
 def save(run: Run) -> Path:
     """Write a checkpoint of the state."""
+    weights = whole_weights(run.state.model, keep=run.accelerator.is_main_process)
     return save_checkpoint(
         run.output,
         run.state,
         run.accelerator,
         run.identity,
-        lambda folder: write_model(run, folder),
+        lambda folder: write_model(run, folder, weights),
         run.settings.keep_checkpoints,
     )
 
 
-def write_model(run: Run, folder: Path) -> None:
-    """The trained folder: model, tokenizer, resolved settings and where it comes from."""
+def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+    """The trained folder: model, tokenizer, resolved settings and where it comes from.
+
+    weights: of a model that is sharded.
+    """
     with without_loading_bars():
-        run.state.model.save_pretrained(folder)
+        run.state.model.save_pretrained(folder, state_dict=weights)
     run.store.tokenizer.save_pretrained(folder)
     save_settings(run.settings, folder / "config.yaml")
     write_provenance(folder, run.store)
@@ -456,11 +489,12 @@ def without_loading_bars() -> Iterator[None]:
 
 def finish(run: Run) -> None:
     """Put the trained model into the output folder itself, each file written aside and renamed."""
+    weights = whole_weights(run.state.model, keep=run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
         aside = run.output / "writing-model"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        write_model(run, aside)
+        write_model(run, aside, weights)
         sync_files(aside)
         for file in aside.iterdir():
             os.replace(file, run.output / file.name)

@@ -9,7 +9,7 @@ WARMUP_START_LR = 1e-7
 # Stores are told apart by fingerprint, the share of a batch that one process takes by the windows of all in one step.
 FREE_FIELDS = (
     "output", "store", "valid_store", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every", "tracker",
+    "fsdp", "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every", "tracker",
 )  # fmt: skip
 
 
@@ -38,6 +38,9 @@ class TrainSettings:
     eval_windows: at most so many windows of the validation store, evenly spread; all if null.
     keep_checkpoints: the last N are kept.
     mixed_precision: "bf16" runs the products in bfloat16; weights and optimizer stay in float32.
+    gradient_checkpointing: compute activations again in the backward pass rather than keep them.
+    fsdp: spread weights, gradients and moments over the processes (FSDP2), for a model too large for each of them; the
+        run is the same. For RetroForCausalLM.
     tracker: metrics.jsonl is always written; "tensorboard" and "wandb" (offline with WANDB_MODE=offline) besides.
     """
 
@@ -69,6 +72,7 @@ class TrainSettings:
     log_every: int = 10
     mixed_precision: Literal["none", "bf16"] = "none"
     gradient_checkpointing: bool = False
+    fsdp: bool = False
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ from retro.cli.shared import (
     only_documents,
     open_lm,
     open_model,
+    open_retriever,
     verb,
     write_measured,
 )
@@ -135,10 +136,9 @@ def sweep_datastore(args: argparse.Namespace) -> int:
 def sweep_models(args: argparse.Namespace) -> int:
     """Bits per byte of several models against their parameters: RETRO[OFF] and RETRO[ON], or a plain LM."""
     from retro.evaluation import sweep_models
-    from retro.retrieval import Retriever
 
     check_files(args)
-    retriever = Retriever(args.store, args.index)
+    retriever = open_retriever(args.store, args.index)
     models = ((name, open_lm(name, retriever.store)) for name in args.models)
     result = sweep_models(models, held_out(args), retriever, args.k, _reading(args))
     return _show_sweep(args, result)
@@ -147,10 +147,9 @@ def sweep_models(args: argparse.Namespace) -> int:
 def sweep_tokens(args: argparse.Namespace) -> int:
     """Bits per byte of each checkpoint of a run against the tokens it has seen."""
     from retro.evaluation import sweep_tokens
-    from retro.retrieval import Retriever
 
     check_files(args)
-    retriever = Retriever(args.store, args.index)
+    retriever = open_retriever(args.store, args.index)
     open_checkpoint = lambda folder: open_lm(folder, retriever.store)  # noqa: E731
     baseline = open_lm(args.lm, retriever.store)
     documents = held_out(args)

@@ -8,7 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retro.cli.shared import KINDS, add_json, open_model, stamp, verb, write_json
+from retro.cli.shared import (
+    FILTERS,
+    KINDS,
+    add_filters,
+    add_json,
+    add_limits,
+    add_listening,
+    given_filters,
+    given_limits,
+    open_model,
+    stamp,
+    verb,
+    write_json,
+)
 
 # generate
 
@@ -20,7 +33,8 @@ def add_generate(verbs: Any) -> None:
         "prompts", metavar="PROMPT", nargs="*", help="text to continue; - or none at all: what standard input holds"
     )
     parser.add_argument("--prompt-file", metavar="FILE", help='.txt, or .jsonl with the field "prompt": one a line')
-    parser.add_argument("--store", help="datastore to read from; needed unless --no-retrieval")
+    about = "datastore to read from, or address of a retrieval server; needed unless --no-retrieval"
+    parser.add_argument("--store", help=about)
     parser.add_argument("--no-retrieval", action="store_true", help="RETRO[OFF]")
     parser.add_argument("--k", type=int, metavar="N", help="neighbors per chunk; default: the model's")
     parser.add_argument("--index", metavar="I", help=f"{KINDS}; default: auto")
@@ -39,6 +53,7 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument("--num-return-sequences", type=int, metavar="N", help="texts for each prompt; default 1")
     parser.add_argument("--repetition-penalty", type=float, metavar="P", help="above 1 makes used tokens less likely")
     parser.add_argument("--stop", nargs="+", action="extend", metavar="STRING", help="a text ends after any of these")
+    add_filters(parser)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -50,7 +65,7 @@ def generate(args: argparse.Namespace) -> int:
 
     options = _generation_options(args)
     prompts = read_prompts(args.prompts, args.prompt_file, sys.stdin)
-    model, retriever = open_model(args.model, args.store, args.index or "auto")
+    model, retriever = open_model(args.model, args.store, args.index or "auto", **given_filters(args))
 
     import torch
     from transformers import AutoTokenizer
@@ -71,6 +86,7 @@ def generate(args: argparse.Namespace) -> int:
     about = {"model": args.model}
     if retriever is not None:
         about |= {"store": args.store, "num_neighbors": args.k or model.config.num_neighbors}
+        about["index"] = retriever.index.kind
     made_with = {} if retriever is None else stamp(retriever.store)
     write_json(args.json, {"texts": [as_json(text) for text in texts]} | about | made_with)
     if args.html:
@@ -82,9 +98,9 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """What Hugging Face's generate() is given; ValueError for what it would ignore."""
     if not args.store and not args.no_retrieval:
         raise ValueError("--store is missing; name a datastore, or say --no-retrieval.")
-    for name in ("store", "k", "index", "lookahead", "gains"):
+    for name in ("store", "k", "index", "lookahead", "gains", *FILTERS):
         if args.no_retrieval and getattr(args, name) is not None:
-            raise ValueError(f"--{name} means nothing beside --no-retrieval; leave one of them out.")
+            raise ValueError(f"--{name.replace('_', '-')} means nothing beside --no-retrieval; leave one of them out.")
     if not args.do_sample:
         names = [name for name in ("temperature", "top_p", "top_k", "seed") if getattr(args, name) is not None]
         if names:
@@ -104,8 +120,6 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_serve(verbs: Any) -> None:
-    from dataclasses import fields
-
     from retro.serve.limits import Limits
 
     parser = verb(verbs, "serve", serve, "an HTTP server: OpenAI's routes with sources, and a page for people")
@@ -119,25 +133,8 @@ def add_serve(verbs: Any) -> None:
     )
     parser.add_argument("--name", help="what the model is called; default: its folder's name")
     parser.add_argument("--index", default="auto", metavar="I", help=f"{KINDS}; default: auto")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only"
-    )
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 takes a free one")
-    parser.add_argument(
-        "--api-key-file",
-        metavar="FILE",
-        help="file with the bearer token to ask for; default: RETRO_API_KEY, else none",
-    )
-    limits = parser.add_argument_group("limits")
-    for limit in fields(Limits):
-        name, kind = limit.name.replace("_", "-"), type(limit.default)
-        limits.add_argument(
-            f"--{name}",
-            type=kind,
-            default=limit.default,
-            metavar="N",
-            help=f"{limit.metadata['help']}; default {limit.default}",
-        )
+    add_listening(parser, 8000)
+    add_limits(parser, Limits)
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -145,11 +142,9 @@ def serve(args: argparse.Namespace) -> int:
 
     The field "retro" of an answer says what it read; that of a request takes "retrieval", "store" and "num_neighbors".
     """
-    from dataclasses import fields
-
     from retro.serve.limits import Limits
 
-    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
+    limits = given_limits(args, Limits)
     try:
         from retro.serve.server import open_stores, read_api_key, run, serve_app, url_of
     except ModuleNotFoundError as error:

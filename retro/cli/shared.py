@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-KINDS = "auto, exact, scann, faiss, tfidf, bm25, or several joined by +"
+KINDS = "auto, exact, scann[:CODES], faiss[:CODES], tfidf, bm25, several joined by +, or FIRST>SECOND"
 
 
 def verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
@@ -35,22 +35,56 @@ def stamp(store: Any) -> dict[str, Any]:
     return {"store_fingerprint": store.fingerprint, "versions": versions()}
 
 
-def open_model(folder: str, store: Any = None, index: str = "auto") -> tuple[Any, Any]:
-    """A trained model and, with a store, a retriever over it, refused if the store is another tokenizer's."""
+FILTERS = ("deduplicate", "decontaminate", "min_date", "max_date", "undated", "quality", "subsample")
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Options of what is kept out of the neighbors."""
+    group = parser.add_argument_group("filters", "what is kept out of the neighbors; rules with > or < want quotes")
+    group.add_argument("--deduplicate", action="store_true", default=None, help="no two neighbors of the same text")
+    about = "no neighbor that resembles the query: longest_run>=13 (words), jaccard>=0.8, overlap>=0.8; may be repeated"
+    group.add_argument("--decontaminate", action="append", metavar="MEASURE", help=about)
+    add_document_filters(group)
+
+
+def add_document_filters(group: Any) -> None:
+    """Options about a document's record, when a store is built and when it is searched."""
+    group.add_argument("--min-date", metavar="DATE", help="year, month or day (2015-06-30) of the oldest document")
+    group.add_argument("--max-date", metavar="DATE", help="that of the newest")
+    group.add_argument("--undated", choices=["drop", "keep"], help="documents without a date; default: drop")
+    about = "about a field of the documents, such as 'extra.score>=0.5' or language==en; may be repeated"
+    group.add_argument("--quality", action="append", metavar="RULE", help=about)
+    group.add_argument("--subsample", nargs=2, type=float, metavar=("P", "SEED"), help="a share P of the documents")
+
+
+def given_filters(args: argparse.Namespace) -> dict[str, Any]:
+    """What a Retriever is given of `add_filters`."""
+    return {name: getattr(args, name) for name in FILTERS if getattr(args, name) is not None}
+
+
+def open_model(folder: str, store: Any = None, index: str = "auto", **filters: Any) -> tuple[Any, Any]:
+    """A trained model and, with a store, a retriever over it, refused if the store is another tokenizer's.
+
+    store: a `Store`, a folder, or the address of a retrieval server. filters: see `retro.retrieval.Retriever`.
+    """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from retro.provenance import check_store
-    from retro.retrieval import Retriever, Store
+    from retro.retrieval import Store
+    from retro.retrieval.remote import is_url
 
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); give the folder of a trained model.")
     retriever = None
-    if store is not None:
+    if is_url(store):
+        retriever = open_retriever(store, index, **filters)
+    elif store is not None:
         store = store if isinstance(store, Store) else Store.open(store)
-        check_store(folder, store)
+    if store is not None:
+        check_store(folder, store if retriever is None else retriever.store)
     device = torch.accelerator.current_accelerator() or "cpu"
     try:
         model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
@@ -58,9 +92,68 @@ def open_model(folder: str, store: Any = None, index: str = "auto") -> tuple[Any
         raise ValueError(
             f"{folder} holds a damaged model ({error}); copy it again from where it was trained."
         ) from None
-    if store is not None:
-        retriever = Retriever(store, index, retrieved_len=getattr(model.config, "retrieved_len", 2 * store.chunk_len))
+    if retriever is not None:
+        retriever.retrieved_len = getattr(model.config, "retrieved_len", 2 * retriever.store.chunk_len)
+    elif store is not None:
+        retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
+        retriever = open_retriever(store, index, retrieved_len=retrieved_len, **filters)
     return model, retriever
+
+
+def open_retriever(store: Any, index: str = "auto", **given: Any) -> Any:
+    """A Retriever, or a RemoteRetriever where `store` is the address of a retrieval server (`retro serve-store`).
+
+    given: what both take, and filters, which a server has of its own.
+    """
+    from retro.retrieval import Retriever
+    from retro.retrieval.remote import RemoteRetriever, is_url
+
+    if not is_url(store):
+        return Retriever(store, index, **given)
+    own = ["index"] * (index != "auto") + [name for name in FILTERS if name in given]
+    if own:
+        option = own[0].replace("_", "-")
+        raise ValueError(f"--{option} is for a store of this machine; give it to the `retro serve-store` of {store}")
+    return RemoteRetriever(store, **given)
+
+
+def add_executor(parser: argparse.ArgumentParser) -> None:
+    """Options of who does a long job."""
+    about = (
+        "who does the work: processes of this machine, the ranks of a Slurm array, srun or torchrun, or a Ray cluster"
+    )
+    parser.add_argument(
+        "--executor", default="local", choices=["local", "ranks", "ray"], help=f"{about}; default local"
+    )
+    about = "processes, or tasks at a time on Ray; default: one for each GPU, or else for each core"
+    parser.add_argument("--workers", type=int, metavar="N", help=about)
+
+
+def add_limits(parser: argparse.ArgumentParser, limits: type) -> None:
+    """Options of a server's limits, by the names of their fields."""
+    from dataclasses import fields
+
+    group = parser.add_argument_group("limits")
+    for limit in fields(limits):
+        about = f"{limit.metadata['help']}; default {limit.default}"
+        name, kind = limit.name.replace("_", "-"), type(limit.default)
+        group.add_argument(f"--{name}", type=kind, default=limit.default, metavar="N", help=about)
+
+
+def given_limits(args: argparse.Namespace, limits: type) -> Any:
+    """The limits that `add_limits` was given."""
+    from dataclasses import fields
+
+    return limits(**{limit.name: getattr(args, limit.name) for limit in fields(limits)})
+
+
+def add_listening(parser: argparse.ArgumentParser, port: int) -> None:
+    """Options of where a server listens and whom it answers."""
+    about = "address to listen on; default: 127.0.0.1, this machine only"
+    parser.add_argument("--host", default="127.0.0.1", help=about)
+    parser.add_argument("--port", type=int, default=port, metavar="N", help=f"default {port}; 0 takes a free one")
+    about = "file with the bearer token to ask for; default: RETRO_API_KEY, else none"
+    parser.add_argument("--api-key-file", metavar="FILE", help=about)
 
 
 def add_reading(parser: argparse.ArgumentParser, lm: bool = True, k: bool = True, index: str = "auto") -> None:

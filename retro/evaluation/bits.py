@@ -31,6 +31,7 @@ from retro.data import random_rows
 from retro.evaluation.intervals import interval, ratio, resampled_sums
 from retro.evaluation.neighbors import neighbor_rows
 from retro.evaluation.overlap import longest_common_run
+from retro.products import fast_products
 from retro.provenance import versions
 
 if TYPE_CHECKING:
@@ -489,6 +490,7 @@ def _inputs(data: EvaluationData, batch: list, rows: np.ndarray | None, values) 
 
 
 @torch.inference_mode()
+@fast_products()
 def _losses(model: Any, inputs: dict[str, torch.Tensor], data: EvaluationData, batch: list) -> list[np.ndarray]:
     """For each window, the bits of the scored tokens of each chunk that is new in it."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

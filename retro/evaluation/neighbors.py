@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 
 import retro
 from retro.retrieval.files import check_files, file_record, load_json, open_npy, save_json, save_npy, stable_hash
-from retro.retrieval.search import FusedSearcher
+from retro.retrieval.filters.hits import FilteredSearcher
+from retro.retrieval.remote import RemoteIndex
+from retro.retrieval.sharded import ShardedSearcher
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
@@ -41,9 +43,11 @@ def neighbor_rows(
         excluded: for each chunk the id of a document that must not be returned.
         cache: True keeps the rows in the store's `neighbors/`, a path in that folder, False nowhere. They are opened
             instead of searched when tokens, excluded ids, k, store, kind of search and version of the library are the
-            same. The rows of a searcher of the caller's own are never kept: what it would answer is not known.
+            same. The rows of a searcher of the caller's own, over shards or behind a server are never kept: what it
+            would answer is not known.
     """
-    known = type(retriever.index).__module__.startswith("retro.")
+    searcher = _unfiltered(retriever.index)
+    known = type(searcher).__module__.startswith("retro.") and not isinstance(searcher, RemoteIndex | ShardedSearcher)
     if cache is False or not known:
         return _search(retriever, tokens, mask, num_neighbors, excluded, progress)
     asked = {
@@ -81,10 +85,13 @@ def _search(retriever, tokens, mask, num_neighbors: int, excluded, progress: boo
 
 
 def _search_name(searcher: Any) -> list[str]:
-    """The kind of a search and the folders of the indexes behind it."""
-    parts = searcher.parts if isinstance(searcher, FusedSearcher) else [searcher]
-    folders = [getattr(getattr(part, "index", part), "folder", None) for part in parts]
-    return [searcher.kind, *(folder.name for folder in folders if folder is not None)]
+    """The kind of a search, which names its filters, and the name that tells its indexes and their tuning apart."""
+    inner = _unfiltered(searcher)
+    return [searcher.kind, getattr(inner, "name", inner.kind)]
+
+
+def _unfiltered(searcher: Any) -> Any:
+    return searcher.inner if isinstance(searcher, FilteredSearcher) else searcher
 
 
 def _digest(array: np.ndarray) -> str:

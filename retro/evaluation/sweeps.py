@@ -9,7 +9,6 @@ Source: RETRO, sections 4.1-4.2 and figure 1; the datastore's curve is that of M
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
 from retro.corpus import Document
 from retro.evaluation.bits import (
@@ -39,6 +37,7 @@ from retro.evaluation.bits import (
 )
 from retro.retrieval import Retriever, Store
 from retro.retrieval.files import stable_hash
+from retro.retrieval.filters import drawn
 
 if TYPE_CHECKING:
     from retro.retrieval import Embedder
@@ -218,23 +217,21 @@ def num_parameters(model: Any) -> int:
 class Subsample(Store):
     """A store of which only the chunks of some documents are found; rows and values are the whole store's.
 
-    share, seed: a document is among them if a hash of the seed and its id, uniform in [0, 1), is below the share; there
-        may be none.
+    share, seed: which documents, of `retro.retrieval.filters.drawn`; there may be none.
     """
 
     def __init__(self, store: Store, share: float, seed: int):
         vars(self).update(vars(store))
-        chosen = document_hashes(store.document_ids, seed) < share
+        chosen = drawn(store.document_ids, share, seed)
+        chosen[store.removed_documents] = False
         self.sampled_documents = int(chosen.sum())
         self.searchable_rows = store.searchable_rows[chosen[store.document_rows(store.searchable_rows)]]
-        drawn = {"store": store.fingerprint, "share": share, "seed": seed}
-        self.fingerprint = store.fingerprint if share == 1 else stable_hash(drawn)
+        made_of = {"store": store.fingerprint, "share": share, "seed": seed}
+        self.fingerprint = store.fingerprint if share == 1 else stable_hash(made_of)
 
-
-def document_hashes(document_ids: Sequence[str], seed: int) -> Float[np.ndarray, " d"]:
-    """A uniform number in [0, 1) for each document, a function of its id and the seed."""
-    digests = [hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in document_ids]
-    return np.frombuffer(b"".join(digests), "<u8").astype(np.float64) / 2.0**64
+    def shard_fingerprint(self, number: int) -> str:
+        """Of the shard and of what is sampled from it."""
+        return stable_hash({"shard": super().shard_fingerprint(number), "sample": self.fingerprint})
 
 
 class _Remembered:

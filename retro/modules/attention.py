@@ -74,21 +74,23 @@ class Attention(nn.Module):
         x: Float[Tensor, "b i d"],
         keys: Float[Tensor, "b j c"] | None = None,
         values: Float[Tensor, "b j c"] | None = None,
-        query_positions: Int[Tensor, " i"] | None = None,
-        key_positions: Int[Tensor, " j"] | None = None,
+        query_positions: Int[Tensor, " i"] | tuple[Tensor, Tensor] | None = None,
+        key_positions: Int[Tensor, " j"] | tuple[Tensor, Tensor] | None = None,
         mask: Bool[Tensor, "b #i j"] | None = None,
         is_causal: bool = False,
+        lengths: tuple[int, ...] | None = None,
     ) -> Float[Tensor, "b i d"]:
         """Attend `keys` (default: x itself) and read `values` (default: `keys`). Positions default to 0, 1, 2, ...
 
         `mask` is True where a key may be attended. A query with no such key gets an arbitrary finite result, never
-        NaN: the caller discards it. `is_causal` asks for i == j and cannot be combined with `mask`.
+        NaN: the caller discards it. `is_causal` asks for i == j and cannot be combined with `mask`. `lengths` are those
+        of the documents that lie one after another in the rows of x: each attends to itself alone, causally.
         """
         keys = x if keys is None else keys
         query_positions = _count_from_zero(x) if query_positions is None else query_positions
         key_positions = _count_from_zero(keys) if key_positions is None else key_positions
         k, v = self.keys_and_values(keys, keys if values is None else values, key_positions)
-        return self.attend(x, k, v, query_positions, key_positions, attendable(mask), is_causal)
+        return self.attend(x, k, v, query_positions, key_positions, attendable(mask), is_causal, lengths=lengths)
 
     def keys_and_values(
         self,
@@ -109,21 +111,23 @@ class Attention(nn.Module):
         k: Float[Tensor, "b h j dh"],
         v: Float[Tensor, "b h j dh"],
         query_positions: Int[Tensor, "*#b i"] | tuple[Tensor, Tensor],
-        key_positions: Int[Tensor, " j"] | None = None,
+        key_positions: Int[Tensor, " j"] | tuple[Tensor, Tensor] | None = None,
         mask: Bool[Tensor, "#b 1 #i j"] | None = None,
         is_causal: bool = False,
         tables: dict | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> Float[Tensor, "b i d"]:
         """Attend what `keys_and_values` gave. Relative positions need `key_positions`; see them for `tables`.
 
-        Each query of `mask` has a key that it may attend, see `attendable`.
+        Each query of `mask` has a key that it may attend, see `attendable`; for `lengths` see `forward`.
         """
         q = _split(self.q_proj(x), self.num_heads)
         if self.relative is None:
-            out = self._fused(self._rotated(q, query_positions), k, v, mask, is_causal)
+            q = self._rotated(q, query_positions)
+        if lengths is None:
+            out = self._kernel(q, k, v, query_positions, key_positions, mask, is_causal, tables)
         else:
-            bias = self._relative_bias(q, query_positions, key_positions, mask, is_causal, tables)
-            out = self._fused(q + self.relative.content_bias[:, None], k, v, bias, False)
+            out = self._inside_documents(q, k, v, lengths)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extend(self, x: Float[Tensor, "b i d"], past: Past, layer: int) -> Float[Tensor, "b i d"]:
@@ -141,6 +145,22 @@ class Attention(nn.Module):
             return x
         by = positions if isinstance(positions, tuple) else turns(positions, dim, self.rope_theta)
         return turn(x, *by) if dim == self.head_dim else torch.cat([turn(x[..., :dim], *by), x[..., dim:]], dim=-1)
+
+    def _inside_documents(self, q, k, v, lengths: tuple[int, ...]) -> Float[Tensor, "b h n dh"]:
+        """Causal attention of each document to itself, without the pairs that a mask would take away."""
+        outs = []
+        for document in zip(*(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True):
+            one = [x.transpose(0, 1)[None] for x in document]  # [1, h, length, dh]
+            positions = torch.arange(one[0].shape[2], device=q.device)
+            outs.append(self._kernel(*one, positions, positions, None, True, None)[0].transpose(0, 1))
+        return torch.cat(outs).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+    def _kernel(self, q, k, v, query_positions, key_positions, mask, is_causal: bool, tables) -> Tensor:
+        """Attention of heads; q and k are turned already where positions are rotary."""
+        if self.relative is None:
+            return self._fused(q, k, v, mask, is_causal)
+        bias = self._relative_bias(q, query_positions, key_positions, mask, is_causal, tables)
+        return self._fused(q + self.relative.content_bias[:, None], k, v, bias, False)
 
     def _fused(self, q, k, v, mask, is_causal: bool) -> Tensor:
         grouped = self.num_heads != self.num_key_value_heads

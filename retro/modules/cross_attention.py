@@ -1,5 +1,7 @@
 """Chunked cross-attention (CCA): each attending chunk reads the encoded neighbors of the chunk before it."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -36,13 +38,60 @@ def may_read(
 ) -> Bool[Tensor, "b l m"]:
     """Which tokens of each attending chunk may read E_u: some neighbor is there, and C_u is in their document."""
     present = repeat(neighbor_mask.flatten(2).any(-1), "b l -> b l m", m=chunk_len)
-    if document_ids is None:
-        return present
-    num_chunks = neighbor_mask.shape[1]
+    return present if document_ids is None else present & _same_document(document_ids, chunk_len)
+
+
+def _same_document(document_ids: Int[Tensor, "b n"], chunk_len: int) -> Bool[Tensor, "b l m"]:
+    """Which tokens of each attending chunk are in the document of C_u."""
+    num_chunks = document_ids.shape[1] // chunk_len
     # documents are contiguous, so that the first token of a chunk decides
     document_of_chunk = document_ids[:, : num_chunks * chunk_len : chunk_len]
     document_of_token = attending_chunks(document_ids[..., None], chunk_len)[..., 0]
-    return present & (document_of_token == document_of_chunk[..., None])
+    return document_of_token == document_of_chunk[..., None]
+
+
+class ReadChunks(NamedTuple):
+    """The chunks whose neighbors are read, packed, and which tokens read them: the same in every layer of P.
+
+    index: those c of the b * l chunks that have a neighbor; None if all have.
+    mask: of their neighbors' tokens; None if all are real.
+    readable: which tokens of their attending chunks may read E_u; None if all may.
+    """
+
+    index: Int[Tensor, " c"] | None
+    mask: Bool[Tensor, "c k r"] | None
+    readable: Bool[Tensor, "c m"] | None
+
+    def pack(self, x: Shaped[Tensor, "b l *s"]) -> Shaped[Tensor, "c *s"]:
+        """What belongs to these chunks."""
+        flat = x.flatten(0, 1)
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def unpack(self, x: Shaped[Tensor, "c m d"], batch_size: int, num_chunks: int) -> Shaped[Tensor, "b l m d"]:
+        """Undo `pack`, with zeros in place of the other chunks."""
+        if self.index is not None:
+            x = x.new_zeros(batch_size * num_chunks, *x.shape[1:]).index_copy(0, self.index, x)
+        return x.unflatten(0, (batch_size, num_chunks))
+
+
+def read_chunks(
+    neighbor_mask: Bool[Tensor, "b l k r"], chunk_len: int, document_ids: Int[Tensor, "b n"] | None = None
+) -> ReadChunks:
+    """Leave out chunks without any neighbor. If no chunk has one, the first stays, read by nobody.
+
+    So a gradient, though it be 0, always reaches what reads neighbors: data-parallel training waits for it.
+    """
+    readable = may_read(neighbor_mask, chunk_len, document_ids).flatten(0, 1)
+    if torch.compiler.is_compiling():  # a graph has fixed shapes
+        return ReadChunks(None, neighbor_mask.flatten(0, 1), readable)
+    index = neighbor_mask.flatten(2).any(-1).flatten().nonzero()[:, 0]
+    nothing = len(index) == 0
+    if nothing:
+        index = index.new_zeros(1)
+    packed = ReadChunks(None if len(index) == len(readable) else index, None, None)
+    mask = packed.pack(neighbor_mask)
+    every = document_ids is None and not nothing
+    return packed._replace(mask=None if mask.all() else mask, readable=None if every else readable[index])
 
 
 def checked_neighbor_mask(
@@ -83,24 +132,27 @@ class ChunkedCrossAttention(nn.Module):
     def forward(
         self,
         h: Float[Tensor, "b n d"],
-        encoded: Float[Tensor, "b l k r c"],
-        neighbor_mask: Bool[Tensor, "b l k r"],
+        encoded: Float[Tensor, "b l k r e"] | Float[Tensor, "c k r e"],
+        neighbors: Bool[Tensor, "b l k r"] | ReadChunks,
         document_ids: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """What the neighbors add to h. At least one whole chunk is needed."""
-        b, _, k, r, _ = encoded.shape
+        """What the neighbors add to h. At least one whole chunk is needed.
+
+        `neighbors` is their mask, or what `read_chunks` gave for all layers; `encoded` is then of its chunks alone.
+        """
+        chunks = neighbors
+        if not isinstance(chunks, ReadChunks):
+            chunks = read_chunks(neighbors, self.chunk_len, document_ids)
+            encoded = chunks.pack(encoded)
+        k, r = encoded.shape[1:3]
         query_positions, _ = cca_positions(self.chunk_len, r, k, h.device)
-        keys, values = self.keys_and_values(rearrange(encoded, "b l k r c -> (b l) k r c"))
-        out = self.attend(
-            rearrange(attending_chunks(h, self.chunk_len), "b l m d -> (b l) m d"),
-            keys,
-            values,
-            attendable(rearrange(neighbor_mask, "b l k r -> (b l) 1 (k r)")),
-            query_positions,
-        )
-        out = rearrange(out, "(b l) m d -> b l m d", b=b)
-        readable = may_read(neighbor_mask, self.chunk_len, document_ids)
-        return in_sequence(out.masked_fill(~readable[..., None], 0.0), h.shape[1])
+        keys, values = self.keys_and_values(encoded)
+        mask = None if chunks.mask is None else attendable(rearrange(chunks.mask, "c k r -> c 1 (k r)"))
+        attending = attending_chunks(h, self.chunk_len)
+        out = self.attend(chunks.pack(attending), keys, values, mask, query_positions)
+        if chunks.readable is not None:
+            out = out.masked_fill(~chunks.readable[..., None], 0.0)
+        return in_sequence(chunks.unpack(out, *attending.shape[:2]), h.shape[1])
 
     def keys_and_values(
         self, encoded: Float[Tensor, "c k r d"]

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from retro.modules.attention import Attention, Past
-from retro.modules.cross_attention import ChunkedCrossAttention
+from retro.modules.cross_attention import ChunkedCrossAttention, ReadChunks
 from retro.modules.feed_forward import FeedForward
+from retro.modules.norm import RMSNorm
 
 
 class DecoderBlock(nn.Module):
@@ -26,22 +27,32 @@ class DecoderBlock(nn.Module):
         norm_eps: float,
     ):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = RMSNorm(dim, eps=norm_eps)
         self.attention = Attention(dim, **attention)
         self.cross_attention = None
         if cross_attention is not None:
-            self.cross_attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+            self.cross_attention_norm = RMSNorm(dim, eps=norm_eps)
             self.cross_attention = ChunkedCrossAttention(dim, **cross_attention)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.feed_forward_norm = RMSNorm(dim, eps=norm_eps)
         self.feed_forward = FeedForward(dim, inner_dim, **feed_forward)
 
     def forward(self, step: str, *given) -> Float[Tensor, "b n d"]:
         """One of the three steps by name: hooks of accelerate and FSDP hang on `forward`."""
         return getattr(self, step)(*given)
 
-    def attend(self, h: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n n"] | None) -> Float[Tensor, "b n d"]:
-        """H + ATTN(H), causal; `mask` (True = may attend, causality included) replaces the plain causal mask."""
-        return h + self.attention(self.attention_norm(h), mask=mask, is_causal=mask is None)
+    def attend(
+        self,
+        h: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n n"] | None = None,
+        lengths: tuple[int, ...] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """H + ATTN(H), causal; `mask` (True = may attend, causality included) replaces the plain causal mask.
+
+        lengths: of packed documents, see Attention. rotary: `turns` of the positions, if they are made already.
+        """
+        x = self.attention_norm(h)
+        return h + self.attention(x, None, None, rotary, rotary, mask, mask is None, lengths)
 
     def extend(self, h: Float[Tensor, "b n d"], past: Past, layer: int) -> Float[Tensor, "b n d"]:
         """H + ATTN(H) of new tokens, which attend all so far."""
@@ -50,12 +61,11 @@ class DecoderBlock(nn.Module):
     def read(
         self,
         h: Float[Tensor, "b n d"],
-        encoded: Float[Tensor, "b l k r c"],
-        neighbor_mask: Bool[Tensor, "b l k r"],
-        document_ids: Int[Tensor, "b n"] | None,
+        encoded: Float[Tensor, "c k r e"],
+        chunks: ReadChunks,
     ) -> Float[Tensor, "b n d"]:
         """H + CCA(H, E)."""
-        return h + self.cross_attention(self.cross_attention_norm(h), encoded, neighbor_mask, document_ids)
+        return h + self.cross_attention(self.cross_attention_norm(h), encoded, chunks)
 
     def read_held(
         self, h: Float[Tensor, "b n d"], reader: Callable[[ChunkedCrossAttention, Tensor], Tensor]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from retro.modules.attention import Attention
 from retro.modules.feed_forward import FeedForward
+from retro.modules.norm import RMSNorm
 
 
 class EncoderBlock(nn.Module):
@@ -16,25 +17,25 @@ class EncoderBlock(nn.Module):
         self, dim: int, inner_dim: int, condition_dim: int | None, attention: dict, feed_forward: dict, norm_eps: float
     ):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = RMSNorm(dim, eps=norm_eps)
         self.attention = Attention(dim, **attention)
         self.cross_attention = None
         if condition_dim is not None:
-            self.cross_attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+            self.cross_attention_norm = RMSNorm(dim, eps=norm_eps)
             self.cross_attention = Attention(dim, context_dim=condition_dim, **attention)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.feed_forward_norm = RMSNorm(dim, eps=norm_eps)
         self.feed_forward = FeedForward(dim, inner_dim, **feed_forward)
 
     def forward(
         self,
         e: Float[Tensor, "b l k r c"],
-        neighbor_mask: Bool[Tensor, "b l k r"],
+        neighbor_mask: Bool[Tensor, "b l k r"] | None,
         condition: Float[Tensor, "b l m d"] | None,
         condition_mask: Bool[Tensor, "b l m"] | None = None,
     ) -> Float[Tensor, "b l k r c"]:
         b, num_chunks, k, r, _ = e.shape
         alone = rearrange(e, "b l k r c -> (b l k) r c")
-        mask = rearrange(neighbor_mask, "b l k r -> (b l k) 1 r")
+        mask = None if neighbor_mask is None else rearrange(neighbor_mask, "b l k r -> (b l k) 1 r")
         alone = alone + self.attention(self.attention_norm(alone), mask=mask)
         e = rearrange(alone, "(b l k) r c -> b l k r c", b=b, l=num_chunks)
         if self.cross_attention is not None:
@@ -75,17 +76,20 @@ class NeighborEncoder(nn.Module):
         conditions = [condition_dim if i in cross_attention_layers else None for i in range(1, num_layers + 1)]
         blocks = [EncoderBlock(dim, inner_dim, c, attention, feed_forward, norm_eps) for c in conditions]
         self.layers = nn.ModuleList(blocks)
-        self.condition_norm = nn.RMSNorm(condition_dim, eps=norm_eps) if any(conditions) else None
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.condition_norm = RMSNorm(condition_dim, eps=norm_eps) if any(conditions) else None
+        self.norm = RMSNorm(dim, eps=norm_eps)
 
     def forward(
         self,
         embedded: Float[Tensor, "b l k r c"],
-        neighbor_mask: Bool[Tensor, "b l k r"],
+        neighbor_mask: Bool[Tensor, "b l k r"] | None,
         condition: Float[Tensor, "b l m d"],
         condition_mask: Bool[Tensor, "b l m"] | None = None,
     ) -> Float[Tensor, "b l k r c"]:
-        """Encode embedded neighbor tokens, given H of their chunks. What stands at a masked token is arbitrary."""
+        """Encode embedded neighbor tokens, given H of their chunks; None: all are real.
+
+        What stands at a masked token is arbitrary.
+        """
         e = embedded
         h = None if self.condition_norm is None else self.condition_norm(condition)
         for layer in self.layers:

@@ -22,18 +22,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h, target = hidden[part], labels[part]
             kept = (target >= 0)[:, None]
             logits = (h @ weight.T).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
+            highest = logits.amax(-1, keepdim=True)
             index = target.clamp(min=0)[:, None]
-            total += ((log_sum - logits.gather(1, index)) * kept).sum()
+            of_target = logits.gather(1, index) - highest
+            powers = logits.sub_(highest).exp_()
+            sums = powers.sum(-1, keepdim=True)
+            total += ((sums.log() - of_target) * kept).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
-            grad = grad.mul_(kept / count).to(weight.dtype)
+            powers.scatter_add_(1, index, -sums)  # the gradient of a row's logits, but for its scale
+            if weight.dtype == torch.float32:
+                scale = kept / (count * sums)  # applied where rows are short
+            else:  # sums may be beyond the largest number
+                powers, scale = powers.div_(sums), kept / count
+            grad = powers.to(weight.dtype)
             if need_hidden:
-                grad_hidden[part] = grad @ weight
+                grad_hidden[part] = (grad @ weight) * scale
             if need_weight:
-                grad_weight += grad.T @ h
+                scaled = (h * scale).to(h.dtype)
+                if h.dtype == torch.float32:
+                    torch.addmm(grad_weight, grad.T, scaled, out=grad_weight)
+                else:
+                    grad_weight += grad.T @ scaled
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total / count

@@ -20,10 +20,16 @@ _HOME = {
     "NeighborTable": "neighbors",
     "build_neighbors": "neighbors",
     "open_neighbors": "neighbors",
+    "RemoteRetriever": "remote",
     "Neighbors": "retriever",
     "Retriever": "retriever",
     "Source": "retriever",
+    "open_sharded": "sharded",
     "Store": "store",
+    "add_documents": "updates",
+    "compact": "updates",
+    "remove_documents": "updates",
+    "verify_store": "verifying",
 }
 
 __all__ = list(_HOME)

@@ -1,7 +1,10 @@
-"""Documents to a store: a plan, then tokens and tables per shard, then keys per shard, then the manifest says complete.
+"""Documents to a store: a plan, then tasks that any executor does, then the manifest says complete, then an index.
 
-Every file is written aside and renamed. A build that fails while reading its inputs leaves nothing; one that is
-killed leaves a folder whose manifest says "building", which no reader opens and the same build takes up again.
+    plan (manifest.json, "building") -> parts/ (retro.retrieval.settling) -> shards/ -> manifest "complete" -> index/
+
+The bytes of a store do not depend on who does the tasks, how many do, nor on how often they are interrupted. Every file
+is written aside and renamed. A build that fails over its inputs or keys leaves nothing; one that is killed leaves a
+folder whose manifest says "building", which no reader opens and the same build takes up again.
 """
 
 from __future__ import annotations
@@ -9,66 +12,65 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from retro.corpus import Document, Input, Reject, expand_inputs, read_documents, read_input
-from retro.pretrained import pretrained_place
-from retro.retrieval.chunks import pad_token_id, tokenize_ids, tokenizer_fingerprint
-from retro.retrieval.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder, quiet_loading
+from retro.corpus import Piece, expand_inputs, split_input
+from retro.retrieval.chunks import pad_token_id, tokenizer_fingerprint
+from retro.retrieval.embedder import NO_EMBEDDER, Embedder, NoEmbedder, load_embedder, portable
+from retro.retrieval.executors import EXECUTORS, Executor, await_leader, open_executor
 from retro.retrieval.files import (
+    LOCK_FILE,
     TEMPORARY_PREFIX,
     check_files,
-    file_record,
+    delete,
     folder_record,
-    open_npy,
     save_json,
-    save_json_lines,
-    save_npy,
     sync,
-    write_with,
-    written_aside,
+    write_lock,
 )
-from retro.retrieval.filters import HeldOut
+from retro.retrieval.filters import Deduplicator, FilterSettings, deduplicator_of
+from retro.retrieval.parts import load_tokenizer, saved_tokenizer, signature_column, token_dtype
 from retro.retrieval.search import open_searcher, parse_kind
-from retro.retrieval.store import CHUNK_DTYPE, FORMAT, FORMAT_VERSION, Store, narrow_keys, read_manifest
+from retro.retrieval.settling import PARTS, Job, remove_parts, settle_shards
+from retro.retrieval.store import FORMAT, FORMAT_VERSION, Store, read_manifest
 
 log = logging.getLogger(__name__)
 
 KEY_DTYPES = ("float32", "float16", "bfloat16")
-_OWN_NAMES = {"manifest.json", "shards", "tokenizer", "rejects", "index", "neighbors"}
-_TOKENIZE_DOCUMENTS = 256  # documents tokenized at a time
-_EMBED_BATCHES = 16  # batches decoded and embedded at a time; sorted by length within
+PIECE_BYTES = 8 << 20  # of an input, in a piece; of no effect on the store
+_OWN_NAMES = {"manifest.json", "shards", "tokenizer", "rejects", "index", "neighbors", "removed", PARTS, LOCK_FILE}
+_EMBEDDER_CHOICES = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
+_LATER_CHOICES = ("similarity", "query_encoder", "attention", "pool_prefix")  # in the fingerprint of the embedder
 
 
 @dataclass
-class BuildSettings:
-    """What `retro build` needs to know: the one schema of a store's build.
+class BuildSettings(FilterSettings):
+    """What `retro build` needs to know: the one schema of a store's build. Of filters: see `FilterSettings`.
 
     Arguments:
         store: the folder to write.
         inputs: see `retro.corpus.read_documents`.
         tokenizer: Hugging Face name, folder, GGUF file, or "package:NAME" for the GGUF file of an installed package.
-        embedder, pooling, query_prefix, passage_prefix, max_length, normalize: see `load_embedder`; the embedder
-            "none" makes a store without keys, which is searched by its words ("tfidf", "bm25").
+        embedder, pooling, query_prefix, passage_prefix, max_length, normalize, similarity, query_encoder, attention,
+            pool_prefix: see `load_embedder`; the embedder "none" makes a store without keys, which is searched by its
+            words ("tfidf", "bm25").
         key_dtype: "float32", "float16" or "bfloat16".
         chunk_len: m, tokens of a chunk.
         min_chunk_len: chunks with fewer tokens keep their row, but no search returns them.
         text_field: field or column that holds the text.
         on_bad: "error" stops at the first record that is no document; "reject" lists it in rejects/.
-        decontaminate: held-out inputs; documents that nearly copy one of theirs (word 13-gram Jaccard >= 0.8) are
-            left out.
         index: "none", or a kind of retro.retrieval.search: "auto", "exact", "scann", "faiss", "tfidf", "bm25", or
             several joined by "+".
+        recall: share of the true nearest keys that an approximate index is tuned to find; None is its default.
         shard_chunks: a shard is closed before the document that would take it beyond this many chunks.
         batch_size: chunks per forward pass of the embedder; None suits the device.
+        executor, workers: who does the work, see `open_executor`; the store is the same.
     """
 
     store: str
@@ -76,35 +78,43 @@ class BuildSettings:
     tokenizer: str
     embedder: str = "minilm"
     pooling: str | None = None
-    query_prefix: str = ""
-    passage_prefix: str = ""
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
     max_length: int | None = None
-    normalize: bool = True
+    normalize: bool | None = None
     key_dtype: str = "float32"
     chunk_len: int = 64
     min_chunk_len: int = 8
     text_field: str = "text"
     on_bad: str = "error"
-    decontaminate: list[str] = field(default_factory=list)
     index: str = "auto"
+    recall: float | None = None
     shard_chunks: int = 1_000_000
     batch_size: int | None = None
+    similarity: str | None = None
+    query_encoder: str | None = None
+    attention: str | None = None
+    pool_prefix: bool | None = None
+    executor: str = "local"
+    workers: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.store = os.fspath(self.store)
         self.tokenizer, self.embedder = os.fspath(self.tokenizer), os.fspath(self.embedder)
         self.inputs = [os.fspath(item) for item in self.inputs]
-        self.decontaminate = [os.fspath(item) for item in self.decontaminate]
         _one_of("key_dtype", self.key_dtype, KEY_DTYPES)
         _one_of("on_bad", self.on_bad, ("error", "reject"))
+        _one_of("executor", self.executor, EXECUTORS)
         if self.index != "none":
             parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER)
         if not 1 <= self.chunk_len <= 65535:
             raise ValueError(f"chunk_len must be from 1 to 65535, not {self.chunk_len}")
         if not 1 <= self.min_chunk_len <= self.chunk_len:
             raise ValueError(f"min_chunk_len must be from 1 to chunk_len ({self.chunk_len}), not {self.min_chunk_len}")
-        if self.shard_chunks < 1:
-            raise ValueError(f"shard_chunks must be at least 1, not {self.shard_chunks}")
+        for name in ("shard_chunks", "workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 def build_store(
@@ -112,34 +122,85 @@ def build_store(
 ) -> Store:
     """Build the store that `settings` describe and open it.
 
-    `embedder` and `tokenizer` may be given as objects instead of by name. A complete store of the same settings and
-    inputs is opened as it is; a killed build of the same is taken up again.
+    `embedder` and `tokenizer` may be given as objects instead of by name; such an embedder makes all keys in the
+    calling process (in every rank, its own). A complete store of the same settings and inputs is opened as it is; a
+    killed build of the same is taken up again.
 
     Writes manifest.json, tokenizer/, shards/, rejects/ and, unless settings.index is "none", index/ (see `Store`).
     Raises ValueError or OSError and leaves nothing half-written: no document in the inputs, a record that is no
     document, a duplicate id, a folder that is no store or a store built otherwise, keys that are not finite.
     """
-    path = Path(settings.store)
-    _check_folder(path)
-    items = expand_inputs(settings.inputs)
+    path, own_embedder = Path(settings.store), embedder is not None
+    executor = open_executor(settings.executor, settings.workers)
+    _check_folder(path, executor.leads)
     tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
     embedder = embedder or _embedder(settings)
-    plan = _plan(settings, items, tokenizer, embedder)
-    existing = read_manifest(path) if (path / "manifest.json").exists() else None
-    if existing and existing.get("shards"):
-        _check_same(path, existing, plan)
-    if existing and existing["state"] == "complete":
+    plan, pieces = _plan(settings, tokenizer, embedder)
+    if not _is_complete(path, plan):
+        _build(path, settings, plan, pieces, tokenizer, embedder, own_embedder, executor, progress)
+    elif executor.leads:
         log.info("%s is complete already", path)
-    else:
-        _build(path, settings, items, plan, existing, tokenizer, embedder, progress)
+        _clean(path, plan)
     store = Store.open(path)
-    if settings.index != "none":
-        open_searcher(store, settings.index, build=True)
+    if settings.index != "none" and executor.leads:
+        open_searcher(store, settings.index, build=True, recall=settings.recall)
     return store
 
 
+def plan_build(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> dict[str, Any]:
+    """The manifest before any work: everything that decides the store's bytes. Reads all inputs once."""
+    return _plan(settings, tokenizer, embedder)[0]
+
+
+def write_shards(
+    store: Store, settings: BuildSettings, plan: dict[str, Any], embedder: Embedder, progress: bool = False
+) -> dict[str, Any]:
+    """Read the inputs of `settings` into new shards of a store, with its tokenizer, behind those that it has.
+
+    What an unfinished call with the same plan has done is not done again. Manifest and existing shards are not touched.
+
+    Arguments:
+        plan: of `plan_build`; its generation is that of the new shards.
+        embedder: one that its description brings back is loaded by every worker; any other makes all keys here.
+
+    Copies are looked for among the store's documents too, as far as their signatures were kept.
+    Writes shards/ and rejects/ (those of a later generation in a folder of its own); parts/ holds the work in progress,
+    which `remove_parts` deletes when a manifest names the shards.
+    Returns {"shards": their records, "counts", "rejects": {file below rejects/: record}}.
+    Raises ValueError for what inputs or keys have wrong.
+    """
+    records, pieces = _split(settings.inputs)
+    if records != plan["inputs"]:
+        raise ValueError("the inputs have changed since the plan was made; start again")
+    own = not (embedder.dim == 0 or all(name in embedder.description for name in _EMBEDDER_CHOICES))
+    executor = open_executor(settings.executor, settings.workers)
+    job, duplicates = _job(store.path, settings, plan, own), deduplicator_of(settings)
+    if duplicates:
+        _take_in(duplicates, store)
+    return settle_shards(job, pieces, embedder, executor, duplicates, store, progress)
+
+
+def _take_in(duplicates: Deduplicator, store: Store) -> None:
+    """Make the documents of a store known, as far as it keeps what they are compared by."""
+    column, unknown = signature_column(duplicates), 0
+    for number in range(len(store.shards)):
+        table = store.live_table(number, ["id", column])
+        if column not in table.column_names:
+            unknown += table.num_rows
+            continue
+        unknown += table.column(column).null_count
+        for name, signature in zip(*(table.column(c).to_pylist() for c in ("id", column)), strict=True):
+            if signature is not None:
+                duplicates.add(name, signature)
+    if unknown:
+        log.warning(
+            "%d of the %d documents of %s came in without this deduplicate: the new ones are not compared with them",
+            *(unknown, store.num_live_documents, store.path),
+        )
+
+
 def _embedder(settings: BuildSettings) -> Embedder:
-    chosen = {n: getattr(settings, n) for n in ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")}
+    chosen = {name: getattr(settings, name) for name in _EMBEDDER_CHOICES + _LATER_CHOICES}
     if settings.embedder != NO_EMBEDDER:
         return load_embedder(settings.embedder, **chosen, batch_size=settings.batch_size)
     chosen |= {"key_dtype": settings.key_dtype, "batch_size": settings.batch_size}
@@ -149,26 +210,11 @@ def _embedder(settings: BuildSettings) -> Embedder:
     return NoEmbedder()
 
 
-def load_tokenizer(name_or_folder: str) -> Any:
-    """A Hugging Face tokenizer by name, folder, GGUF file or "package:NAME"; ValueError in one sentence if none."""
-    from transformers import AutoTokenizer
-
-    place, gguf = pretrained_place(name_or_folder)
-    if gguf and find_spec("gguf") is None:
-        raise ValueError(f"the tokenizer {name_or_folder} is in a GGUF file, which needs gguf; pip install gguf")
-    try:
-        with quiet_loading():
-            return AutoTokenizer.from_pretrained(place, **gguf)
-    except (OSError, ValueError, ImportError, KeyError, TypeError):
-        raise ValueError(
-            f"the tokenizer {name_or_folder} is no folder, nor a Hugging Face tokenizer that can be loaded; "
-            "train one with `retro tokenizer` or give a local folder"
-        ) from None
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The type of a token stream: uint16 where every id fits, else uint32."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+def _job(path: Path, settings: BuildSettings, plan: dict[str, Any], own_embedder: bool) -> Job:
+    filters = {field.name: getattr(settings, field.name) for field in fields(FilterSettings)}
+    named = ("text_field", "on_bad", "shard_chunks", "min_chunk_len", "batch_size")
+    given = {name: getattr(settings, name) for name in named}
+    return Job(path=path, plan=plan, filters=filters, own_embedder=own_embedder, **given)
 
 
 # Plan
@@ -179,14 +225,17 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, will_write: bool) -> None:
     """Refuse a path that holds something else than a store, or (OSError) cannot be written."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a folder; choose another path for the store")
-    if path.is_dir() and any(not item.name.startswith(TEMPORARY_PREFIX) for item in path.iterdir()):
+    ours = (TEMPORARY_PREFIX, LOCK_FILE)
+    if path.is_dir() and any(not item.name.startswith(ours) for item in path.iterdir()):
         if not (path / "manifest.json").is_file():
             raise ValueError(f"{path} is a folder that is no store and is not empty; choose another path for the store")
         read_manifest(path)
+    if not will_write:
+        return
     created = _missing_folders(path)
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
@@ -201,27 +250,29 @@ def _missing_folders(path: Path) -> list[Path]:
 
 def _remove_folders(created: list[Path]) -> None:
     for folder in created:
-        if folder.is_dir():
+        with suppress(OSError):  # another process may have begun to write there
             folder.rmdir()
 
 
-def _plan(settings: BuildSettings, items: list[Input], tokenizer: Any, embedder: Embedder) -> dict[str, Any]:
-    """The manifest before any work: everything that decides the store's bytes."""
+def _plan(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> tuple[dict[str, Any], list[Piece]]:
+    """The plan, and the pieces of the inputs that it freezes."""
     from retro import __version__
 
-    left_out = {"store", "inputs", "tokenizer", "embedder", "decontaminate", "index", "batch_size"}
+    left_out = {"store", "inputs", "tokenizer", "embedder", "decontaminate", "index", "recall", "batch_size"}
+    left_out |= {"executor", "workers", *_LATER_CHOICES}
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in left_out}
     chosen = {name: embedder.description[name] for name in kept if name in embedder.description}
-    held_out = expand_inputs(settings.decontaminate) if settings.decontaminate else []
-    return {
+    records, pieces = _split(settings.inputs)
+    held_out = _split(settings.decontaminate)[0] if settings.decontaminate else []
+    plan = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "generation": 1,
         "library_version": __version__,
         "state": "building",
         "settings": {**kept, **chosen},
-        "inputs": [item.record() for item in items],
-        "held_out": [item.record() for item in held_out],
+        "inputs": records,
+        "held_out": held_out,
         "chunk_len": settings.chunk_len,
         "key_dtype": settings.key_dtype,
         "token_dtype": token_dtype(len(tokenizer)).name,
@@ -232,18 +283,28 @@ def _plan(settings: BuildSettings, items: list[Input], tokenizer: Any, embedder:
             "vocab_size": len(tokenizer),
         },
         "embedder": {
-            **embedder.description,
-            "name": _portable(str(embedder.description["name"]), Path(settings.store)),
+            **portable(embedder.description, Path(settings.store)),
             "fingerprint": embedder.fingerprint,
         },
     }
+    return plan, pieces
 
 
-def _portable(name: str, store: Path) -> str:
-    """An embedder's name as a store may record it: a folder, relative to the store, so that both can be moved."""
-    if not Path(name).is_dir():
-        return name
-    return Path(os.path.relpath(Path(name).resolve(), store.resolve())).as_posix()
+def _split(inputs: list[str]) -> tuple[list[dict[str, Any]], list[Piece]]:
+    """The frozen list of inputs and all their pieces, in order."""
+    with ThreadPoolExecutor() as threads:
+        split = list(threads.map(partial(split_input, piece_bytes=PIECE_BYTES), expand_inputs(inputs)))
+    return [record for record, _ in split], [piece for _, pieces in split for piece in pieces]
+
+
+def _is_complete(path: Path, plan: dict[str, Any]) -> bool:
+    """Whether the store is there already; ValueError if it, or one half-built, is another one."""
+    if not (path / "manifest.json").exists():
+        return False
+    existing = read_manifest(path)
+    if existing["state"] != "clearing":
+        _check_same(path, existing, plan)
+    return existing["state"] == "complete"
 
 
 def _check_same(path: Path, existing: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -263,104 +324,103 @@ def _differences(existing: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     return differing + [name for name in new if old.get(name) != new[name] and name not in differing]
 
 
-# The two passes
+# Build
 
 
 def _build(
     path: Path,
     settings: BuildSettings,
-    items: list[Input],
     plan: dict[str, Any],
-    existing: dict[str, Any] | None,
+    pieces: list[Piece],
     tokenizer: Any,
     embedder: Embedder,
+    own_embedder: bool,
+    executor: Executor,
     progress: bool,
 ) -> None:
+    """Do the work of a plan; rank 0, and every other executor, holds the store's lock and writes the manifest."""
+    job, duplicates = _job(path, settings, plan, own_embedder), deduplicator_of(settings)
+    work = partial(settle_shards, job, pieces, embedder, executor, duplicates, progress=progress)
+    if not executor.leads:
+        work()
+        return _await_manifest(path, executor)
     created = _missing_folders(path)
-    manifest = _taken_up(path, existing)
+    path.mkdir(parents=True, exist_ok=True)
+    with write_lock(path):
+        if _is_complete(path, plan):  # another process has built it before this one had the lock
+            return
+        with _cleared_after_errors(path, created):
+            plan = _begin(path, plan, tokenizer)
+            written = work()
+            _remove_temporary(path)
+            save_json(path / "manifest.json", {**plan, **written, "state": "complete"})
+            remove_parts(path)
+
+
+def _clean(path: Path, plan: dict[str, Any]) -> None:
+    """Delete what a build that was killed at its very end has left, unless another process writes."""
+    if (path / PARTS).is_dir():
+        with suppress(ValueError, OSError), write_lock(path):
+            remove_parts(path, plan)
+
+
+@contextmanager
+def _cleared_after_errors(path: Path, created: list[Path]) -> Iterator[None]:
+    """After an error of the user's (ValueError) leave nothing, after others what was done."""
     try:
-        if manifest is None:
-            _clear(path)
-            manifest = _write_tokens(path, settings, items, plan, tokenizer, progress)
-    except Exception:  # a kill or an interrupt keeps what was done
-        _clear(path)
-        _remove_folders(created)
-        raise
-    try:
-        _write_keys(path, manifest, tokenizer, embedder, progress)
+        yield
     except ValueError:
         _clear(path)
+        (path / LOCK_FILE).unlink(missing_ok=True)
         _remove_folders(created)
         raise
 
 
-def _clear(path: Path) -> None:
-    """Remove what an unfinished build wrote, the manifest last: killed here, it is still an unfinished build."""
-    for name in _OWN_NAMES - {"manifest.json"}:
-        if (path / name).is_dir():
-            shutil.rmtree(path / name)
-    (path / "manifest.json").unlink(missing_ok=True)
-    _remove_leftovers(path)
+def _await_manifest(path: Path, executor: Executor) -> None:
+    """In a rank above 0, wait for the manifest of rank 0."""
+
+    def is_there() -> bool:
+        return not (path / "manifest.json").exists() or read_manifest(path)["state"] == "complete"
+
+    await_leader(executor, is_there, "written the manifest")
+    if not (path / "manifest.json").exists():
+        raise ChildProcessError(f"rank 0 has stopped and cleared {path}; see what it says")
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Delete the temporary files of a killed build."""
-    for leftover in path.rglob(f"{TEMPORARY_PREFIX}*"):
-        leftover.unlink()
+def _begin(path: Path, plan: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Write the plan and the tokenizer, unless an unfinished build has; the plan with the tokenizer's files."""
+    manifest = path / "manifest.json"
+    existing = read_manifest(path) if manifest.exists() else None
+    if existing and _is_taken_up(path, existing):
+        log.info("taking up the build of %s", path)
+        return {**plan, "tokenizer": existing["tokenizer"]}
+    _clear(path)
+    save_json(manifest, plan)
+    plan = {**plan, "tokenizer": {**plan["tokenizer"], "files": _save_tokenizer(path, tokenizer)}}
+    save_json(manifest, plan)
+    return plan
 
 
-def _taken_up(path: Path, existing: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The manifest of a killed build whose tokens are written, if its files are sound."""
-    if not existing or not existing.get("shards"):
-        return None
+def _is_taken_up(path: Path, existing: dict[str, Any]) -> bool:
+    """Whether the work of an unfinished build can go on: its tokenizer is sound, and no older version began it."""
+    if existing["state"] != "building" or "files" not in existing["tokenizer"]:
+        return False
     try:
-        for record in existing["shards"]:
-            check_files(path / "shards" / record["name"], record["files"], checksums=True)
         check_files(path / "tokenizer", existing["tokenizer"]["files"], checksums=True)
     except ValueError as error:
         log.warning("starting the build again: %s", error)
-        return None
-    log.info("taking up the build of %s", path)
-    _remove_leftovers(path)
-    return existing
-
-
-def _write_tokens(
-    path: Path, settings: BuildSettings, items: list[Input], plan: dict[str, Any], tokenizer: Any, progress: bool
-) -> dict[str, Any]:
-    """First pass: read, filter, tokenize; write tokens, chunk and document tables of every shard, and the manifest."""
-    path.mkdir(parents=True, exist_ok=True)
-    save_json(path / "manifest.json", plan)
-    (path / "shards").mkdir()
-    plan = {**plan, "tokenizer": {**plan["tokenizer"], "files": _save_tokenizer(path, tokenizer)}}
-    reader = _Reader(items, settings)
-    writer = _ShardWriter(path, settings, tokenizer)
-    for document in _tracked(reader, progress, "tokenizing", "documents"):
-        writer.add(document)
-    shards = writer.close()
-    if not shards:
-        raise ValueError(f"the inputs hold no document with text ({reader.summary()}); give at least one")
-    reader.count["empty"] += writer.num_empty
-    reader.count["kept"] -= writer.num_empty
-    counts = {name: reader.count[name] for name in ("read", "kept", "empty", "filtered", "rejected")}
-    assert counts["read"] == sum(counts.values()) - counts["read"], counts
-    for name in ("tokens", "bytes", "short_chunks"):
-        counts[name] = sum(record[name] for record in shards)
-    counts["chunks"] = sum(record["rows"] for record in shards)
-    counts["documents"] = sum(record["documents"] for record in shards)
-    manifest = {**plan, "counts": counts, "shards": shards, "rejects": reader.write_rejects(path / "rejects")}
-    save_json(path / "manifest.json", manifest)
-    return manifest
+        return False
+    return (path / PARTS).is_dir() or not (path / "shards").exists()
 
 
 def _save_tokenizer(path: Path, tokenizer: Any) -> dict[str, Any]:
     """Save the tokenizer inside the store, without a word of where it came from; refuse one that does not survive."""
-    folder = path / "tokenizer"
+    folder, fingerprint = path / "tokenizer", tokenizer_fingerprint(tokenizer)
     tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
     save_json(config, {k: v for k, v in content.items() if k not in ("name_or_path", "is_local", "local_files_only")})
-    if tokenizer_fingerprint(load_tokenizer(str(folder))) != tokenizer_fingerprint(tokenizer):
+    if tokenizer_fingerprint(saved_tokenizer(str(folder), fingerprint)) != fingerprint:
         raise ValueError(
             "the tokenizer is another one after saving and loading; use one that save_pretrained keeps as it is"
         )
@@ -369,237 +429,19 @@ def _save_tokenizer(path: Path, tokenizer: Any) -> dict[str, Any]:
     return folder_record(folder)
 
 
-def _write_keys(path: Path, manifest: dict[str, Any], tokenizer: Any, embedder: Embedder, progress: bool) -> None:
-    """Second pass: embed every shard that has no keys yet, recording each in the manifest; then say complete."""
-    total = manifest["counts"]["chunks"]
-    done = sum(record["rows"] for record in manifest["shards"] if "keys.npy" in record["files"])
-    with _bar(total, done, progress, "embedding", "chunks") as bar:
-        for record in manifest["shards"]:
-            if "keys.npy" not in record["files"]:
-                _write_shard_keys(path, manifest, record, tokenizer, embedder, bar)
-                save_json(path / "manifest.json", manifest)
-    truncated = sum(record["truncated_chunks"] for record in manifest["shards"])
-    manifest["counts"]["truncated_chunks"] = truncated
-    if truncated:
-        log.warning("%d of %d chunk texts were cut to the embedder's maximum length", truncated, total)
-    manifest["state"] = "complete"
-    save_json(path / "manifest.json", manifest)
+def _clear(path: Path) -> None:
+    """Remove what an unfinished build wrote, the manifest last: killed here, it is cleared by the next build."""
+    manifest = path / "manifest.json"
+    if manifest.exists():
+        save_json(manifest, {**read_manifest(path), "state": "clearing"})
+    for name in _OWN_NAMES - {manifest.name, LOCK_FILE}:
+        delete(path / name)
+    manifest.unlink(missing_ok=True)
+    _remove_temporary(path)
 
 
-def _write_shard_keys(
-    path: Path, manifest: dict[str, Any], record: dict[str, Any], tokenizer: Any, embedder: Embedder, bar: Any
-) -> None:
-    """Write keys.npy of one shard and add it to the shard's record."""
-    folder = path / "shards" / record["name"]
-    tokens = open_npy(folder / "tokens.npy").reshape(-1, manifest["chunk_len"])
-    lens = open_npy(folder / "chunks.npy")["length"]
-    stored = narrow_keys(np.zeros((0, embedder.dim), np.float32), manifest["key_dtype"]).dtype
-    step = _EMBED_BATCHES * (getattr(embedder, "batch_size", None) or 16)
-    truncated = embedder.num_truncated
-    with written_aside(folder / "keys.npy") as aside:
-        keys = np.lib.format.open_memmap(aside, "w+", stored, (record["rows"], embedder.dim))
-        for start in range(0, record["rows"], step):
-            stop = min(start + step, record["rows"])
-            chunks = [ids[:n] for ids, n in zip(tokens[start:stop], lens[start:stop], strict=True)]
-            found = np.asarray(embed_chunks(embedder, tokenizer, chunks), np.float32)
-            check_finite(found, record["first_row"] + start, manifest["key_dtype"])
-            keys[start:stop] = narrow_keys(found, manifest["key_dtype"])
-            bar.update(stop - start)
-        keys.flush()
-        del keys
-    record["files"]["keys.npy"] = file_record(folder / "keys.npy")
-    record["truncated_chunks"] = embedder.num_truncated - truncated
-
-
-def check_finite(keys: np.ndarray, first_row: int, key_dtype: str) -> None:
-    """Refuse keys that are NaN or infinite (or would be, as float16), naming the first row."""
-    limit = np.finfo(np.float16).max if key_dtype == "float16" else np.inf
-    wrong = np.flatnonzero(~np.isfinite(keys).all(axis=1) | (np.abs(keys) > limit).any(axis=1))
-    if len(wrong):
-        raise ValueError(
-            f"the embedder gave a key that is not a finite {key_dtype} for row {first_row + wrong[0]}; "
-            "use another embedder or key_dtype"
-        )
-
-
-# Reading and writing
-
-
-class _Reader:
-    """Documents to keep, one after another, while every record is counted and what is left out is listed."""
-
-    def __init__(self, items: list[Input], settings: BuildSettings) -> None:
-        self.items, self.settings = items, settings
-        self.count: Counter[str] = Counter()
-        self._rejected: list[dict] = []
-        self._filtered: list[dict] = []
-        self._places: dict[str, str] = {}
-        held_out = settings.decontaminate
-        self._held_out = HeldOut(_documents(held_out, settings.text_field)) if held_out else None
-
-    def __iter__(self) -> Iterator[Document]:
-        for item in self.items:
-            for record in read_input(item, self.settings.text_field):
-                self.count["read"] += 1
-                verdict = self._verdict(record)
-                self.count[verdict] += 1
-                if verdict == "kept":
-                    yield record  # type: ignore[misc]
-
-    def _verdict(self, record: Document | Reject) -> str:
-        if isinstance(record, Reject):
-            if self.settings.on_bad == "error":
-                raise ValueError(
-                    f"{record.file}:{record.line}: {record.reason}; mend or remove it, or build with on_bad=reject"
-                )
-            self._rejected.append(asdict(record))
-            return "rejected"
-        if not record.text.strip():
-            return "empty"
-        if record.id in self._places:
-            raise ValueError(
-                f"the document id {record.id!r} is given twice, at {self._places[record.id]} and {record.place}; "
-                "ids must be unique"
-            )
-        self._places[record.id] = record.place
-        found = self._held_out.find(record) if self._held_out else None
-        if found is None:
-            return "kept"
-        self._filtered.append({"place": record.place, **asdict(found), "reason": "near copy of a held-out document"})
-        return "filtered"
-
-    def summary(self) -> str:
-        return ", ".join(f"{self.count[name]} {name}" for name in ("read", "empty", "filtered", "rejected"))
-
-    def write_rejects(self, folder: Path) -> dict[str, Any]:
-        folder.mkdir(exist_ok=True)
-        save_json_lines(folder / "rejected.jsonl", self._rejected)
-        save_json_lines(folder / "filtered.jsonl", self._filtered)
-        return folder_record(folder)
-
-
-def _documents(inputs: list[str], text_field: str) -> Iterator[Document]:
-    return (record for record in read_documents(inputs, text_field=text_field) if isinstance(record, Document))
-
-
-class _ShardWriter:
-    """Cuts documents into chunks and writes a shard whenever the next document would not fit."""
-
-    def __init__(self, path: Path, settings: BuildSettings, tokenizer: Any) -> None:
-        self.path, self.settings, self.tokenizer = path, settings, tokenizer
-        self.dtype, self.pad = token_dtype(len(tokenizer)), pad_token_id(tokenizer)
-        self.records: list[dict[str, Any]] = []
-        self.num_empty = 0
-        self._waiting: list[Document] = []
-        self._start_shard()
-
-    def add(self, document: Document) -> None:
-        self._waiting.append(document)
-        if len(self._waiting) == _TOKENIZE_DOCUMENTS:
-            self._tokenize()
-
-    def close(self) -> list[dict[str, Any]]:
-        """Write the last shard and return the records of all."""
-        self._tokenize()
-        self._finish_shard()
-        return self.records
-
-    def _start_shard(self) -> None:
-        self._tokens: list[np.ndarray] = []
-        self._chunks: list[np.ndarray] = []
-        self._table: list[dict[str, Any]] = []
-        self._rows = 0
-
-    def _tokenize(self) -> None:
-        documents, self._waiting = self._waiting, []
-        if not documents:
-            return
-        for document, ids in zip(documents, tokenize_ids(self.tokenizer, [d.text for d in documents]), strict=True):
-            if len(ids) == 0:
-                self.num_empty += 1
-            else:
-                self._append(document, ids)
-
-    def _append(self, document: Document, ids: np.ndarray) -> None:
-        m = self.settings.chunk_len
-        num_chunks = -(-len(ids) // m)
-        if self._rows and self._rows + num_chunks > self.settings.shard_chunks:
-            self._finish_shard()
-        if ids.min() < 0 or ids.max() > np.iinfo(self.dtype).max:
-            raise ValueError(
-                f"the tokenizer gave the id {ids.max()} for {document.place}, which does not fit {self.dtype.name}"
-            )
-        chunks = np.zeros(num_chunks, CHUNK_DTYPE)
-        chunks["document"], chunks["position"] = len(self._table), np.arange(num_chunks)
-        chunks["length"] = np.minimum(m, len(ids) - m * np.arange(num_chunks))
-        self._tokens.append(np.pad(ids, (0, num_chunks * m - len(ids)), constant_values=self.pad).astype(self.dtype))
-        self._chunks.append(chunks)
-        self._table.append(_table_row(document, self._rows, num_chunks, len(ids)))
-        self._rows += num_chunks
-
-    def _finish_shard(self) -> None:
-        if not self._rows:
-            return
-        name = f"{len(self.records):05d}"
-        folder = self.path / "shards" / name
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
-        chunks = np.concatenate(self._chunks)
-        save_npy(folder / "tokens.npy", np.concatenate(self._tokens))
-        save_npy(folder / "chunks.npy", chunks)
-        _write_parquet(folder / "documents.parquet", self._table)
-        self.records.append(
-            {
-                "name": name,
-                "generation": 1,
-                "first_row": sum(record["rows"] for record in self.records),
-                "rows": self._rows,
-                "first_document": sum(record["documents"] for record in self.records),
-                "documents": len(self._table),
-                "tokens": int(chunks["length"].sum(dtype=np.int64)),
-                "bytes": sum(row["num_bytes"] for row in self._table),
-                "short_chunks": int((chunks["length"] < self.settings.min_chunk_len).sum()),
-                "files": folder_record(folder),
-            }
-        )
-        self._start_shard()
-
-
-def _table_row(document: Document, first_chunk: int, num_chunks: int, num_tokens: int) -> dict[str, Any]:
-    return {
-        "id": document.id,
-        "title": document.title,
-        "source": document.source,
-        "date": document.date,
-        "extra": json.dumps(document.extra, sort_keys=True),
-        "first_chunk": first_chunk,
-        "num_chunks": num_chunks,
-        "num_tokens": num_tokens,
-        "num_bytes": len(document.text.encode("utf-8")),
-    }
-
-
-def _write_parquet(path: Path, table: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts = [(name, pa.string()) for name in ("id", "title", "source", "date", "extra")]
-    numbers = [(name, pa.int64()) for name in ("first_chunk", "num_chunks", "num_tokens", "num_bytes")]
-    arrow = pa.Table.from_pylist(table, schema=pa.schema(texts + numbers))
-    write_with(path, lambda handle: pq.write_table(arrow, handle, compression="zstd"))
-
-
-# Progress
-
-
-def _bar(total: int | None, done: int, progress: bool, what: str, unit: str) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", disable=not progress, smoothing=0.05)
-
-
-def _tracked(records: Iterable[Any], progress: bool, what: str, unit: str) -> Iterator[Any]:
-    with _bar(None, 0, progress, what, unit) as bar:
-        for record in records:
-            yield record
-            bar.update()
+def _remove_temporary(path: Path) -> None:
+    """Delete what killed processes were writing."""
+    for place in (".", "shards/*", "rejects", "tokenizer"):
+        for leftover in path.glob(f"{place}/{TEMPORARY_PREFIX}*"):
+            delete(leftover)

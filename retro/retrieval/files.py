@@ -5,21 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 TEMPORARY_PREFIX = ".tmp-"
+LOCK_FILE = ".lock"
+_END_BYTES = 4096
+_ABANDONED_SECONDS = 24 * 3600
+_SPARE_FILES = 256  # for what else a process opens
+_numbers = count()  # tell apart what the threads of this process write
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync and rename it to `path`, on failure delete it."""
-    aside = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    aside = _aside(path)
     try:
         yield aside
         sync(aside)
@@ -33,10 +41,10 @@ def written_aside(path: Path) -> Iterator[Path]:
 def folder_written_aside(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; on success fsync and rename it, on failure delete it.
 
-    Several processes may do so at once with the same content: the quickest one's folder stays.
+    Several processes or threads may do so at once with the same content: the quickest one's folder stays.
     """
-    aside = folder.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(folder)
+    shutil.rmtree(aside, ignore_errors=True)  # of a dead process with this one's number
     aside.mkdir(parents=True)
     try:
         yield aside
@@ -50,6 +58,60 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def write_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a store's writers; a killed holder's is free. ValueError if another process or thread has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder} is being written by another process; wait until that is done and run this again"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder for good: a folder is renamed first, so that it is there whole or not at all."""
+    if path.is_dir() and not path.is_symlink():
+        with suppress(FileNotFoundError):
+            path = path.rename(_aside(path))
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """A temporary name of a file or folder, which says the process and the machine that write it."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}.{_machine()}-{next(_numbers)}-{path.name}")
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the writer of a temporary file or folder has ended; one of another machine has after a day."""
+    process, _, machine = path.name.removeprefix(TEMPORARY_PREFIX).partition("-")[0].partition(".")
+    if machine != _machine():
+        try:
+            return time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+        except FileNotFoundError:  # its writer has just renamed it
+            return False
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return True
+    except PermissionError:  # it runs, for another user
+        return False
+    return False
 
 
 def sync(path: Path) -> None:
@@ -95,6 +157,28 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it from a copy or build it again") from None
 
 
+def allow_open_files(number: int) -> None:
+    """Let this process open so many files more, each memory map being one, as far as its hard limit goes."""
+    try:
+        import resource
+    except ImportError:  # where there is no such limit
+        return
+    with suppress(ValueError, OSError):  # the system may allow less than the hard limit says
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = len(os.listdir("/dev/fd")) + number + _SPARE_FILES
+        if resource.RLIM_INFINITY != soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def map_bytes(path: Path) -> np.ndarray:
+    """A file's bytes (one at least), read-only and memory-mapped; ValueError names the file if it is missing."""
+    try:
+        return np.memmap(path, np.uint8, "r")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; restore it from a copy or build it again") from None
+
+
 def open_npy(path: Path) -> np.ndarray:
     """Open one .npy read-only and memory-mapped; ValueError names the file if it is missing or damaged."""
     try:
@@ -119,8 +203,17 @@ def _digest(handle: IO[bytes]) -> str:
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """What a manifest records of one file: its bytes and checksum."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    """What a manifest records of one file: its bytes, its checksum, and one of its ends that costs no reading of it."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path), "ends": ends_of(path)}
+
+
+def ends_of(path: Path) -> str:
+    """A checksum (16 hex digits) of the first and the last 4 KiB: tells files of the same size apart."""
+    with open(path, "rb") as handle:
+        digest = hashlib.sha256(handle.read(_END_BYTES))
+        handle.seek(max(path.stat().st_size - _END_BYTES, 0))
+        digest.update(handle.read(_END_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def folder_record(folder: Path) -> dict[str, dict[str, Any]]:
@@ -130,20 +223,22 @@ def folder_record(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_files(folder: Path, records: dict[str, dict[str, Any]], checksums: bool) -> None:
-    """Refuse, naming the file, when a recorded file is missing or its size (and checksum, if asked) differs."""
+    """Refuse, naming the file, when a recorded file is missing or its size or ends (or checksum, if asked) differ."""
     for name, record in records.items():
         path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; restore it from a copy or build it again")
-        if path.stat().st_size != record["bytes"]:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, but {record['bytes']} are recorded; "
-                "restore it from a copy or build it again"
-            )
-        if checksums and sha256_file(path) != record["sha256"]:
-            raise ValueError(
-                f"{path} is damaged: its checksum is not the recorded one; restore it from a copy or build it again"
-            )
+        try:
+            if (size := path.stat().st_size) != record["bytes"]:
+                raise ValueError(
+                    f"{path} has {size} bytes, but {record['bytes']} are recorded; "
+                    "restore it from a copy or build it again"
+                )
+            damaged = record.get("ends") not in (None, ends_of(path))  # the first format did not record them
+            if damaged or (checksums and sha256_file(path) != record["sha256"]):
+                raise ValueError(
+                    f"{path} is damaged: its checksum is not the recorded one; restore it from a copy or build it again"
+                )
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{path} is missing; restore it from a copy or build it again") from None
 
 
 def stable_hash(value: Any) -> str:

@@ -5,8 +5,8 @@
               4-grams of the next chunk of PowerShell-Docs, 2 neighbors then held 23.3% instead of 21.0%.
     "bm25"    words, as bm25s cuts and weighs them (Lucene's variant, k1 = 1.5, b = 0.75)
 
-index/<hash>/    postings.npy (chunk of each posting), weights.npy, starts.npy (of each term), rows.npy (store rows),
-                 terms.npy (buckets in use) or words.json, index.json
+Counts of words are kept in segments, one for the shards that each update added; their weights, which depend on all
+chunks, are reckoned anew for each generation: see retro.retrieval.postings, which also lists the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int32, Int64
 
 from retro.retrieval.files import (
     check_files,
@@ -28,50 +28,75 @@ from retro.retrieval.files import (
     load_json,
     open_npy,
     save_json,
-    save_npy,
     stable_hash,
 )
 from retro.retrieval.index import Hits, check_searchable
+from retro.retrieval.postings import KINDS, Postings, buckets, words_of, write_postings, write_weights
 from retro.retrieval.queries import Queries
+from retro.retrieval.segments import Run, cover, find_segments, plan_segments, row_range, write_segment
 from retro.retrieval.store import Store
+
+__all__ = ["KINDS", "LexicalIndex", "build_lexical"]
 
 log = logging.getLogger(__name__)
 
-KINDS = ("bm25", "tfidf")
-BUCKETS = 1 << 24
+MAX_POSTINGS = 1 << 31  # of a segment, so that 32 bits number them
 _BLOCK_QUERIES = 64
-_BLOCK_ROWS = 1 << 18
 
 
 class LexicalIndex:
-    """A sparse matrix of term weights, [terms, chunks] by term; the score of a chunk is its product with the query."""
+    """Sparse matrices of term weights, [terms, chunks] by term; the score of a chunk is its product with the query."""
 
-    def __init__(self, store: Store, folder: Path, record: dict[str, Any]) -> None:
-        self.store, self.folder, self.record = store, folder, record
-        self.kind: str = record["kind"]
-        self.num_rows: int = record["rows"]
+    def __init__(self, store: Store, folder: Path, segments: list[Postings]) -> None:
+        self.store, self.folder, self.segments = store, folder, segments
+        self.record: dict[str, Any] = load_json(folder / "index.json")
+        self.kind: str = self.record["kind"]
+        self.num_rows = store.num_searchable
         self.recall = 1.0
-        self._rows = open_npy(folder / "rows.npy")
-        self._documents = store.document_rows(self._rows)
-        self._matrix = _sparse(
-            *(open_npy(folder / f"{name}.npy") for name in ("weights", "postings", "starts")), width=self.num_rows
-        )
-        self._vocabulary = _vocabulary(folder, self.kind)
+        self.name = folder.name
+        self.folders = [folder, *(segment.folder for segment in segments)]
+        self._matrices = [_Matrix(store, segment, folder, number) for number, segment in enumerate(segments)]
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
         """The k chunks of the largest score above 0 outside the excluded document rows; equal scores by row.
 
         Rows [q, k] (-1 where fewer share a term), scores (-inf there) and mask.
         """
-        terms = self._vocabulary.terms(queries)
+        rows = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        for matrix in self._matrices:
+            found = matrix.search(queries, k, excluded)
+            rows, scores = _merge(rows, scores, *found, k)
+        return rows, scores, rows >= 0
+
+    def scores(self, queries: Queries, rows: Int64[np.ndarray, "q c"]) -> Float32[np.ndarray, "q c"]:
+        """The score of given chunks for each query; 0 where they share no term, or the row is -1."""
+        found = np.zeros(rows.shape, np.float32)
+        for matrix in self._matrices:
+            found += matrix.scores(queries, rows)
+        return found
+
+
+class _Matrix:
+    """The weights of one segment."""
+
+    def __init__(self, store: Store, segment: Postings, folder: Path, number: int) -> None:
+        self.segment = segment
+        self.first_row, self.stop_row = row_range(store, segment.run)
+        self._documents = store.document_rows(segment.store_rows(slice(None)))
+        self._weights = open_npy(folder / f"weights-{number:05d}.npy")
+        self._idf = np.asarray(open_npy(folder / f"idf-{number:05d}.npy"))
+        self._matrix = _sparse(self._weights, segment.postings, segment.starts, len(segment.rows))
+        self._vocabulary = _Buckets(segment.terms) if segment.kind == "tfidf" else _Words(segment.terms)
+
+    def search(self, queries: Queries, k: int, excluded: list[set[int]] | None) -> tuple[np.ndarray, np.ndarray]:
+        """As `LexicalIndex.search`, of this segment."""
+        queried = self._queried(queries)
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
 
         def search_block(start: int) -> None:
-            block = _counts(terms[start : start + _BLOCK_QUERIES], self._matrix.shape[0])
-            if self.kind == "tfidf":
-                block.data = np.log1p(block.data) * self._vocabulary.idf[block.indices]
-            found = block @ self._matrix
+            found = queried[start : start + _BLOCK_QUERIES] @ self._matrix
             for q in range(found.shape[0]):
                 part = slice(found.indptr[q], found.indptr[q + 1])
                 blocked = set() if excluded is None else excluded[start + q]
@@ -79,8 +104,35 @@ class LexicalIndex:
                 rows[start + q, : len(best)], scores[start + q, : len(best)] = best, values
 
         with ThreadPoolExecutor(_num_threads()) as pool:
-            list(pool.map(search_block, range(0, len(terms), _BLOCK_QUERIES)))
-        return rows, scores, rows >= 0
+            list(pool.map(search_block, range(0, len(queries), _BLOCK_QUERIES)))
+        return rows, scores
+
+    def scores(self, queries: Queries, rows: np.ndarray) -> np.ndarray:
+        """As `LexicalIndex.scores`; 0 for rows of other segments."""
+        queried, found = self._queried(queries), np.zeros(rows.shape, np.float32)
+        for q, line in enumerate(rows):
+            own = np.flatnonzero((line >= self.first_row) & (line < self.stop_row))
+            wanted = (line[own] - self.first_row).astype(np.uint32)
+            places = np.minimum(np.searchsorted(self.segment.rows, wanted), len(self.segment.rows) - 1)
+            is_there = self.segment.rows[places] == wanted
+            own, places = own[is_there], places[is_there].astype(np.int32)
+            part = slice(queried.indptr[q], queried.indptr[q + 1])
+            for term, times in zip(queried.indices[part], queried.data[part], strict=True):
+                start, stop = self.segment.starts[term : term + 2]
+                chunks = self.segment.postings[start:stop]
+                at = np.minimum(np.searchsorted(chunks, places), len(chunks) - 1)
+                found[q, own] += np.where(chunks[at] == places, self._weights[start:stop][at], 0) * times
+        return found
+
+    def _queried(self, queries: Queries) -> Any:
+        """The weight of each term in each query, sparse [q, terms]; terms that say nothing are left out."""
+        block = _counts(self._vocabulary.terms(queries), self._matrix.shape[0])
+        if self.segment.kind == "tfidf":
+            block.data = np.log1p(block.data) * self._idf[block.indices]
+        else:
+            block.data[self._idf[block.indices] == 0] = 0
+        block.eliminate_zeros()
+        return block
 
     def _best(
         self, columns: np.ndarray, scores: np.ndarray, k: int, blocked: set[int]
@@ -93,39 +145,76 @@ class LexicalIndex:
             close = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
             columns, scores = columns[close], scores[close]
         order = np.lexsort((columns, -scores))[:k]
-        return self._rows[columns[order]], scores[order]
+        return self.segment.store_rows(columns[order]), scores[order]
+
+
+def _merge(
+    rows: np.ndarray, scores: np.ndarray, new_rows: np.ndarray, new_scores: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of two lists, by score, then row."""
+    rows, scores = np.concatenate([rows, new_rows], 1), np.concatenate([scores, new_scores], 1)
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
 
 def _num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# Building
+
+
 def build_lexical(store: Store, kind: str) -> LexicalIndex:
-    """Build the index of a store's searchable rows, or open the same one if it is there already."""
-    folder = store.path / "index" / stable_hash({"kind": kind, "store": store.fingerprint})[:16]
-    if (folder / "index.json").is_file():
+    """Build what is missing of the index of a store's searchable rows, and open it."""
+    for last_try in (False, True):
+        runs, folder = _segments(store, kind)
         try:
-            return _open(store, folder)
+            for run in runs:
+                check_files(run.folder, run.record["files"], checksums=False)
+            segments = [Postings(store, run) for run in runs]
+            if not (folder / "index.json").is_file():
+                _written(store, kind, lambda: _write_weights(store, kind, segments, folder))  # noqa: B023
+            check_files(folder, load_json(folder / "index.json")["files"], checksums=False)
+            return LexicalIndex(store, folder, segments)
         except ValueError as error:
+            damaged = [run.folder for run in runs if _is_damaged(run.folder)]
+            damaged += [folder] if (folder / "index.json").is_file() and _is_damaged(folder) else []
+            if last_try or not damaged:
+                raise
             log.warning("building the index again: %s", error)
-            shutil.rmtree(folder)
-    _write(store, kind, folder)
-    return _open(store, folder)
+            for one in damaged:
+                shutil.rmtree(one, ignore_errors=True)
+    raise AssertionError("the second try returns or raises")
 
 
-def _open(store: Store, folder: Path) -> LexicalIndex:
-    record = load_json(folder / "index.json")
-    check_files(folder, record["files"], checksums=False)
-    return LexicalIndex(store, folder, record)
-
-
-def _write(store: Store, kind: str, folder: Path) -> None:
-    rows = store.searchable_rows
-    check_searchable(store)
+def _is_damaged(folder: Path) -> bool:
     try:
-        folder.parent.mkdir(exist_ok=True)
-        with folder_written_aside(folder) as aside:
-            _write_files(store, kind, rows, aside)
+        check_files(folder, load_json(folder / "index.json")["files"], checksums=False)
+    except (ValueError, OSError):
+        return True
+    return False
+
+
+def _segments(store: Store, kind: str) -> tuple[list[Run], Path]:
+    """The segments that serve the store, written where they are missing, and the folder of their weights."""
+    check_searchable(store)
+    settings = {"tokenizer": store.tokenizer_fingerprint}
+    there = [run for run in find_segments(store, kind) if run.record["settings"] == settings]
+    most = MAX_POSTINGS // (2 * store.chunk_len)
+    runs = []
+    for run in plan_segments(store, cover(store, there), most):
+        if run.folder is None:
+            if not len(store.searchable_in(*row_range(store, run))):
+                continue
+            run = _written(store, kind, lambda: _write_segment(store, run, kind, settings))  # noqa: B023
+        runs.append(run)
+    content = {"kind": kind, "store": store.fingerprint, "segments": [run.folder.name for run in runs]}
+    return runs, store.path / "index" / stable_hash(content)[:16]
+
+
+def _written(store: Store, kind: str, write: Any) -> Any:
+    try:
+        return write()
     except PermissionError as error:
         raise ValueError(
             f"{store.path} has no {kind} index and cannot be written ({error.strerror}); "
@@ -133,72 +222,25 @@ def _write(store: Store, kind: str, folder: Path) -> None:
         ) from None
 
 
-def _write_files(store: Store, kind: str, rows: np.ndarray, folder: Path) -> None:
-    {"tfidf": _write_tfidf, "bm25": _write_bm25}[kind](store, rows, folder)
-    save_npy(folder / "rows.npy", rows)
-    record = {"kind": kind, "store": store.fingerprint, "rows": len(rows)}
-    save_json(folder / "index.json", {**record, "files": folder_record(folder)})
+def _write_segment(store: Store, run: Run, kind: str, settings: dict[str, Any]) -> Run:
+    def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
+        write_postings(store, run, kind, rows, folder)
+        return {}
+
+    return write_segment(store, run, {"format_version": 2, "kind": kind, "settings": settings}, write)
 
 
-def _write_tfidf(store: Store, rows: np.ndarray, folder: Path) -> None:
-    """Weights log(1 + count) idf, divided by the chunk's length."""
-    found = [_chunk_terms(store, rows, start) for start in range(0, len(rows), _BLOCK_ROWS)]
-    chunks, buckets, counts = (np.concatenate(part) for part in zip(*found, strict=True))
-    terms, of_term, frequency = np.unique(buckets, return_inverse=True, return_counts=True)
-    idf = np.log((len(rows) - frequency + 0.5) / (frequency + 0.5)).clip(min=0).astype(np.float32)
-    weights = np.log1p(counts.astype(np.float32)) * idf[of_term]
-    lengths = np.sqrt(np.bincount(chunks, np.square(weights), minlength=len(rows)))
-    weights /= np.maximum(lengths, 1e-9)[chunks]
-    order = np.argsort(of_term, kind="stable")  # by term; within a term chunks ascend
-    order = order[weights[order] > 0]  # a term of half the chunks says nothing
-    starts = np.concatenate([[0], np.cumsum(np.bincount(of_term[order], minlength=len(terms)))])
-    _save(folder, weights[order], chunks[order], starts)
-    save_npy(folder / "terms.npy", terms)
-    save_npy(folder / "idf.npy", idf)
+def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Path) -> None:
+    if not any(len(segment.postings) for segment in segments):
+        raise ValueError(f"{store.path} has no word of two letters or more for {kind} to index; use tfidf")
+    with folder_written_aside(folder) as aside:
+        write_weights(segments, kind, aside)
+        record = {"kind": kind, "store": store.fingerprint, "rows": store.num_searchable}
+        record["segments"] = [segment.folder.name for segment in segments]
+        save_json(aside / "index.json", record | {"files": folder_record(aside)})
 
 
-def _chunk_terms(store: Store, rows: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chunk (index into rows), bucket and count of every term of a block of chunks, by chunk."""
-    tokens = Queries(store.tokenizer, tokens=store.token_lists(rows[start : start + _BLOCK_ROWS])).tokens
-    buckets = [_buckets(ids) for ids in tokens]
-    chunks = np.repeat(np.arange(len(tokens)), [len(b) for b in buckets])
-    unique, counts = np.unique(chunks * BUCKETS + np.concatenate(buckets), return_counts=True)
-    return start + unique // BUCKETS, unique % BUCKETS, counts
-
-
-def _buckets(ids: Int64[np.ndarray, " t"]) -> Int64[np.ndarray, " terms"]:
-    """The buckets of a text's tokens and pairs of tokens: the high bits of a multiplicative hash."""
-    single = ids.astype(np.uint64) + np.uint64(1)
-    pairs = single[:-1] * np.uint64(0x9E3779B97F4A7C15) + single[1:]
-    mixed = np.concatenate([single, pairs]) * np.uint64(0xD6E8FEB86659FD93)  # wraps modulo 2^64
-    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    return (mixed >> np.uint64(40)).astype(np.int64)
-
-
-def _write_bm25(store: Store, rows: np.ndarray, folder: Path) -> None:
-    bm25s = _bm25s()
-    model = bm25s.BM25()
-    words = bm25s.tokenize(store.text(rows), stopwords=None, show_progress=False)
-    if not any(words.ids):
-        raise ValueError(f"{store.path} has no word of two letters or more for bm25 to index; use tfidf")
-    model.index(words, show_progress=False)
-    ordered = sorted(model.vocab_dict, key=model.vocab_dict.get)
-    _save(folder, *(model.scores[name] for name in ("data", "indices", "indptr")))
-    save_json(folder / "words.json", ordered)
-
-
-def _bm25s() -> Any:
-    try:
-        import bm25s
-    except ImportError:
-        raise ValueError("the index bm25 needs bm25s, which is not installed; pip install retro-lm[eval]") from None
-    return bm25s
-
-
-def _save(folder: Path, weights: np.ndarray, postings: np.ndarray, starts: np.ndarray) -> None:
-    save_npy(folder / "weights.npy", weights.astype(np.float32))
-    save_npy(folder / "postings.npy", postings.astype(np.int32))
-    save_npy(folder / "starts.npy", starts.astype(np.int64))
+# Sparse matrices and vocabularies
 
 
 def _sparse(weights: np.ndarray, postings: np.ndarray, starts: np.ndarray, width: int) -> Any:
@@ -211,8 +253,8 @@ def _counts(terms: list[np.ndarray], width: int) -> Any:
     """How often each query has each term, sparse [q, width]."""
     from scipy.sparse import csr_matrix
 
-    found = [np.unique(of_query, return_counts=True) for of_query in terms]
-    starts = np.cumsum([0] + [len(unique) for unique, _ in found])
+    found = [np.unique(of_query, return_counts=True) for of_query in [np.zeros(0, np.int64), *terms]]
+    starts = np.cumsum([len(unique) for unique, _ in found])
     unique, counts = (np.concatenate(part) for part in zip(*found, strict=True))
     return csr_matrix((counts.astype(np.float32), unique, starts), shape=(len(terms), width))
 
@@ -220,27 +262,25 @@ def _counts(terms: list[np.ndarray], width: int) -> Any:
 class _Buckets:
     """Which row of the matrix a bucket is."""
 
-    def __init__(self, folder: Path):
-        self.buckets, self.idf = open_npy(folder / "terms.npy"), np.asarray(open_npy(folder / "idf.npy"))
+    def __init__(self, terms: Int32[np.ndarray, " terms"]) -> None:
+        self.buckets = terms
 
     def terms(self, queries: Queries) -> list[Int64[np.ndarray, " t"]]:
-        return [self._known(_buckets(ids)) for ids in queries.tokens]
+        return [self._known(buckets(ids).astype(np.int32)) for ids in queries.tokens]
 
-    def _known(self, buckets: np.ndarray) -> np.ndarray:
-        places = np.minimum(np.searchsorted(self.buckets, buckets), len(self.buckets) - 1)
-        return places[self.buckets[places] == buckets]
+    def _known(self, wanted: np.ndarray) -> np.ndarray:
+        if not len(self.buckets):
+            return np.zeros(0, np.int64)
+        places = np.minimum(np.searchsorted(self.buckets, wanted), len(self.buckets) - 1)
+        return places[self.buckets[places] == wanted]
 
 
 class _Words:
     """Which row of the matrix a word is."""
 
-    def __init__(self, folder: Path):
-        self.places = {word: place for place, word in enumerate(load_json(folder / "words.json"))}
+    def __init__(self, words: list[str]) -> None:
+        self.places = {word: place for place, word in enumerate(words)}
 
     def terms(self, queries: Queries) -> list[Int64[np.ndarray, " t"]]:
-        words = _bm25s().tokenize(queries.texts, stopwords=None, return_ids=False, show_progress=False)
-        return [np.asarray([self.places[w] for w in of_query if w in self.places], np.int64) for of_query in words]
-
-
-def _vocabulary(folder: Path, kind: str) -> _Buckets | _Words:
-    return _Buckets(folder) if kind == "tfidf" else _Words(folder)
+        found = words_of(queries.texts)
+        return [np.asarray([self.places[w] for w in of_query if w in self.places], np.int64) for of_query in found]

@@ -12,6 +12,20 @@ from jaxtyping import Float32, Int64
 from retro.retrieval.chunks import TokenIds, decode_chunks
 
 
+def as_lists(queries: Any, mask: Any = None) -> list[str] | list[list[int]]:
+    """Queries as a Retriever takes them (texts, or token ids in lists, an array or a tensor, `mask` True = a real one)
+    as texts or as lists of token ids without padding."""
+    if isinstance(queries, str):
+        raise ValueError("queries must be a list of texts or of token ids, not one text; write [text]")
+    if len(queries) and isinstance(queries[0], str):
+        return list(queries)
+    lists = queries.tolist() if hasattr(queries, "tolist") else [np.asarray(query).tolist() for query in queries]
+    if mask is None:
+        return lists
+    pairs = zip(lists, mask.tolist(), strict=True)
+    return [[token for token, real in zip(query, of_query, strict=True) if real] for query, of_query in pairs]
+
+
 class Queries:
     """Queries as texts and as token ids without special tokens, each made from the other when it is asked for.
 
@@ -26,6 +40,7 @@ class Queries:
         keys: Float32[np.ndarray, "q d"] | None = None,
     ):
         self._tokenizer, self._texts, self._tokens, self.keys = tokenizer, texts, tokens, keys
+        self._embedded: dict[str, np.ndarray] = {}  # keys made by embedders, by their fingerprints
 
     def __len__(self) -> int:
         return len(self._tokens if self._texts is None else self._texts)
@@ -33,7 +48,15 @@ class Queries:
     def __getitem__(self, chosen: np.ndarray) -> Queries:
         """Some of the queries."""
         texts, tokens = (None if x is None else [x[i] for i in chosen] for x in (self._texts, self._tokens))
-        return Queries(self._tokenizer, texts, tokens, None if self.keys is None else self.keys[chosen])
+        some = Queries(self._tokenizer, texts, tokens, None if self.keys is None else self.keys[chosen])
+        some._embedded = {fingerprint: keys[chosen] for fingerprint, keys in self._embedded.items()}
+        return some
+
+    def embedded(self, embedder: Any) -> Float32[np.ndarray, "q d"]:
+        """The keys that an embedder gives the queries, made once, also for those that are chosen later."""
+        if embedder.fingerprint not in self._embedded:
+            self._embedded[embedder.fingerprint] = embedder.embed(self.texts, is_query=True)
+        return self._embedded[embedder.fingerprint]
 
     @cached_property
     def texts(self) -> list[str]:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float32, Int64
 
 from retro.retrieval.chunks import decode_chunks
 from retro.retrieval.embedder import Embedder
-from retro.retrieval.queries import Queries
+from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
+from retro.retrieval.queries import Queries, as_lists
 from retro.retrieval.search import Searcher, open_searcher
 from retro.retrieval.store import Store
 
@@ -49,9 +50,21 @@ class Retriever:
 
     Arguments:
         index: "auto" (the best index of keys built, else exact search), "exact", "scann", "faiss", "tfidf", "bm25",
-            several joined by "+" (see retro.retrieval.search), or a `Searcher`.
+            several joined by "+", "FIRST>SECOND" to re-rank (see retro.retrieval.search), or a `Searcher`.
         embedder: None loads the one that the store's manifest names, if the index goes by keys; another one is refused.
         num_neighbors, retrieved_len: k and r where a call does not say otherwise.
+        deduplicate: no two neighbors of a query are chunks of the same tokens, nor chunks whose sets of word 13-grams
+            have a Jaccard similarity above 0.8; the one of the best score stays.
+        decontaminate: how a neighbor [N, F] is told to give the text being read away, one or several of
+            "longest_run>=13" (words in a row), "jaccard>=0.8" and "overlap>=0.8" (of word 13-grams; see
+            retro.retrieval.filters.Measure). Such a neighbor is left out.
+        against: texts that the neighbors of all queries must not resemble, as those of a test set. Without them, and
+            unless a call names the text being read, that is the query itself.
+        min_date, max_date, undated, quality, subsample: which documents may answer; see
+            `retro.retrieval.filters.FilterSettings`.
+
+    The search is asked for more until k neighbors are left or it has no more to give; what is missing is masked.
+    Source of the filters: Shao et al. 2024, MassiveDS.
     """
 
     def __init__(
@@ -61,6 +74,15 @@ class Retriever:
         embedder: Embedder | None = None,
         num_neighbors: int = 2,
         retrieved_len: int = 128,
+        *,
+        deduplicate: bool = False,
+        decontaminate: str | Sequence[str] | None = None,
+        against: Sequence[str] | None = None,
+        min_date: str | None = None,
+        max_date: str | None = None,
+        undated: str | None = None,
+        quality: Sequence[str] = (),
+        subsample: Sequence[float | int] | None = None,
     ) -> None:
         if num_neighbors < 1 or retrieved_len < 1:
             raise ValueError(
@@ -69,6 +91,18 @@ class Retriever:
         self.store = store if isinstance(store, Store) else Store.open(store)
         self.index: Searcher = open_searcher(self.store, index, embedder) if isinstance(index, str) else index
         self.num_neighbors, self.retrieved_len = num_neighbors, retrieved_len
+        filters = QueryFilters(
+            deduplicate=deduplicate,
+            decontaminate=decontaminate,
+            against=against,
+            min_date=min_date,
+            max_date=max_date,
+            undated=undated,
+            quality=quality,
+            subsample=subsample,
+        )
+        if filters:
+            self.index = FilteredSearcher(self.index, self.store, filters, retrieved_len)
         self._document_rows: dict[str, int] | None = None
 
     def __call__(
@@ -77,6 +111,7 @@ class Retriever:
         num_neighbors: int | None = None,
         exclude_documents: Sequence[set[str]] | None = None,
         mask: Bool[np.ndarray, "q m"] | None = None,
+        against: Sequence[str] | None = None,
     ) -> Neighbors:
         """The k nearest chunks of each query and what follows them.
 
@@ -85,6 +120,7 @@ class Retriever:
                 special tokens are left out.
             exclude_documents: per query, ids of documents that must not be returned.
             mask: True = a real token, where token ids are an array.
+            against: per query, the text being read, for a retriever that decontaminates.
 
         A query without any text has no neighbors. Raises ValueError if k is larger than the store.
         """
@@ -92,12 +128,14 @@ class Retriever:
         self._check_k(k)
         asked_for = self._queries(queries, mask)
         excluded = self._excluded(exclude_documents, len(asked_for))
+        self._check_against(against, len(asked_for))
         rows = np.full((len(asked_for), k), -1, np.int64)
         scores = np.full((len(asked_for), k), -np.inf, np.float32)
         asked = np.asarray([q for q, text in enumerate(asked_for.texts) if text.strip()], np.int64)
         if len(asked):
             blocked = None if excluded is None else [excluded[q] for q in asked]
-            rows[asked], scores[asked], _ = self.index.search(asked_for[asked], k, blocked)
+            read = {} if against is None else {"against": [against[q] for q in asked]}
+            rows[asked], scores[asked], _ = self.index.search(asked_for[asked], k, blocked, **read)
         tokens, token_mask = self.store.values(rows, self.retrieved_len)
         return Neighbors(rows, tokens, token_mask, scores, self.sources(rows))
 
@@ -130,16 +168,20 @@ class Retriever:
                 f"k must be from 1 to the {self.index.num_rows} searchable chunks of {self.store.path}, not {k}"
             )
 
+    def _check_against(self, against: Sequence[str] | None, num_queries: int) -> None:
+        if against is None:
+            return
+        if not isinstance(self.index, FilteredSearcher) or not self.index.measures:
+            raise ValueError(
+                "against is given to a retriever that was made without decontaminate; make it with a measure"
+            )
+        if isinstance(against, str) or len(against) != num_queries:
+            raise ValueError(f"against must hold one text per query ({num_queries}), not {len(against)}")
+
     def _queries(self, queries: Any, mask: Any) -> Queries:
-        if isinstance(queries, str):
-            raise ValueError("queries must be a list of texts or of token ids, not one text; write [text]")
-        if len(queries) and isinstance(queries[0], str):
-            return Queries(self.store.tokenizer, texts=queries)
-        lists = queries.tolist() if hasattr(queries, "tolist") else [list(query) for query in queries]
-        if mask is not None:
-            lists = [
-                [t for t, real in zip(q, m, strict=True) if real] for q, m in zip(lists, mask.tolist(), strict=True)
-            ]
+        lists = as_lists(queries, mask)
+        if lists and isinstance(lists[0], str):
+            return Queries(self.store.tokenizer, texts=lists)
         return Queries(self.store.tokenizer, tokens=lists)
 
     def _excluded(self, names: Sequence[set[str]] | None, num_queries: int) -> list[set[int]] | None:

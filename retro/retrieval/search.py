@@ -1,19 +1,23 @@
 """One search over a store, whatever it goes by: nearest keys, shared words, or both.
 
-A kind is "auto", "exact", "scann" or "faiss" (nearest keys), "bm25" or "tfidf" (shared words), or several joined by
-"+", as in "exact+tfidf": their lists are fused by reciprocal rank, sum over the lists of 1 / (60 + rank). Source of the
-fusion: Cormack et al. 2009.
+A kind is "auto", "exact", "scann" or "faiss" (nearest keys; see retro.retrieval.index for their codes), "bm25" or
+"tfidf" (shared words), or several joined by "+", as in "exact+tfidf": their lists are fused by reciprocal rank, the sum
+over the lists of 1 / (60 + rank). Source of the fusion: Cormack et al. 2009.
+
+A second stage follows ">": "scann>bm25" orders the best candidates of ScaNN by BM25, "scann>e5-large-v2" by the keys
+that another embedder gives their texts. Source: Shao et al. 2025, CompactDS.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from retro.retrieval import lexical
-from retro.retrieval.embedder import NO_EMBEDDER, Embedder, load_embedder
+from retro.retrieval.embedder import NO_EMBEDDER, Embedder, embedder_from, load_embedder
+from retro.retrieval.index import KINDS as INDEX_KINDS
 from retro.retrieval.index import (
     ExactIndex,
     Hits,
@@ -44,20 +48,52 @@ class Searcher(Protocol):
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits: ...
 
 
-def open_searcher(store: Store, kind: str = "auto", embedder: Embedder | None = None, build: bool = False) -> Searcher:
+@runtime_checkable
+class Reranker(Protocol):
+    """A second stage. scores(queries, rows [q, c]) -> [q, c], higher is better; what it says of row -1 is not used."""
+
+    kind: str
+
+    def scores(self, queries: Queries, rows: Int64[np.ndarray, "q c"]) -> Float32[np.ndarray, "q c"]: ...
+
+
+def open_searcher(
+    store: Store,
+    kind: str = "auto",
+    embedder: Embedder | None = None,
+    build: bool = False,
+    recall: float | None = None,
+) -> Searcher:
     """The search of a kind over a store.
 
     "auto" takes the best index of keys built, else exact search; in a store without keys it is "tfidf". Lexical indexes
     are built when they are first asked for; those of keys only with `build`, where the embedder is loaded only if a
     query comes without its key.
+
+    recall: to which `build` tunes the indexes of keys (see `build_index`).
     Raises ValueError for an unknown kind, an index that is not built, and one of keys over a store without keys.
     """
-    parts = [_open_part(store, part, embedder, build) for part in parse_kind(kind, is_keyless(store))]
-    return parts[0] if len(parts) == 1 else FusedSearcher(parts)
+    if recall is not None and not build:
+        raise ValueError("recall is what an index is tuned to when it is built; leave it out or build the index")
+    kind, separator, second = kind.partition(">")
+    parts = [_open_part(store, part, embedder, build, recall) for part in parse_kind(kind, is_keyless(store))]
+    first = parts[0] if len(parts) == 1 else FusedSearcher(parts)
+    return RerankedSearcher(first, open_reranker(store, second)) if separator else first
+
+
+def open_reranker(store: Store, kind: str) -> Reranker:
+    """The second stage of a name: "bm25" or "tfidf", with the weights of the whole store, or an embedder's name."""
+    if kind in lexical.KINDS:
+        return lexical.build_lexical(store, kind)
+    if not kind or ">" in kind or kind.partition(":")[0] in ("auto", *INDEX_KINDS):
+        raise ValueError(f"behind > there must be bm25, tfidf or the name of an embedder, not {kind!r}")
+    return EmbedderReranker(store, load_embedder(kind))
 
 
 def parse_kind(kind: str, keyless: bool = False) -> list[str]:
     """The parts of a kind; ValueError names one that is unknown, named twice, or wants keys which are not there."""
+    if ">" in kind:
+        raise ValueError(f"the index {kind!r} has a second stage, which a Retriever can have; name only the first here")
     parts = ["tfidf" if keyless and part == "auto" else part for part in kind.split("+")]
     for part in parts:
         if part not in lexical.KINDS and part != "auto":
@@ -77,12 +113,17 @@ def is_keyless(store: Store) -> bool:
     return store.manifest["embedder"]["name"] == NO_EMBEDDER
 
 
-def _open_part(store: Store, kind: str, embedder: Embedder | None, build: bool) -> Searcher:
+def _open_part(store: Store, kind: str, embedder: Embedder | None, build: bool, recall: float | None) -> Searcher:
     if kind in lexical.KINDS:
         return lexical.build_lexical(store, kind)
     if build:
-        return DenseSearcher(store, build_index(store, kind), embedder)
+        return DenseSearcher(store, build_index(store, kind, recall), embedder)
     return DenseSearcher(store, open_index(store, kind), embedder_of(store, embedder))
+
+
+def _name(part: Any) -> str:
+    """What tells a search from others of its kind: its settings, and how far they were tuned."""
+    return getattr(part, "name", part.kind)
 
 
 class DenseSearcher:
@@ -94,6 +135,7 @@ class DenseSearcher:
     def __init__(self, store: Store, index: Index, embedder: Embedder | None = None) -> None:
         self.store, self.index = store, index
         self.kind, self.num_rows, self.recall = index.kind, index.num_rows, getattr(index, "recall", 1.0)
+        self.name, self.folders = _name(index), getattr(index, "folders", [])
         self._embedder = None if embedder is None else embedder_of(store, embedder)
 
     @property
@@ -105,7 +147,7 @@ class DenseSearcher:
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
         """The k nearest rows of each query outside its excluded document rows."""
-        keys = self.embedder.embed(queries.texts, is_query=True) if queries.keys is None else queries.keys
+        keys = queries.embedded(self.embedder) if queries.keys is None else queries.keys
         if isinstance(self.index, ExactIndex) and excluded is not None and all(len(rows) <= 1 for rows in excluded):
             documents = np.asarray([next(iter(rows), -1) for rows in excluded], np.int64)
             return exact_search(self.store, check_queries(keys, self.store), k, documents)
@@ -120,6 +162,10 @@ class FusedSearcher:
         self.kind = "+".join(part.kind for part in parts)
         self.num_rows = min(part.num_rows for part in parts)
         self.recall = min(part.recall for part in parts)
+        self.name, self.folders = (
+            "+".join(map(_name, parts)),
+            [f for part in parts for f in getattr(part, "folders", [])],
+        )
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
         """The k rows of the largest sum; each search contributes its best 2 k + 8."""
@@ -142,6 +188,50 @@ def _fused(lists: list[np.ndarray]) -> list[tuple[int, float]]:
         for rank, row in enumerate(found[found >= 0].tolist(), start=1):
             sums[row] = sums.get(row, 0.0) + 1 / (RANK_CONSTANT + rank)
     return sorted(sums.items(), key=lambda item: -item[1])
+
+
+class RerankedSearcher:
+    """The best candidates of a first search, ordered by a second; equal scores keep the order of the first.
+
+    candidates: how many for k neighbors; None is 10 k, at least 50.
+    """
+
+    def __init__(self, first: Searcher, second: Reranker, candidates: int | None = None) -> None:
+        if candidates is not None:
+            check_k(candidates)
+        self.first, self.second, self.candidates = first, second, candidates
+        self.kind = f"{first.kind}>{second.kind}"
+        self.num_rows, self.recall = first.num_rows, first.recall
+        self.name = f"{_name(first)}>{_name(second)}, {candidates}"
+        self.folders = [folder for stage in (first, second) for folder in getattr(stage, "folders", [])]
+
+    def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
+        """The k candidates of the best second scores, which are the scores that are returned."""
+        check_k(k)
+        depth = max(10 * k, 50) if self.candidates is None else max(self.candidates, k)
+        rows, _, mask = self.first.search(queries, max(min(depth, self.num_rows), k), excluded)
+        scores = np.where(mask, self.second.scores(queries, rows), -np.inf).astype(np.float32)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        rows = np.take_along_axis(rows, order, 1)
+        return rows, np.take_along_axis(scores, order, 1), rows >= 0
+
+
+class EmbedderReranker:
+    """Chunks scored by another embedder than the store's: -squared L2 of the keys it gives the query and their text."""
+
+    def __init__(self, store: Store, embedder: Embedder) -> None:
+        self.store, self.embedder = store, embedder
+        self.kind: str = embedder.description["name"]
+        self.name = embedder.fingerprint[:16]
+
+    def scores(self, queries: Queries, rows: Int64[np.ndarray, "q c"]) -> Float32[np.ndarray, "q c"]:
+        """Every row is embedded once, however many queries it is a candidate of."""
+        unique, place = np.unique(np.maximum(rows, 0), return_inverse=True)
+        if not len(unique):
+            return np.zeros(rows.shape, np.float32)
+        keys = self.embedder.embed(self.store.text(unique))
+        asked = queries.embedded(self.embedder)
+        return -np.square(asked[:, None] - keys[place.reshape(rows.shape)]).sum(2)
 
 
 def search_excluding(
@@ -189,16 +279,8 @@ def _in_documents(store: Store, rows: np.ndarray, excluded: list[set[int]]) -> n
 def embedder_of(store: Store, embedder: Embedder | None = None) -> Embedder:
     """The given embedder, or the one that the store's manifest names; refused if its fingerprint is not the store's."""
     if embedder is None:
-        described = store.manifest["embedder"]
         if is_keyless(store):
             raise ValueError(f"{store.path} was built without an embedder; use an index of words, tfidf or bm25")
-        choices = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
-        if not all(name in described for name in choices):
-            raise ValueError(
-                f"{store.path} was built with an embedder of your own ({described['name']}); give it as embedder="
-            )
-        beside = store.path / described["name"]
-        name = str(beside) if beside.is_dir() else described["name"]
-        embedder = load_embedder(name, **{choice: described[choice] for choice in choices})
+        embedder = embedder_from(store.manifest["embedder"], store.path)
     store.check_embedder(embedder)
     return embedder

@@ -1,8 +1,9 @@
 """A datastore opened: chunks, values [N, F] and keys by one row id, memory-mapped and read-only.
 
     store/
-      manifest.json            format, generation, settings, inputs, fingerprints, counts, one record per shard
+      manifest.json            format, generation, settings, inputs, fingerprints, counts, one record per shard, updates
       shards/00000/            tokens.npy [rows * m]   chunks.npy [rows]   documents.parquet   keys.npy [rows, d]
+      removed/<generation>.npy the documents that were removed: row, first chunk, number of chunks [documents, 3]
       tokenizer/               the Hugging Face tokenizer the chunks were cut with
       index/<hash>/            approximate indexes (retro.retrieval.index)
       neighbors/<hash>/        neighbor tables (retro.retrieval.neighbors)
@@ -10,12 +11,17 @@
 
 A document starts on a chunk border and its last chunk is padded, so the token stream of a shard is [rows, m] and the
 continuation F of chunk i is chunk i + 1, if that belongs to the same document.
+
+A store has generations: `add_documents`, `remove_documents` and `compact` (retro.retrieval.updates) each write the next
+one, by one new manifest over files that are never changed. An open store is of one generation, and stays so. Rows keep
+their number until `compact`; the chunks of a removed document are empty and no search returns them.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +32,17 @@ from einops import rearrange
 from jaxtyping import Bool, Float32, Int, Int64
 
 from retro.retrieval.chunks import decode_chunks, tokenizer_fingerprint
-from retro.retrieval.files import check_files, load_json, open_npy, stable_hash
+from retro.retrieval.files import allow_open_files, check_files, load_json, map_bytes, open_npy, stable_hash
 
 FORMAT = "retro-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had one generation only
 CHUNK_DTYPE = np.dtype([("document", "<u4"), ("position", "<u4"), ("length", "<u2")])  # document row within the shard
+STORED_KEYS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 SHARD_FILES = ("tokens.npy", "chunks.npy", "documents.parquet", "keys.npy")
+TABLE_TEXTS = ("id", "title", "source", "date", "extra")  # columns of documents.parquet
+TABLE_NUMBERS = ("first_chunk", "num_chunks", "num_tokens", "num_bytes")
+_KEPT_BYTES = 256 << 20  # of document tables that an open store keeps in memory
+_KEPT_GROUPS = 256  # shards
 
 
 @dataclass(frozen=True)
@@ -50,23 +61,29 @@ class DocumentRecord:
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """The memory maps of one shard."""
+class ShardArrays:
+    """The memory maps of one shard, as stored."""
 
     tokens: np.ndarray  # [rows, m] uint16 or uint32
     chunks: np.ndarray  # [rows] CHUNK_DTYPE
     keys: np.ndarray  # [rows, d] float32, float16, or uint16 holding bfloat16
+    documents: np.ndarray  # [bytes] of documents.parquet
 
 
 class Store:
     """A complete datastore, read-only. Build one with `build_store`, open one with `Store.open`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], shards: list[_Shard]) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], shards: list[ShardArrays], removed: Int64[np.ndarray, "removed 3"]
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self._shards = shards
         self._first_rows = np.asarray([record["first_row"] for record in manifest["shards"]], np.int64)
         self._first_documents = np.asarray([record["first_document"] for record in manifest["shards"]], np.int64)
+        self._tables: dict[tuple[int, int], Any] = {}  # by shard and group of rows
+        self._table_groups: dict[int, Any] = {}  # by shard: metadata of its table, and where the groups begin
+        self._removed = removed
         self.chunk_len: int = manifest["chunk_len"]
         self.pad_token_id: int = manifest["pad_token_id"]
         self.num_chunks: int = sum(record["rows"] for record in manifest["shards"])
@@ -76,43 +93,84 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Open a store; sizes and row counts are checked, checksums by `verify`.
+        """Open a store; sizes, row counts and the ends of files are checked, the rest by `verify`.
 
+        Every file of the generation is mapped here, so that one which `compact` deletes later stays readable.
         Raises ValueError, naming the file, when the folder is no complete store or a file is missing, cut or
         inconsistent.
         """
         path = Path(path)
-        manifest = read_manifest(path)
-        if manifest["state"] != "complete":
-            raise ValueError(f"{path} is a store whose build has not finished; run the same `retro build` again")
+        while True:
+            manifest = read_manifest(path)
+            if manifest["state"] != "complete":
+                raise ValueError(f"{path} is a store whose build has not finished; run the same `retro build` again")
+            try:
+                return cls._open(path, manifest)
+            except ValueError:
+                if read_manifest(path)["generation"] == manifest["generation"]:
+                    raise  # else another process has just compacted the store
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                raise ValueError(
+                    f"{path} has {len(manifest['shards'])} shards of {len(SHARD_FILES)} files, more than this process "
+                    "may have open; raise the limit with `ulimit -n`, then `retro compact` merges small shards"
+                ) from None
+
+    @classmethod
+    def _open(cls, path: Path, manifest: dict[str, Any]) -> Store:
+        allow_open_files(len(SHARD_FILES) * len(manifest["shards"]))
         check_files(path / "tokenizer", manifest["tokenizer"]["files"], checksums=False)
         shards = [_open_shard(path / "shards" / record["name"], record, manifest) for record in manifest["shards"]]
-        return cls(path, manifest, shards)
+        store = cls(path, manifest, shards, _open_removed(path, manifest))
+        _check_bounds(store)
+        return store
 
-    def verify(self) -> None:
-        """Compare every file with its recorded checksum; ValueError names the first that differs."""
-        check_files(self.path / "tokenizer", self.manifest["tokenizer"]["files"], checksums=True)
-        for record in self.manifest["shards"]:
-            check_files(self.path / "shards" / record["name"], record["files"], checksums=True)
-        check_files(self.path / "rejects", self.manifest["rejects"], checksums=True)
+    def verify(self, level: str = "full", embed: int = 0, seed: int = 0, embedder: Any = None) -> dict[str, Any]:
+        """Compare the files with the manifest and with each other: see `retro.retrieval.verifying.verify_store`."""
+        from retro.retrieval.verifying import verify_store
+
+        return verify_store(self, level, embed, seed, embedder)
 
     # Identity
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what the store holds: chunks, documents, keys, tokenizer and embedder."""
-        manifest = self.manifest
-        return stable_hash(
-            {
-                "format_version": manifest["format_version"],
-                "generation": manifest["generation"],
-                "chunk_len": manifest["chunk_len"],
-                "min_chunk_len": self.min_chunk_len,
-                "tokenizer": manifest["tokenizer"]["fingerprint"],
-                "embedder": manifest["embedder"]["fingerprint"],
-                "shards": [{n: f["sha256"] for n, f in record["files"].items()} for record in manifest["shards"]],
-            }
-        )
+        manifest, removed = self.manifest, self.manifest.get("removed")
+        content = {
+            "format_version": manifest["format_version"],
+            "generation": manifest["generation"],
+            "chunk_len": manifest["chunk_len"],
+            "min_chunk_len": self.min_chunk_len,
+            "tokenizer": manifest["tokenizer"]["fingerprint"],
+            "embedder": manifest["embedder"]["fingerprint"],
+            "shards": [{n: f["sha256"] for n, f in record["files"].items()} for record in manifest["shards"]],
+        }
+        return stable_hash(content | ({"removed": removed["sha256"]} if removed else {}))
+
+    @property
+    def generation(self) -> int:
+        """1 as built; every update adds 1."""
+        return self.manifest["generation"]
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """The manifest's record of each shard: first_row, rows, first_document, documents, files, ..."""
+        return self.manifest["shards"]
+
+    def shard_arrays(self, number: int) -> ShardArrays:
+        """One shard as it is stored, removed documents included."""
+        return self._shards[number]
+
+    def shard_fingerprint(self, number: int) -> str:
+        """A hash of what an index of one shard depends on: its tokens, chunks and keys, and `min_chunk_len`.
+
+        Not on where the shard stands: after `compact` the same shard may begin at another row.
+        """
+        files = self.shards[number]["files"]
+        checksums = [files[name]["sha256"] for name in ("tokens.npy", "chunks.npy", "keys.npy")]
+        return stable_hash({"files": checksums, "min_chunk_len": self.min_chunk_len})
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -157,12 +215,16 @@ class Store:
     # Rows
 
     def chunks(self, rows: Int[np.ndarray, "*rows"]) -> Int64[np.ndarray, "*rows m"]:
-        """Token ids of chunks, padded with `pad_token_id`."""
-        return self._gather("tokens", rows, np.int64, (self.chunk_len,))
+        """Token ids of chunks, padded with `pad_token_id`; nothing but padding where the document was removed."""
+        ids = self._gather("tokens", rows, np.int64, (self.chunk_len,))
+        if len(self._removed):
+            ids[self.is_removed(rows)] = self.pad_token_id
+        return ids
 
     def chunk_lens(self, rows: Int[np.ndarray, "*rows"]) -> Int64[np.ndarray, "*rows"]:
-        """Real tokens in each chunk, 1 .. m."""
-        return self._gather("length", rows, np.int64)
+        """Real tokens in each chunk, 1 .. m; 0 where the document was removed."""
+        lens = self._gather("length", rows, np.int64)
+        return np.where(self.is_removed(rows), 0, lens) if len(self._removed) else lens
 
     def positions(self, rows: Int[np.ndarray, "*rows"]) -> Int64[np.ndarray, "*rows"]:
         """Index of each chunk inside its document, from 0."""
@@ -199,23 +261,47 @@ class Store:
 
     def keys(self, rows: Int[np.ndarray, "*rows"]) -> Float32[np.ndarray, "*rows d"]:
         """Keys of chunks as float32, whatever the stored type."""
-        stored = self._gather("keys", rows, self._shards[0].keys.dtype, (self.key_dim,))
+        stored = self._gather("keys", rows, STORED_KEYS[self.manifest["key_dtype"]], (self.key_dim,))
         return widen_keys(stored, self.manifest["key_dtype"])
 
     def key_block(self, start: int, stop: int) -> Float32[np.ndarray, "c d"]:
         """Keys of the rows start .. stop - 1, read sequentially."""
-        blocks = []
-        for shard, first in zip(self._shards, self._first_rows, strict=True):
-            low, high = max(start - first, 0), min(stop - first, len(shard.chunks))
-            if low < high:
-                blocks.append(np.asarray(shard.keys[low:high]))
+        blocks = [np.zeros((0, self.key_dim), STORED_KEYS[self.manifest["key_dtype"]])]
+        blocks += [np.asarray(self._shards[number].keys[part]) for number, part in self._parts(start, stop)]
         return widen_keys(np.concatenate(blocks), self.manifest["key_dtype"])
 
     @cached_property
     def searchable_rows(self) -> Int64[np.ndarray, " c"]:
-        """Rows that indexes and neighbor tables may return: chunks of at least `min_chunk_len` tokens."""
-        lens = [np.asarray(shard.chunks["length"]) for shard in self._shards]
-        return np.flatnonzero(np.concatenate(lens) >= self.min_chunk_len).astype(np.int64)
+        """Rows that a search may return: chunks of at least `min_chunk_len` tokens whose document is not removed.
+
+        8 bytes a row, made at first use; `searchable_in` and `num_searchable` do without.
+        """
+        found = [np.zeros(0, np.int64)]
+        found += [self._searchable_in(first, first + rows) for first, rows in _bounds(self.shards)]
+        return np.concatenate(found)
+
+    def searchable_in(self, start: int, stop: int) -> Int64[np.ndarray, " c"]:
+        """The searchable rows among start .. stop - 1."""
+        if "searchable_rows" not in vars(self):
+            return self._searchable_in(start, stop)
+        low, high = np.searchsorted(self.searchable_rows, [start, stop])
+        return self.searchable_rows[low:high]
+
+    def _searchable_in(self, start: int, stop: int) -> np.ndarray:
+        lens = [np.zeros(0, np.uint16)]
+        lens += [np.asarray(self._shards[number].chunks["length"][part]) for number, part in self._parts(start, stop)]
+        rows = start + np.flatnonzero(np.concatenate(lens) >= self.min_chunk_len)
+        return rows[~self.is_removed(rows)] if len(self._removed) else rows
+
+    @property
+    def num_searchable(self) -> int:
+        """How many rows are searchable, without a look at them."""
+        if "searchable_rows" in vars(self):
+            return len(self.searchable_rows)
+        last = self._removed[:, 1] + self._removed[:, 2] - 1  # only the last chunk of a document can be short
+        short = self._gather("length", last, np.int64) < self.min_chunk_len
+        removed = int(self._removed[:, 2].sum() - short.sum())
+        return self.num_chunks - sum(record["short_chunks"] for record in self.shards) - removed
 
     def text(self, rows: Int[np.ndarray, "*rows"]) -> list[str]:
         """Decoded text of chunks (flattened), as their keys were made from it."""
@@ -226,37 +312,166 @@ class Store:
         flat = np.asarray(rows).reshape(-1)
         return [ids[:n] for ids, n in zip(self.chunks(flat), self.chunk_lens(flat), strict=True)]
 
-    # Documents
+    # Removed documents
 
     @cached_property
-    def _documents(self) -> Any:
+    def removed_documents(self) -> Int64[np.ndarray, " removed"]:
+        """The document rows that were removed, ascending."""
+        return np.ascontiguousarray(self._removed[:, 0])
+
+    @property
+    def removed_spans(self) -> Int64[np.ndarray, "removed 2"]:
+        """First row and number of chunks of each of the `removed_documents`."""
+        return self._removed[:, 1:]
+
+    def is_removed(self, rows: Int[np.ndarray, "*rows"]) -> Bool[np.ndarray, "*rows"]:
+        """Which chunks belong to a removed document."""
+        if not len(self._removed):
+            return np.zeros(np.shape(rows), bool)
+        first, count = self._removed[:, 1], self._removed[:, 2]
+        span = np.searchsorted(first, rows, side="right") - 1
+        return (span >= 0) & (rows < (first + count)[span])
+
+    @property
+    def num_live_documents(self) -> int:
+        """Documents that are not removed."""
+        return self.num_documents - len(self._removed)
+
+    @property
+    def num_live_chunks(self) -> int:
+        """Chunks of the documents that are not removed."""
+        return self.num_chunks - int(self._removed[:, 2].sum())
+
+    def live_rows(self, numbers: Int[np.ndarray, "*numbers"]) -> Int64[np.ndarray, "*numbers"]:
+        """The rows of the chunks 0 .. `num_live_chunks` - 1 that are counted when removed documents are skipped."""
+        first, count = self._removed[:, 1], self._removed[:, 2]
+        skipped = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
+        return numbers + skipped[np.searchsorted(first - skipped[:-1], numbers, side="right")]
+
+    # Documents
+
+    def document(self, document_row: int | np.integer) -> DocumentRecord:
+        """What is recorded of one document, without its text; ValueError if it was removed."""
+        names = (*TABLE_TEXTS, *TABLE_NUMBERS)
+        (fields,) = self.document_fields(np.asarray([document_row], np.int64), names)
+        record = dict(zip(names, fields, strict=True))
+        number = self._shard_of_document(document_row)
+        record["first_row"] = record.pop("first_chunk") + int(self._first_rows[number])
+        return DocumentRecord(**{**record, "extra": json.loads(record["extra"])})
+
+    def document_fields(
+        self, document_rows: Int64[np.ndarray, " documents"], names: Sequence[str]
+    ) -> list[tuple[Any, ...]]:
+        """Some columns of the document tables as stored, for many documents at once; ValueError as for `document`."""
+        self._check_documents(document_rows)
+        numbers = self._shard_of_document(document_rows)
+        found: list[tuple[Any, ...]] = [()] * len(document_rows)
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            local = document_rows[places] - self._first_documents[number]
+            groups = np.searchsorted(self._groups_of(number)[1], local, side="right") - 1
+            for group in np.unique(groups).tolist():
+                table, start = self._table_group(number, group)
+                taken = table.select(list(names)).take(local[groups == group] - start)
+                columns = (column.to_pylist() for column in taken.columns)
+                for place, fields in zip(places[groups == group].tolist(), zip(*columns, strict=True), strict=True):
+                    found[place] = fields
+        return found
+
+    def _check_documents(self, document_rows: np.ndarray) -> None:
+        wrong = document_rows[(document_rows < 0) | (document_rows >= self.num_documents)]
+        if len(wrong):
+            raise ValueError(f"document row {wrong[0]} is outside the store's 0 .. {self.num_documents - 1}")
+        removed = document_rows[np.isin(document_rows, self.removed_documents)] if len(self._removed) else []
+        if len(removed):
+            raise ValueError(f"document row {removed[0]} was removed from {self.path}; ask for one that is there")
+
+    def _shard_of_document(self, document_rows: Any) -> Any:
+        return np.searchsorted(self._first_documents, document_rows, side="right") - 1
+
+    def _table_group(self, number: int, group: int) -> tuple[Any, int]:
+        """A group of rows of a shard's document table, and where it begins; read whole and kept."""
+        metadata, starts = self._groups_of(number)
+        if (table := self._tables.get((number, group))) is None:
+            if sum(kept.nbytes for kept in list(self._tables.values())) > _KEPT_BYTES:
+                self._tables.clear()
+            table = self._table_file(number, metadata).read_row_group(group, [*TABLE_TEXTS, *TABLE_NUMBERS])
+            self._tables[number, group] = table
+        return table, int(starts[group])
+
+    def _groups_of(self, number: int) -> tuple[Any, np.ndarray]:
+        """The metadata of a shard's document table, and where its groups of rows begin."""
+        if (found := self._table_groups.get(number)) is None:
+            if len(self._table_groups) >= _KEPT_GROUPS:
+                self._table_groups.clear()
+            metadata = self._table_file(number).metadata
+            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            starts = np.cumsum([0, *counts[:-1]])
+            self._table_groups[number] = found = metadata, starts
+        return found
+
+    def _table_file(self, number: int, metadata: Any = None) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folders = [self.path / "shards" / record["name"] for record in self.manifest["shards"]]
-        return pa.concat_tables([pq.read_table(folder / "documents.parquet") for folder in folders]).combine_chunks()
+        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(self._shards[number].documents)), metadata=metadata)
 
-    def document(self, document_row: int | np.integer) -> DocumentRecord:
-        """What is recorded of one document, without its text."""
-        if not 0 <= document_row < self.num_documents:
-            raise ValueError(f"document row {document_row} is outside the store's 0 .. {self.num_documents - 1}")
-        record = {
-            name: self._documents.column(name)[int(document_row)].as_py() for name in self._documents.column_names
-        }
-        shard = np.searchsorted(self._first_documents, document_row, side="right") - 1
-        record["first_row"] = record.pop("first_chunk") + int(self._first_rows[shard])
-        return DocumentRecord(**{**record, "extra": json.loads(record["extra"])})
+    def document_table(self, number: int, columns: Sequence[str] | None = None) -> Any:
+        """The Arrow table of one shard's documents, the removed ones included; first_chunk counts from the shard.
+
+        columns: which ones; one that is not there is left out.
+        """
+        return self._table_file(number).read(None if columns is None else list(columns))
 
     @cached_property
     def document_ids(self) -> list[str]:
-        """The ids of all documents, by document row."""
-        return self._documents.column("id").to_pylist()
+        """The ids of all documents, by document row; "" for a removed one."""
+        names = [name for number in range(len(self._shards)) for name in self._ids_of(number).to_pylist()]
+        for row in self.removed_documents.tolist():
+            names[row] = ""
+        return names
+
+    def find_documents(self, names: Collection[str], removed: bool = False) -> dict[str, int]:
+        """The document rows of ids, without a list of all ids; an id that is not there is left out.
+
+        removed: look among the removed documents instead; the last of several of one id is found.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted, found = pa.array(list(names), pa.string()), {}
+        for number, first in enumerate(self._first_documents.tolist()):
+            ids = self._ids_of(number)
+            local = np.flatnonzero(pc.is_in(ids, wanted).to_numpy(zero_copy_only=False))
+            chosen = local[np.isin(first + local, self.removed_documents) == removed]
+            found |= dict(zip(ids.take(pa.array(chosen)).to_pylist(), (first + chosen).tolist(), strict=True))
+        return found
+
+    def live_ids(self, number: int) -> list[str]:
+        """The ids of one shard's documents that are not removed."""
+        return self.live_table(number, ["id"]).column("id").to_pylist()
+
+    def live_table(self, number: int, columns: Sequence[str] | None = None) -> Any:
+        """As `document_table`, without the removed documents."""
+        table, first = self.document_table(number, columns), self.shards[number]["first_document"]
+        low, high = np.searchsorted(self.removed_documents, [first, first + table.num_rows])
+        if low == high:
+            return table
+        return table.take(np.delete(np.arange(table.num_rows), self.removed_documents[low:high] - first))
+
+    def _ids_of(self, number: int) -> Any:
+        return self.document_table(number, ["id"]).column("id").combine_chunks()
 
     @cached_property
     def document_spans(self) -> Int64[np.ndarray, "documents 2"]:
-        """First row and number of chunks of every document, by document row."""
-        counts = self._documents.column("num_chunks").to_numpy().astype(np.int64)
-        return np.stack([np.cumsum(counts) - counts, counts], axis=1)
+        """First row and number of chunks of every document, by document row; a removed one has 0 chunks."""
+        columns = [
+            self.document_table(number, ["num_chunks"]).column(0).to_numpy() for number in range(len(self._shards))
+        ]
+        counts = np.concatenate([np.zeros(0, np.int64), *columns])
+        spans = np.stack([np.cumsum(counts) - counts, counts], axis=1)
+        spans[self.removed_documents, 1] = 0
+        return spans
 
     # Gathers over shards
 
@@ -266,6 +481,13 @@ class Store:
         if len(wrong):
             raise ValueError(f"row {flat[wrong[0]]} is outside the store's 0 .. {self.num_chunks - 1}")
         return flat
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """The shards that rows start .. stop - 1 touch, and which of their own rows."""
+        for number, (first, rows) in enumerate(_bounds(self.shards)):
+            low, high = max(start - first, 0), min(stop - first, rows)
+            if low < high:
+                yield number, slice(low, high)
 
     def _shard_of(self, flat: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._first_rows, flat, side="right") - 1
@@ -314,7 +536,11 @@ def narrow_keys(keys: Float32[np.ndarray, "c d"], key_dtype: str) -> np.ndarray:
     return keys.astype(np.dtype(key_dtype))
 
 
-def _open_shard(folder: Path, record: dict[str, Any], manifest: dict[str, Any]) -> _Shard:
+def _bounds(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(record["first_row"], record["rows"]) for record in records]
+
+
+def _open_shard(folder: Path, record: dict[str, Any], manifest: dict[str, Any]) -> ShardArrays:
     missing = [name for name in SHARD_FILES if name not in record["files"]]
     if missing:
         raise ValueError(f"the manifest records no {missing[0]} for shard {record['name']}; build the store again")
@@ -329,7 +555,39 @@ def _open_shard(folder: Path, record: dict[str, Any], manifest: dict[str, Any]) 
     for name, array in (("tokens.npy", tokens), ("chunks.npy", chunks), ("keys.npy", keys)):
         if array.shape != expected[name]:
             raise ValueError(f"{folder / name} has shape {array.shape}, but the manifest says {expected[name]}")
-    return _Shard(tokens.reshape(rows, chunk_len), chunks, keys)
+    documents = map_bytes(folder / "documents.parquet")
+    return ShardArrays(tokens.reshape(rows, chunk_len), chunks, keys, documents)
+
+
+def _open_removed(path: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Document row, first chunk and number of chunks of every removed document [removed, 3]."""
+    record = manifest.get("removed")
+    if not record:
+        return np.zeros((0, 3), np.int64)
+    check_files(path, {record["file"]: record}, checksums=False)
+    removed = open_npy(path / record["file"])
+    if removed.shape != (record["documents"], 3) or removed.dtype != np.int64:
+        raise ValueError(f"{path / record['file']} is no list of {record['documents']} documents; restore it")
+    return removed
+
+
+def _check_bounds(store: Store) -> None:
+    """Refuse a manifest whose shards are not one after another or are fewer than were counted, naming the shard."""
+    manifest, row, document = store.path / "manifest.json", 0, 0
+    for record in store.shards:
+        if (record["first_row"], record["first_document"]) != (row, document):
+            raise ValueError(
+                f"{manifest} puts shard {record['name']} at row {record['first_row']}, but the shards before it end at "
+                f"row {row}: one is missing or out of place; restore the manifest from a copy"
+            )
+        row, document = row + record["rows"], document + record["documents"]
+    counted = store.manifest["counts"]["chunks"]
+    if store.num_live_chunks != counted:
+        last = f", up to {store.shards[-1]['name']}," if store.shards else ""
+        raise ValueError(
+            f"{manifest} counts {counted} chunks, but its shards{last} hold {store.num_live_chunks}: one is missing; "
+            "restore the manifest from a copy"
+        )
 
 
 def _name_of(tokenizer: Any) -> str:

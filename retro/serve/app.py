@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -10,28 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import retro
 from retro.serve.engine import Engine
-from retro.serve.errors import ApiError, validation_error
+from retro.serve.errors import ApiError
 from retro.serve.requests import ChatRequest, CompletionRequest, RowMaker
-from retro.serve.responses import Answer, gather, stream, submit, unless_gone
+from retro.serve.responses import Answer, gather, stream, submit
+from retro.serve.web import Guard, answer_errors, unless_gone
 
 STATIC = Path(__file__).parent / "static"
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 
 
 def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Sequence[str] | None = None) -> FastAPI:
@@ -50,11 +38,10 @@ def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Seq
             yield
 
     app = FastAPI(title="retro serve", version=retro.__version__, lifespan=running, docs_url=None, redoc_url=None)
-    app.add_middleware(_Guard, api_key=api_key, max_bytes=engine.limits.max_request_bytes, hosts=hosts)
+    app.add_middleware(Guard, api_key=api_key, max_bytes=engine.limits.max_request_bytes, hosts=hosts)
     app.include_router(_openai_routes(engine, name), prefix="/v1")
     _add_page(app, engine)
-    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, _on_error)
+    answer_errors(app)
     return app
 
 
@@ -111,7 +98,7 @@ def _about_model(engine: Engine, name: str, maker: RowMaker) -> dict[str, Any]:
 
 def _about_store(name: str, maker: RowMaker) -> dict[str, Any]:
     store = maker.engine.stores[name].store
-    counts = {"num_documents": store.num_documents, "num_chunks": store.num_chunks}
+    counts = {"num_documents": store.num_live_documents, "num_chunks": store.num_live_chunks}
     return {"id": name, "object": "store", **counts, "max_num_neighbors": maker.max_neighbors(name)}
 
 
@@ -131,82 +118,3 @@ def _add_page(app: FastAPI, engine: Engine) -> None:
 def _check_model(asked: str | None, name: str) -> None:
     if asked not in (None, name):
         raise ApiError(404, f"this server has no model of that name; its model is {name}.", "model", "model_not_found")
-
-
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, RequestValidationError):
-        error = validation_error(error.errors())
-    elif isinstance(error, HTTPException):
-        error = _http_error(request, error)
-    return _error(error if isinstance(error, ApiError) else ApiError(500, "the server failed; its log says why."))
-
-
-def _http_error(request: Request, error: HTTPException) -> ApiError:
-    if error.status_code == 404:
-        return ApiError(404, f"nothing is at {request.url.path}; /openapi.json has the routes.", code="not_found")
-    if error.status_code == 405:
-        return ApiError(405, f"{request.url.path} does not take {request.method}.", code="method_not_allowed")
-    return ApiError(error.status_code, str(error.detail))
-
-
-def _error(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-class _Guard:
-    """Around all routes: who may ask, how much, and what browsers may do with the answer."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None, max_bytes: int, hosts: Sequence[str] | None) -> None:
-        self._app, self._api_key, self._max_bytes, self._hosts = app, api_key, max_bytes, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
-
-        error = self._refusal(scope["path"], Headers(scope=scope))
-        answer = self._app if error is None else _error(error)
-        await answer(scope, self._limited(receive), send_with_headers)
-
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        if self._hosts is not None and _host_name(headers.get("host", "")) not in self._hosts:
-            return ApiError(403, f"without a token this server answers only as {' or '.join(self._hosts)}.")
-        if path.startswith("/v1") and not self._is_allowed(headers.get("authorization", "")):
-            return ApiError(401, "the bearer token is missing or wrong.", code="invalid_api_key")
-        size = headers.get("content-length", "0")
-        return self._too_large() if not size.isdecimal() or int(size) > self._max_bytes else None
-
-    def _is_allowed(self, given: str) -> bool:
-        """Takes the same time whatever the token."""
-        scheme, _, token = given.partition(" ")
-        if self._api_key is None:
-            return True
-        same = hmac.compare_digest(token.encode("latin-1"), self._api_key.encode("latin-1"))
-        return same and scheme.lower() == "bearer"
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request is larger than {self._max_bytes} bytes.", code="request_too_large")
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Counts a body that does not say its size."""
-        size = 0
-
-        async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._max_bytes:
-                raise HTTPException(413, str(self._too_large()))
-            return message
-
-        return limited
-
-
-def _host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    host = host.lower()
-    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]

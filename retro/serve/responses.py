@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
-
-from fastapi import Request
-from starlette.exceptions import HTTPException
 
 from retro.serve.engine import Engine, Full
 from retro.serve.errors import ApiError
 from retro.serve.rows import Closed, Row
 
 Event = tuple[int, str, Any]  # number of the row, kind and value as in `Row.send`
-T = TypeVar("T")
 
 
 @dataclass
@@ -126,25 +122,6 @@ def _failure(error: Exception) -> ApiError:
     if isinstance(error, Closed):
         return ApiError(503, "the server is shutting down.", code="shutting_down")
     return ApiError(500, "the model failed; the server's log says why.")
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Wait for work, but no longer than the client does; then it is cancelled."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise HTTPException(499, "the client has gone.")  # nobody reads it
-    finally:
-        for future in (task, gone):
-            future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def gather(answer: Answer, events: AsyncGenerator[Event, None]) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from retro.provenance import check_store
 from retro.retrieval import Retriever, Store
 from retro.retrieval.lexical import KINDS
+from retro.retrieval.remote import RemoteRetriever, is_url
 from retro.retrieval.search import embedder_of, is_keyless, parse_kind
 from retro.serve.engine import Engine
 
@@ -25,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def open_stores(given: Sequence[str], model_folder: str, model: Any, index: str = "auto") -> dict[str, Retriever]:
-    """Retrievers by the name of their store, in the order given: PATH (called as its folder) or NAME=PATH.
+    """Retrievers by the name of their store, in the order given: PATH (called as its folder), the address of a
+    retrieval server (called as its host), or NAME=PATH.
 
     Stores of the same embedder share it. Raises ValueError for a name given twice and a store that the model cannot
     read.
@@ -34,18 +37,23 @@ def open_stores(given: Sequence[str], model_folder: str, model: Any, index: str 
     embedders: dict[str, Any] = {}
     for place in given:
         name, _, path = place.rpartition("=")
-        name = name or Path(path).resolve().name
+        name = name or (urlsplit(path).netloc if is_url(path) else Path(path).resolve().name)
         if name in stores:
             raise ValueError(f"two stores are called {name}; call one of them otherwise, --store NAME=PATH.")
-        store = Store.open(path)
+        remote = RemoteRetriever(path) if is_url(path) else None
+        store = Store.open(path) if remote is None else remote.store
         check_store(model_folder, store)
-        embedder = None
-        if any(part not in KINDS for part in parse_kind(index, is_keyless(store))):
-            embedder = embedders.get(store.embedder_fingerprint) or embedder_of(store)
-            embedders[store.embedder_fingerprint] = embedder
-        retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-        stores[name] = Retriever(store, index, embedder, retrieved_len=retrieved_len)
+        stores[name] = _retriever(store, index, embedders) if remote is None else remote
+        stores[name].retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
     return stores
+
+
+def _retriever(store: Store, index: str, embedders: dict[str, Any]) -> Retriever:
+    embedder = None
+    if any(part not in KINDS for part in parse_kind(index.partition(">")[0], is_keyless(store))):
+        embedder = embedders.get(store.embedder_fingerprint) or embedder_of(store)
+        embedders[store.embedder_fingerprint] = embedder
+    return Retriever(store, index, embedder)
 
 
 def read_api_key(file: str | None) -> str | None:
@@ -77,11 +85,19 @@ def serve_app(engine: Engine, name: str, host: str, port: int, api_key: str | No
     from retro.serve.app import create_app
 
     bound = listen(host, port)
+    return create_app(engine, name, api_key, names_of(bound, host, api_key)), bound
+
+
+def names_of(bound: socket.socket, host: str, api_key: str | None) -> list[str] | None:
+    """The names by which a server without a token may be called on its own machine; None if any will do.
+
+    Warns of one that others can reach and that asks for no token.
+    """
     local = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
     if not local and api_key is None:
-        logger.warning("anyone who reaches %s may use the model and read the stores; give --api-key-file.", host)
+        logger.warning("anyone who reaches %s may ask, and read the stores; give --api-key-file.", host)
     names = dict.fromkeys([f"[{host}]" if ":" in host else host, "127.0.0.1", "localhost", "[::1]"])
-    return create_app(engine, name, api_key, list(names) if local and api_key is None else None), bound
+    return list(names) if local and api_key is None else None
 
 
 def run(app: FastAPI, bound: socket.socket, grace_seconds: float) -> None:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from retro.modules.cross_attention import ChunkedCrossAttention, attending_chunks, cca_positions, in_sequence, may_read
+from retro.modules.cross_attention import (
+    ChunkedCrossAttention,
+    attending_chunks,
+    cca_positions,
+    in_sequence,
+    may_read,
+    read_chunks,
+)
 from retro.modules.positions import RelativePositions, rotate
 
 M, R = 4, 8
@@ -187,6 +194,21 @@ def test_may_read_asks_for_the_whole_chunk_in_the_document():
         [False] * 4,  # tokens 7..10: C_2 belongs to nobody
         [True, True, True, False],  # tokens 11..13, then padding
     ]
+
+
+def test_chunks_without_a_neighbor_are_left_out():
+    mask = torch.ones(2, 3, 2, R, dtype=torch.bool)
+    assert read_chunks(mask, M) == (None, None, None)
+    mask[0, 1] = False
+    mask[1, 2, 1] = False  # one of two neighbors: its chunk stays
+    chunks = read_chunks(mask, M)
+    assert chunks.index.tolist() == [0, 2, 3, 4, 5] and chunks.readable is None
+    assert torch.equal(chunks.mask, mask.flatten(0, 1)[chunks.index])
+    x = torch.randn(2, 3, M, 5)
+    there = chunks.unpack(chunks.pack(x), 2, 3)
+    assert torch.equal(there[1], x[1]) and torch.equal(there[0, ::2], x[0, ::2]) and (there[0, 1] == 0).all()
+    nothing = read_chunks(torch.zeros_like(mask), M)
+    assert nothing.index.tolist() == [0] and not nothing.readable.any()
 
 
 def test_keys_one_token_back():

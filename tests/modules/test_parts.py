@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from retro.modules import Attention, FeedForward, linear_cross_entropy
+from retro.modules.norm import RMSNorm
 
 
 def test_attention_at_position_zero_is_torch_multi_head_attention():
@@ -100,3 +101,40 @@ def test_linear_cross_entropy_under_autocast():
     loss.backward()
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels), rtol=2e-2, atol=2e-2)
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 4, 12)])
+def test_rms_norm_equals_torch(shape):
+    torch.manual_seed(0)
+    ours, theirs = RMSNorm(12, eps=1e-3), torch.nn.RMSNorm(12, eps=1e-3)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight.uniform_(0.5, 2.0))
+    x, weighting = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    results = []
+    for norm in (ours, theirs):
+        out = norm(x)
+        results.append([out, *torch.autograd.grad((out * weighting).sum(), [x, norm.weight])])
+    assert "FewPasses" in str(results[0][0].grad_fn)
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_leaves_other_types_to_torch():
+    x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    norm = RMSNorm(8, eps=1e-6).bfloat16()
+    assert torch.equal(norm(x), torch.nn.functional.rms_norm(x, (8,), norm.weight, 1e-6))
+
+
+@pytest.mark.parametrize("position", ["rotary", "relative"])
+def test_documents_by_their_lengths_attend_as_by_a_mask(position):
+    torch.manual_seed(0)
+    attention = Attention(12, 2, 6, position=position)
+    x = torch.randn(2, 9, 12, requires_grad=True)
+    ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 1 + [3] * 6 + [4] * 2])
+    mask = (ids[:, :, None] == ids[:, None, :]).tril()
+    results = []
+    for given in (dict(mask=mask), dict(is_causal=True, lengths=(4, 5, 1, 6, 2))):
+        out = attention(x, **given)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, attention.k_proj.weight])])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from retro.retrieval import BuildSettings, Store, build_store
+from retro.retrieval import BuildSettings, Store, build_store, parts, remove_documents, settling
 from retro.retrieval import build as build_module
-from retro.retrieval.files import sha256_file
-from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
+from retro.retrieval.build import plan_build
+from retro.retrieval.files import save_npy, sha256_file, write_lock
+from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words, write_jsonl
 
 
 def files_of(folder):
@@ -22,7 +24,9 @@ def files_of(folder):
 def settings(tmp_path):
     texts = [words(n, n) for n in (5, 9, 30, 2)]
     inputs = [write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])]
-    return BuildSettings(str(tmp_path / "store"), inputs, "words", chunk_len=4, min_chunk_len=2, index="none")
+    return BuildSettings(
+        str(tmp_path / "store"), inputs, "words", chunk_len=4, min_chunk_len=2, index="none", workers=1
+    )
 
 
 def build(settings, tokenizer, embedder=None, **changes):
@@ -61,9 +65,8 @@ def test_every_record_is_counted(tmp_path, tokenizer):
     rejected = [json.loads(line) for line in (store.path / "rejects/rejected.jsonl").read_text().splitlines()]
     assert [(r["file"], r["line"]) for r in rejected] == [("in.jsonl", 4), ("in.jsonl", 5)]
     (filtered,) = [json.loads(line) for line in (store.path / "rejects/filtered.jsonl").read_text().splitlines()]
-    assert (
-        filtered["place"] == "in.jsonl:6" and filtered["jaccard"] >= 0.8 and filtered["held_out_id"] == "held.jsonl:1"
-    )
+    assert filtered["place"] == "in.jsonl:6" and filtered["jaccard"] >= 0.8
+    assert (filtered["held_out_id"], counts["filtered_by"]) == ("held.jsonl:1", {"decontaminate": 1})
     assert store.searchable_rows.tolist() == [0, 1, 2, 3, 4, 6]  # 21 tokens: the sixth chunk has one
 
 
@@ -109,6 +112,48 @@ def test_an_unfinished_store_of_other_settings_is_not_thrown_away(settings, toke
     assert files_of(settings.store) == before
 
 
+def between(monkeypatch, action):
+    """Do something just before the next build has its lock, as another process may."""
+    real, done = build_module.write_lock, []
+
+    def late(folder):
+        if not done:
+            done.append(True)
+            action()
+        return real(folder)
+
+    monkeypatch.setattr(build_module, "write_lock", late)
+
+
+def test_a_store_that_another_process_has_just_built_is_kept(settings, tokenizer, monkeypatch):
+    between(monkeypatch, lambda: remove_documents(build(settings, tokenizer).path, ["in.jsonl:2"]))
+    store = build(settings, tokenizer)
+    assert store.generation == 2 and store.find_documents(["in.jsonl:2"]) == {}
+
+
+def test_another_store_that_another_process_has_just_built_is_kept(settings, tokenizer, monkeypatch):
+    between(monkeypatch, lambda: build(settings, tokenizer, chunk_len=8))
+    with pytest.raises(ValueError, match="complete store built with other chunk_len"):
+        build(settings, tokenizer)
+    assert Store.open(settings.store).chunk_len == 8
+
+
+def test_work_in_progress_is_left_to_the_process_that_writes(settings, tokenizer):
+    """A build that finds the store complete cleans up behind one that was killed, but only if nobody writes."""
+    store = build(settings, tokenizer)
+    left = store.path / "parts"
+    left.mkdir()
+    plan = plan_build(settings, tokenizer, HashingEmbedder())
+    (left / "job.json").write_text(json.dumps({"identity": settling._identity(plan, None)}))
+    with write_lock(store.path):
+        assert build(settings, tokenizer).fingerprint == store.fingerprint and left.exists()
+    assert build(settings, tokenizer).fingerprint == store.fingerprint and not left.exists()
+    shutil.copytree(settings.store, left)
+    (left / "job.json").write_text(json.dumps({"identity": "of an addition"}))
+    build(settings, tokenizer)
+    assert left.exists()
+
+
 def test_a_kill_while_clearing_leaves_what_can_be_built_again(settings, tokenizer, monkeypatch):
     Path(settings.inputs[0]).write_text('{"text": "w1"}\n{oops\n')
 
@@ -119,7 +164,7 @@ def test_a_kill_while_clearing_leaves_what_can_be_built_again(settings, tokenize
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(build_module.shutil, "rmtree", killed)
+        patched.setattr(build_module, "delete", killed)
         with pytest.raises(Killed):
             build(settings, tokenizer)
     write_jsonl(Path(settings.inputs[0]), [{"text": "w1 w2"}])
@@ -134,29 +179,35 @@ def test_an_error_of_the_disk_keeps_what_was_built(settings, tokenizer, monkeypa
     def broken(*args, **kwargs):
         raise OSError("input/output error")
 
-    monkeypatch.setattr(build_module, "check_files", broken)
+    monkeypatch.setattr(parts, "open_npy", broken)
     with pytest.raises(OSError, match="input/output"):
         build(settings, tokenizer)
     assert files_of(settings.store) == before
 
 
-def test_progress_moves_with_every_few_batches(settings, tokenizer, monkeypatch):
-    steps = []
+def test_progress_counts_the_bytes_read_and_the_chunks_embedded(settings, tokenizer, monkeypatch):
+    bars = []
 
-    class Bar:
-        def __enter__(self):
-            return self
+    class Bars(settling._Bars):
+        def __init__(self, shown, num_bytes, embeds):
+            self.settled_parts, self.steps = [], []
+            bars.append((num_bytes, self))
+
+        def settled(self, num_bytes, num_chunks):
+            self.settled_parts.append((num_bytes, num_chunks))
+
+        def embedded(self, num_chunks, resumed):
+            self.steps.append((num_chunks, resumed))
 
         def __exit__(self, *error):
             pass
 
-        def update(self, step=1):
-            steps.append(step)
-
-    monkeypatch.setattr(build_module, "_bar", lambda *args: Bar())
-    write_jsonl(Path(settings.inputs[0]), [{"text": words(4 * 600, 1)}])
+    monkeypatch.setattr(settling, "_Bars", Bars)
+    write_jsonl(Path(settings.inputs[0]), [{"text": words(4 * 2600, 1)}])
     store = build(settings, tokenizer)
-    assert store.num_chunks == 601 and steps[-3:] == [256, 256, 89]
+    ((num_bytes, bar),) = bars
+    assert num_bytes == Path(settings.inputs[0]).stat().st_size and bar.settled_parts == [(num_bytes, 2601)]
+    assert store.num_chunks == 2601 and bar.steps == [(1024, False), (1024, False), (553, False)]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +327,7 @@ def test_a_killed_build_is_taken_up_to_the_same_bytes(tmp_path, settings, tokeni
     assert files_of(taken_up.path) == files_of(undisturbed.path)
 
 
-def test_a_finished_shard_is_not_embedded_again(settings, tokenizer):
+def test_a_block_that_is_embedded_is_not_embedded_again(settings, tokenizer):
     class Dying(HashingEmbedder):
         calls = 0
 
@@ -291,3 +342,114 @@ def test_a_finished_shard_is_not_embedded_again(settings, tokenizer):
         build(settings, tokenizer, Dying())
     store = build(settings, tokenizer, Dying())
     assert Dying.calls == 3 + len(store.manifest["shards"]) - 2
+
+
+def test_another_embedder_on_one_machine_stops_the_build_and_keeps_the_work(tmp_path, settings, tokenizer, monkeypatch):
+    """It is no fault of the inputs, for which all would be cleared away."""
+    from tests.retrieval.tiny_encoders import make_encoder
+
+    settings = replace(settings, embedder=make_encoder(tmp_path / "encoder"))
+    parts._load_embedder.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(settling, "embedder_at_hand", lambda embedder: open(os.devnull))
+        patched.setattr(parts, "embedder_from", lambda *args, **kwargs: HashingEmbedder())
+        with pytest.raises(OSError, match="is another one here .* give every machine the same files"):
+            build_store(settings, tokenizer=tokenizer)
+        parts._load_embedder.cache_clear()
+        patched.setattr(parts, "embedder_from", lambda *args, **kwargs: int("no weights"))
+        with pytest.raises(OSError, match="the embedder cannot be loaded here: .*no weights"):
+            build_store(settings, tokenizer=tokenizer)
+    assert list((Path(settings.store) / "parts").glob("tables-*.json"))
+    assert build_store(settings, tokenizer=tokenizer).num_documents == 4
+
+
+def test_more_blocks_of_keys_than_a_process_may_open(tmp_path):
+    import resource
+
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (tmp_path / "shards" / "00000").mkdir(parents=True)
+    names = [f"keys-{number}" for number in range(90)]
+    for number, name in enumerate(names):
+        save_npy(folder / f"{name}.npy", np.full((2, 3), number, np.float32))
+    spec = {"folder": str(folder), "shard": "00000", "blocks": names, "rows": 180, "truncated_chunks": 0}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, hard))
+    try:
+        parts.join_keys(spec)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    joined = np.load(tmp_path / "shards" / "00000" / "keys.npy")
+    assert joined[:, 0].tolist() == np.repeat(np.arange(90), 2).tolist()
+
+
+@pytest.mark.parametrize("size", [65_535, 65_536, 65_537])
+def test_the_largest_id_of_a_vocabulary_survives(tmp_path, size):
+    """An id that does not fit is refused, whatever the tokenizer says of its size."""
+    tokenizer = make_words_tokenizer(size - 3)
+    text = f"w{size - 4} w1"
+    store = make_store(tmp_path, [text], tokenizer)
+    assert store.token_lists(np.array([0]))[0].tolist() == [size - 1, 4, 1]
+    assert store.shard_arrays(0).tokens.dtype == ("uint16" if size <= 1 << 16 else "uint32")
+
+    class Small:
+        """Says that it has fewer ids than it gives."""
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __len__(self):
+            return 65_536
+
+        def __call__(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    if size > 1 << 16:
+        with pytest.raises(ValueError, match=f"gave the id {size - 1} for .*, which does not fit uint16"):
+            make_store(tmp_path, [text], Small(tokenizer), name="small")
+        assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("group_rows", [1, 3, 4096])
+def test_document_tables_in_groups(tmp_path, tokenizer, monkeypatch, group_rows):
+    monkeypatch.setattr(parts, "_GROUP_ROWS", group_rows)
+    texts = [words(1 + n % 9, n) for n in range(11)]
+    store = make_store(tmp_path, texts, tokenizer, shard_chunks=9)
+    for n, text in enumerate(texts):
+        record = store.document(n)
+        assert (record.id, record.title, record.num_bytes) == (f"d{n}", f"title {n}", len(text))
+        assert (record.first_row, record.num_chunks) == tuple(store.document_spans[n])
+
+
+def test_the_command_line_filters_and_shares_the_work(tmp_path, tokenizer, capsys):
+    from retro.cli import main
+
+    records = [{"text": words(9, n % 3), "date": str(2010 + n), "score": n} for n in range(6)]
+    inputs = write_jsonl(tmp_path / "in.jsonl", records)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    given = ["build", str(tmp_path / "store"), inputs, "--tokenizer", str(tmp_path / "tokenizer"), "--embedder", "none"]
+    given += [
+        "--index",
+        "none",
+        "--chunk-len",
+        "4",
+        "--min-chunk-len",
+        "1",
+        "--deduplicate",
+        "exact",
+        "--max-date",
+        "2014",
+        "--workers",
+        "1",
+    ]
+    assert main([*given, "--quality", "extra.score>=1"]) == 0
+    said = capsys.readouterr().out
+    assert "read 6 = kept 3 + empty 0 + filtered 3 + rejected 0" in said
+    assert "1 left out by date" in said and "1 left out by deduplicate" in said
+    assert main([*given, "--pooling", "mean"]) == 2
+    assert "pooling is given, but embedder is none" in capsys.readouterr().err
+    assert main([*given, "--executor", "ranks"]) == 2
+    assert "the executor ranks needs SLURM_ARRAY_TASK_ID" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from math import log
 import numpy as np
 import pytest
 
-from retro.retrieval import BuildSettings, Retriever, build_neighbors, build_store, lexical, open_neighbors
+from retro.retrieval import BuildSettings, Retriever, build_neighbors, build_store, open_neighbors, postings
 from retro.retrieval.lexical import build_lexical
 from retro.retrieval.queries import Queries
 from retro.retrieval.search import FusedSearcher, open_searcher
@@ -152,28 +152,48 @@ def test_refused_kinds(store, kind, reason):
         open_searcher(store, kind)
 
 
-def test_a_lexical_index_is_opened_again(store):
-    folder = build_lexical(store, "tfidf").folder
-    stamp = (folder / "weights.npy").stat().st_mtime_ns
-    assert build_lexical(store, "tfidf").folder == folder and (folder / "weights.npy").stat().st_mtime_ns == stamp
-    content = (folder / "weights.npy").read_bytes()
-    (folder / "weights.npy").write_bytes(b"")
-    build_lexical(store, "tfidf")
-    assert (folder / "weights.npy").read_bytes() == content
+def contents(index):
+    return {(f.name, file.name): file.read_bytes() for f in index.folders for file in f.iterdir()}
 
 
-def test_an_index_does_not_depend_on_its_blocks(store, monkeypatch):
-    folder = build_lexical(store, "tfidf").folder
-    content = {file.name: file.read_bytes() for file in folder.iterdir()}
-    monkeypatch.setattr(lexical, "_BLOCK_ROWS", 7)
-    shutil.rmtree(folder)
-    build_lexical(store, "tfidf")
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == content
+@pytest.mark.parametrize("kind", ["tfidf", "bm25"])
+def test_a_lexical_index_is_opened_again_and_a_damaged_one_built_again(store, kind):
+    pytest.importorskip("bm25s")
+    before = contents(build_lexical(store, kind))
+    stamps = {folder: (folder / "index.json").stat().st_mtime_ns for folder in build_lexical(store, kind).folders}
+    assert stamps == {folder: (folder / "index.json").stat().st_mtime_ns for folder in stamps}
+    for folder in stamps:
+        for name in ("weights-00000.npy", "counts.npy", "words.json"):
+            if (folder / name).is_file():
+                (folder / name).write_bytes(b"")
+        assert contents(build_lexical(store, kind)) == before
+
+
+@pytest.mark.parametrize("kind", ["tfidf", "bm25"])
+def test_an_index_does_not_depend_on_its_blocks(store, monkeypatch, kind):
+    pytest.importorskip("bm25s")
+    index = build_lexical(store, kind)
+    content = contents(index)
+    monkeypatch.setattr(postings, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(postings, "_BLOCK_POSTINGS", 11)
+    for folder in index.folders:
+        shutil.rmtree(folder)
+    assert contents(build_lexical(store, kind)) == content
+
+
+def test_a_store_without_words(tmp_path, tokenizer):
+    pytest.importorskip("bm25s")
+    records = [{"id": "a", "text": "? !"}]
+    inputs = [write_jsonl(tmp_path / "in.jsonl", records)]
+    settings = BuildSettings(str(tmp_path / "s"), inputs, "words", embedder="none", min_chunk_len=1, index="none")
+    with pytest.raises(ValueError, match="no word of two letters or more for bm25 to index; use tfidf"):
+        build_lexical(build_store(settings, tokenizer=tokenizer), "bm25")
 
 
 def test_processes_may_build_one_index_at_once(store):
     code = f"from retro.retrieval import Retriever; print(Retriever({str(store.path)!r}, 'tfidf').index.num_rows)"
-    shutil.rmtree(build_lexical(store, "tfidf").folder)
+    for folder in build_lexical(store, "tfidf").folders:
+        shutil.rmtree(folder)
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [int(one.communicate()[0]) for one in running] == [len(store.searchable_rows)] * 3
 

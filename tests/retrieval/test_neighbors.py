@@ -1,10 +1,21 @@
-"""Neighbor tables: nothing from the same document, nothing lost, nothing invented."""
+"""Neighbor tables: nothing from the same document, nothing lost, nothing invented, whoever did the work."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from retro.retrieval import build_neighbors, open_neighbors
+from retro.retrieval import Store, build_neighbors, open_neighbors, remove_documents
+from retro.retrieval import neighbors as neighbors_module
 from retro.retrieval import search as search_module
+from retro.retrieval.files import write_lock
 from retro.retrieval.index import build_index, exact_search
 from tests.stand_ins import HashingEmbedder, make_store, words
 
@@ -152,3 +163,199 @@ def test_damaged_tables_are_named(store):
     with pytest.raises(ValueError, match=r"distances\.npy is missing"):
         open_neighbors(store, k=5)
     np.testing.assert_array_equal(build_neighbors(store, 5).rows, table.rows)  # computed again
+
+
+# The job
+
+
+def small_tasks(monkeypatch, queries=8, pairs=512, tasks=4):
+    """Cut as if the store were large."""
+    monkeypatch.setattr(neighbors_module, "_TASK_QUERIES", (queries, queries))
+    monkeypatch.setattr(neighbors_module, "_TASK_PAIRS", pairs)
+    monkeypatch.setattr(neighbors_module, "_TASKS", tasks)
+
+
+def table_bytes(table):
+    return [(table.path / name).read_bytes() for name in ("rows.npy", "distances.npy", "neighbors.json")]
+
+
+@given(st.integers(1, 300_000), st.integers(1, 300_000), st.sampled_from([1 << 10, 1 << 26, 1 << 32]))
+def test_a_job_is_cut_into_all_pairs_once(num_queries, num_rows, pairs):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(neighbors_module, "_TASK_PAIRS", pairs)
+        blocks = neighbors_module.cut(num_queries, num_rows)
+    assert [start for (start, _), _ in blocks] == [0, *(stop for (_, stop), _ in blocks[:-1])]
+    assert blocks[-1][0][1] == num_queries
+    for (start, stop), ranges in blocks:
+        assert start < stop <= start + 65_536
+        assert [low for low, _ in ranges] == [0, *(high for _, high in ranges[:-1])] and ranges[-1][1] == num_rows
+        assert all(low < high for low, high in ranges)
+
+
+@pytest.mark.parametrize("index", ["exact", "faiss", "tfidf", "exact+tfidf"])
+def test_bytes_do_not_depend_on_how_the_work_is_cut(store, monkeypatch, index):
+    if "faiss" in index:
+        pytest.importorskip("faiss")
+    whole = build_neighbors(store, 3, index=index)
+    kept = table_bytes(whole)
+    for cut in ({"tasks": 1}, {"queries": 50, "pairs": 64, "tasks": 12}):
+        shutil.rmtree(whole.path)
+        small_tasks(monkeypatch, **cut)
+        found = build_neighbors(store, 3, index=index, workers=1)
+        assert table_bytes(found) == kept
+        assert sorted(path.name for path in found.path.iterdir()) == ["distances.npy", "neighbors.json", "rows.npy"]
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(store, monkeypatch):
+    whole = build_neighbors(store, 3)
+    kept = table_bytes(whole)
+    shutil.rmtree(whole.path)
+    small_tasks(monkeypatch, queries=64)
+    assert table_bytes(build_neighbors(store, 3, workers=2)) == kept
+
+
+def test_an_interrupted_table_is_taken_up_again(store, monkeypatch, capsys):
+    kept = table_bytes(build_neighbors(store, 2))
+    shutil.rmtree(build_neighbors(store, 2).path)
+    small_tasks(monkeypatch, tasks=1)
+    search, begun = neighbors_module.search_block, []
+
+    def stops(spec):
+        begun.append(tuple(spec["queries"]))
+        if len(begun) == 7:
+            raise KeyboardInterrupt
+        return search(spec)
+
+    monkeypatch.setattr(neighbors_module, "search_block", stops)
+    with pytest.raises(KeyboardInterrupt):
+        build_neighbors(store, 2, workers=1)
+    assert not any(file.parent.name == "job" for file in store.path.glob("neighbors/*/neighbors.json"))
+    done, begun = begun[:6], [None] * 10  # never seven again
+    assert table_bytes(build_neighbors(store, 2, workers=1, progress=True)) == kept
+    blocks = [block for block, _ in neighbors_module.cut(store.num_chunks, store.num_chunks)]
+    assert begun[10:] == [block for block in blocks if block not in done] and len(done) == 6
+    assert f"{store.num_chunks}/{store.num_chunks} [" in capsys.readouterr().err
+
+
+def test_another_process_is_kept_out(store):
+    table = build_neighbors(store, 2)
+    shutil.rmtree(table.path)
+    (table.path / "job").mkdir(parents=True)
+    with write_lock(table.path / "job"), pytest.raises(ValueError, match="is being written by another process"):
+        build_neighbors(store, 2)
+    assert build_neighbors(store, 2).path == table.path
+
+
+def test_a_store_that_changes_meanwhile(tmp_path, tokenizer):
+    old = make_store(tmp_path, [words(30, 1), words(20, 2), words(9, 3)], tokenizer)
+    remove_documents(old.path, ["d1"])
+    with pytest.raises(ValueError, match="was changed while its neighbors were computed; run the same command again"):
+        build_neighbors(old, 2)
+    table = build_neighbors(Store.open(old.path), 2)
+    new = Store.open(old.path)
+    np.testing.assert_array_equal(table.rows[~new.is_removed(np.arange(new.num_chunks))], live_rows(new, 2))
+
+
+def live_rows(store, k):
+    """The oracle's table without the chunks of removed documents."""
+    return oracle(store, k)[~store.is_removed(np.arange(store.num_chunks))]
+
+
+def test_removed_documents_duplicates_and_near_ties(tmp_path, tokenizer, monkeypatch):
+    """Removed chunks find nothing and are found by nobody; equal and almost equal distances are ordered by row."""
+    texts = [words(n, n) for n in range(1, 40, 3)] + [words(12, 4)] * 9 + [f"{words(12, 4)} w{i}" for i in range(9)]
+    made = make_store(tmp_path, texts, tokenizer, min_chunk_len=2, shard_chunks=20)
+    store = remove_documents(made.path, ["d3", "d9", "d15", "d20"])
+    small_tasks(monkeypatch, queries=16, pairs=128, tasks=30)
+    table = build_neighbors(store, 6, workers=1)
+    removed = store.is_removed(np.arange(store.num_chunks))
+    assert removed.any() and (table.rows[removed] == -1).all() and np.isinf(table.distances[removed]).all()
+    np.testing.assert_array_equal(table.rows[~removed], live_rows(store, 6))
+    assert not np.isin(table.rows, np.flatnonzero(removed)).any()
+
+
+def test_of_another_store_with_removed_documents(store, tmp_path, tokenizer, monkeypatch):
+    """The id of a removed document excludes nothing; the few queries are searched in ranges of rows."""
+    made = make_store(tmp_path, [words(n, n + 1) for n in (9, 30, 2, 7)], tokenizer, name="queries")
+    queries = remove_documents(made.path, ["d1"])
+    small_tasks(monkeypatch, queries=100, pairs=200, tasks=8)
+    assert len(neighbors_module.cut(queries.num_chunks, store.num_chunks)[0][1]) == 8
+    live = ~queries.is_removed(np.arange(queries.num_chunks))
+    np.testing.assert_array_equal(build_neighbors(store, 2, queries).rows[live], oracle(store, 2, queries)[live])
+
+
+def test_an_embedder_of_the_callers_own_stays_in_this_process(tmp_path, tokenizer, monkeypatch):
+    class Own(HashingEmbedder):
+        """Queries are embedded with another word before them."""
+
+        def embed(self, texts, is_query=False):
+            asked.append((os.getpid(), is_query))
+            return super().embed([f"w{is_query:d} {text}" for text in texts])
+
+    asked, embedder = [], Own()
+    embedder.description |= {"query_prefix": "w1 ", "passage_prefix": "w0 "}
+    store = make_store(tmp_path, [words(n, n) for n in range(3, 40, 5)], tokenizer, embedder)
+    whole = build_neighbors(store, 2, embedder=embedder, exclude="none")
+    kept = table_bytes(whole)
+    assert (whole.distances > 1e-3).all() and (os.getpid(), True) in asked
+    shutil.rmtree(whole.path)
+    small_tasks(monkeypatch)
+    assert table_bytes(build_neighbors(store, 2, embedder=embedder, exclude="none", workers=3)) == kept
+    assert {process for process, _ in asked} == {os.getpid()}
+    shutil.rmtree(whole.path)
+    with pytest.raises(ValueError, match="an embedder of your own"):
+        build_neighbors(store, 2, exclude="none", workers=1)
+
+
+JOB = """
+import sys
+from retro.retrieval import Store, build_neighbors, neighbors
+neighbors._TASK_QUERIES, neighbors._TASK_PAIRS, neighbors._TASKS = (16, 16), 512, 8
+build_neighbors(Store.open(sys.argv[1]), 4, workers=int(sys.argv[2]), executor=sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path, tokenizer):
+    """kill -9 of the process and all its workers, again and again; then the bytes of an undisturbed run."""
+    store = make_store(tmp_path, [words(5 + n % 50, n) for n in range(300)], tokenizer)
+    whole = build_neighbors(store, 4)
+    kept = table_bytes(whole)
+    shutil.rmtree(whole.path)
+    command, rng, kills = [sys.executable, "-c", JOB, str(store.path), "2", "local"], np.random.default_rng(0), 0
+    while True:
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + float(rng.uniform(1, 15))
+        while process.poll() is None and time.monotonic() < deadline and kills < 20:
+            time.sleep(0.05)
+        if kills == 20 or process.poll() is not None:
+            assert process.wait() == 0, process.stderr.read().decode()
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert table_bytes(open_neighbors(store, k=4)) == kept and kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+def test_bytes_of_processes(store, workers):
+    whole = build_neighbors(store, 4)
+    kept = table_bytes(whole)
+    shutil.rmtree(whole.path)
+    subprocess.run([sys.executable, "-c", JOB, str(store.path), str(workers), "local"], check=True)
+    assert table_bytes(open_neighbors(store, k=4)) == kept
+
+
+@pytest.mark.slow
+def test_bytes_of_ranks(store):
+    whole = build_neighbors(store, 4)
+    kept = table_bytes(whole)
+    shutil.rmtree(whole.path)
+    command = [sys.executable, "-c", JOB, str(store.path), "3", "ranks"]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3"})
+        for rank in (2, 0, 1)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0, 0]
+    assert table_bytes(open_neighbors(store, k=4)) == kept

@@ -148,9 +148,11 @@ def test_what_changes_an_encoder_beside_its_weights_is_in_the_fingerprint(tmp_pa
     (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
     assert load_embedder(str(folder)).fingerprint != same
     pooling = json.loads((folder / "1_Pooling/config.json").read_text())
-    pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_mean_sqrt_len_tokens": True}
     (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
-    with pytest.raises(ValueError, match="pools by lasttoken, which this library does not; give pooling as mean"):
+    with pytest.raises(
+        ValueError, match="pools by mean_sqrt_len_tokens, which this library does not; give pooling as mean"
+    ):
         load_embedder(str(folder))
     assert load_embedder(str(folder), pooling="cls").chosen.pooling == "cls"
 

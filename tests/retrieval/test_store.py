@@ -1,5 +1,7 @@
 """What a store gives back, against a naive loop; what it refuses to open."""
 
+import json
+import os
 import shutil
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro.retrieval import Store
-from retro.retrieval.store import narrow_keys, widen_keys
+from retro.retrieval.files import file_record, stable_hash
+from retro.retrieval.store import SHARD_FILES, narrow_keys, widen_keys
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 LENGTHS = (3, 7, 1, 4, 20, 2, 8, 16)  # words; a document has one token more (eos)
@@ -139,31 +142,170 @@ def test_cut_and_damaged_shard_files_are_named(copy, name):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"00001/{name} is damaged"):
-        Store.open(copy).verify()
+        Store.open(copy)
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"00001/{name} has {len(content) - 1} bytes, but {len(content)}"):
         Store.open(copy)
 
 
-def test_permuted_shards_are_noticed(copy):
-    one, two = copy / "shards" / "00000", copy / "shards" / "00001"
-    one.rename(copy / "aside")
+def test_permuted_folders_are_named_at_opening(copy):
+    """Two shards of the same sizes, so that only their content tells them apart."""
+    twins = make_store(
+        copy.parent, [words(3, seed) for seed in range(4)], Store.open(copy).tokenizer, name="twins", shard_chunks=2
+    )
+    one, two = twins.path / "shards" / "00000", twins.path / "shards" / "00001"
+    assert [(one / name).stat().st_size for name in SHARD_FILES] == [
+        (two / name).stat().st_size for name in SHARD_FILES
+    ]
+    one.rename(twins.path / "aside")
     two.rename(one)
-    (copy / "aside").rename(two)
-    with pytest.raises(ValueError, match="shards/0000"):
-        Store.open(copy).verify()
+    (twins.path / "aside").rename(two)
+    with pytest.raises(ValueError, match="shards/00000/.* is damaged"):
+        Store.open(twins.path)
+
+
+@pytest.mark.parametrize(
+    "change, named", [("permute", "00001"), ("drop first", "00001"), ("drop last", "counts"), ("drop all", "counts")]
+)
+def test_permuted_and_dropped_records_are_named(copy, change, named):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    shards = manifest["shards"]
+    manifest["shards"] = {
+        "permute": [shards[1], shards[0], *shards[2:]],
+        "drop first": shards[1:],
+        "drop last": shards[:-1],
+        "drop all": [],
+    }[change]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"manifest.json (puts shard )?{named}.*restore the manifest"):
+        Store.open(copy)
+
+
+def test_dropped_folder_is_named(copy):
+    shutil.rmtree(copy / "shards" / "00001")
+    with pytest.raises(ValueError, match="shards/00001/.* is missing"):
+        Store.open(copy)
+
+
+def first_format(path):
+    """The manifest as the library's first release wrote it."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["format_version"] = 1
+    files = [manifest["tokenizer"]["files"], manifest["rejects"], *(record["files"] for record in manifest["shards"])]
+    for record in (record for folder in files for record in folder.values()):
+        del record["ends"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
+
+
+def test_stores_of_the_first_format_open_with_their_old_fingerprint(copy):
+    """So that the neighbor tables and models which name it still fit."""
+    manifest = first_format(copy)
+    old = Store.open(copy)
+    assert old.fingerprint == stable_hash(
+        {
+            "format_version": 1,
+            "generation": 1,
+            "chunk_len": 4,
+            "min_chunk_len": 1,
+            "tokenizer": manifest["tokenizer"]["fingerprint"],
+            "embedder": manifest["embedder"]["fingerprint"],
+            "shards": [{n: f["sha256"] for n, f in record["files"].items()} for record in manifest["shards"]],
+        }
+    )
+    assert old.verify()["chunks"] == old.num_chunks == len(old.searchable_rows)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("hard", [False, True])
+def test_more_shards_than_a_process_may_open_files(tmp_path, tokenizer, hard):
+    """The limit is raised as far as the system allows; beyond that the remedy is named."""
+    import resource
+
+    path = make_store(tmp_path, [words(3, seed) for seed in range(40)], tokenizer, shard_chunks=1).path
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        limit = len(os.listdir("/dev/fd")) + 50
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit if hard else limit + 1000))
+        try:
+            os.write(writing, str(Store.open(path).num_chunks).encode())
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(reading, 1000).decode()
+    assert ("ValueError" in said and "40 shards of 4 files" in said and "ulimit -n" in said) if hard else said == "40"
+
+
+def test_document_tables_are_not_all_kept(store, monkeypatch):
+    from retro.retrieval import store as module
+
+    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(module, "_KEPT_GROUPS", 1)
+    again = Store.open(store.path)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(LENGTHS)), 3))
+    assert [again.document(row).id for row in order] == [f"d{row}" for row in order]
+    assert len(again._tables) == 1 and len(again._table_groups) == 1
+
+
+def test_objects_are_not_unpickled(copy):
+    """A file that holds a pickle is refused, though size, ends and checksum are the recorded ones."""
+    file, manifest = copy / "shards" / "00001" / "chunks.npy", json.loads((copy / "manifest.json").read_text())
+    np.save(file, np.array([{"code": "runs"}], object), allow_pickle=True)
+    manifest["shards"][1]["files"][file.name] = file_record(file)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="00001/chunks.npy cannot be read .*(allow_pickle|objects)"):
+        Store.open(copy)
 
 
 def test_not_a_store(tmp_path, copy):
     with pytest.raises(ValueError, match="is not a datastore"):
         Store.open(tmp_path / "none")
     manifest = copy / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
         Store.open(copy)
     manifest.write_text("{")
     with pytest.raises(ValueError, match="manifest.json is not valid JSON"):
         Store.open(copy)
+
+
+def test_opening_reads_no_table(store, monkeypatch):
+    """Neither documents nor chunks are read to open a store, count it or know one shard's searchable rows."""
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(pq, "ParquetFile", lambda *args, **kwargs: pytest.fail("a document table is read"))
+    again = Store.open(store.path)
+    assert again.num_searchable == again.num_chunks == again.num_live_chunks and again.num_live_documents == len(
+        LENGTHS
+    )
+    assert again.searchable_in(3, 9).tolist() == list(range(3, 9))
+    assert "searchable_rows" not in vars(again)
+
+
+@pytest.mark.parametrize("min_chunk_len", [1, 2, 4])
+def test_searchable_rows_by_range_and_number(tmp_path, tokenizer, min_chunk_len):
+    texts = [words(n, seed) for seed, n in enumerate(LENGTHS)]
+    store = make_store(tmp_path, texts, tokenizer, shard_chunks=5, min_chunk_len=min_chunk_len)
+    expected = [row for row in range(store.num_chunks) if store.chunk_lens(np.array(row)) >= min_chunk_len]
+    by_range = [store.searchable_in(start, start + 3) for start in range(0, store.num_chunks, 3)]
+    assert np.concatenate(by_range).tolist() == expected and store.num_searchable == len(expected)
+    assert store.searchable_rows.tolist() == expected
+    assert store.searchable_in(2, 7).tolist() == [row for row in expected if 2 <= row < 7]
+
+
+def test_shard_fingerprints_are_of_the_content_alone(store, tmp_path, tokenizer):
+    texts = [words(n, seed) for seed, n in enumerate(LENGTHS)]
+    again = make_store(tmp_path, texts, tokenizer, shard_chunks=5)
+    found = [again.shard_fingerprint(number) for number in range(len(again.shards))]
+    assert found == [store.shard_fingerprint(number) for number in range(len(store.shards))]
+    assert len(set(found)) == len(found)
+
+
+def test_find_documents(store):
+    assert store.find_documents(["d7", "nobody", "d0"]) == {"d0": 0, "d7": 7}
+    assert store.find_documents(["d7"], removed=True) == {}
 
 
 def test_another_tokenizer_or_embedder_is_refused(store):

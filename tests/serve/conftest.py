@@ -101,11 +101,15 @@ def ask_all(engine, requests, headers=None, **app_options):
     return asyncio.run(every())
 
 
-@contextlib.contextmanager
 def serving(engine, **app_options):
     """The URL of a real server on a free port."""
-    bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, "tiny", **app_options), log_level="warning"))
+    return serving_app(create_app(engine, "tiny", **app_options))
+
+
+@contextlib.contextmanager
+def serving_app(app, port=0):
+    bound = listen("127.0.0.1", port)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

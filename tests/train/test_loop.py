@@ -461,18 +461,48 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_exactly(make_settings, pr
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(make_settings, prepare, tmp_path):
-    changes = dict(max_steps=8, gradient_accumulation_steps=2, log_every=1, lr=1e-3, eval_windows=5)
+def run_pair(settings, tmp_path) -> None:
+    """A run of two processes, to its end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pair = make_settings("two", batch_size=2, **changes)
-    processes = [start(pair, tmp_path, rank, 2, port) for rank in range(2)]
+    processes = [start(settings, tmp_path, rank, 2, port) for rank in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(make_settings, prepare, tmp_path):
+    changes = dict(max_steps=8, gradient_accumulation_steps=2, log_every=1, lr=1e-3, eval_windows=5)
+    run_pair(make_settings("two", batch_size=2, **changes), tmp_path)
     fit(prepare(make_settings("one", batch_size=4, **changes)))
     assert_close_runs(tmp_path / "one", tmp_path / "two")
     assert {"rng-0.json", "rng-1.json"} <= {path.name for path in last_checkpoint(tmp_path / "two").iterdir()}
+
+
+def test_a_sharded_run_is_the_run_of_one_process_and_goes_on_whole_or_sharded(make_settings, prepare, tmp_path):
+    changes = dict(max_steps=6, save_every=3, log_every=1, lr=1e-3, eval_windows=5, gradient_checkpointing=True)
+    run_pair(make_settings("sharded", fsdp=True, **changes), tmp_path)
+    fit(prepare(make_settings("one", batch_size=4, **changes)))
+    assert_close_runs(tmp_path / "one", tmp_path / "sharded")
+    assert load_file(tmp_path / "one" / "model.safetensors").keys() == saved_names(tmp_path / "sharded")
+    for name in ("again", "whole"):
+        shutil.copytree(tmp_path / "sharded", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000006")
+    run_pair(make_settings("again", fsdp=True, **changes), tmp_path)
+    fit(prepare(make_settings("whole", batch_size=4, **changes)))
+    for name in ("again", "whole"):
+        assert_close_runs(tmp_path / "sharded", tmp_path / name)
+
+
+def saved_names(folder: Path) -> set[str]:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["RetroForCausalLM"]
+    return load_file(folder / "model.safetensors").keys()
+
+
+def test_sharding_needs_somebody_to_share_with(make_settings, prepare):
+    with pytest.raises(ValueError, match="fsdp is true with a single process; launch several"):
+        prepare(make_settings(fsdp=True))
 
 
 def test_the_script_says_a_mistake_in_one_line(make_settings, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from retro.retrieval.index import ExactIndex
-from retro.retrieval.search import DenseSearcher, FusedSearcher
+from retro.retrieval.search import DenseSearcher, FusedSearcher, RerankedSearcher
 from retro.retrieval.store import Store
 
 
@@ -79,8 +79,10 @@ def _pointer(model: Any, length: int, num_chunks: int, k: int, r: int) -> int:
 def search_flops(searcher: Any, query_len: int) -> int:
     """Of one search: the embedder over a query of about so many tokens, and its comparison with every key.
 
-    What approximate indexes and those of words do is not counted.
+    What approximate indexes, those of words and second stages do is not counted.
     """
+    if isinstance(searcher, RerankedSearcher):
+        return search_flops(searcher.first, query_len)
     if isinstance(searcher, FusedSearcher):
         return sum(search_flops(part, query_len) for part in searcher.parts)
     if not isinstance(searcher, DenseSearcher):
@@ -98,12 +100,15 @@ def text_bytes(store: Store) -> int:
 
 def index_bytes(searcher: Any, store: Store) -> int:
     """Of what is searched: the keys and the index's own files."""
-    if isinstance(searcher, FusedSearcher):
-        return sum(index_bytes(part, store) for part in searcher.parts)
-    folder = getattr(getattr(searcher, "index", searcher), "folder", None)
-    own = 0 if folder is None else sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    keys = [record["files"]["keys.npy"]["bytes"] for record in store.manifest["shards"]]
-    return own + (sum(keys) if isinstance(searcher, DenseSearcher) else 0)
+    files = [path for folder in getattr(searcher, "folders", []) for path in folder.rglob("*") if path.is_file()]
+    keys = [record["files"]["keys.npy"]["bytes"] for record in store.shards] if _reads_keys(searcher) else []
+    return sum(path.stat().st_size for path in files) + sum(keys)
+
+
+def _reads_keys(searcher: Any) -> bool:
+    stages = [searcher.first, searcher.second] if isinstance(searcher, RerankedSearcher) else [searcher]
+    parts = [part for stage in stages for part in getattr(stage, "parts", [stage])]
+    return any(isinstance(part, DenseSearcher) for part in parts)
 
 
 def _self_attention(model: Any, length: int) -> int:

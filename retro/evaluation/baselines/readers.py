@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from retro.evaluation.baselines.sample import Ids
 from retro.evaluation.bits import MAX_LOGITS, MAX_NEIGHBOR_TOKENS
+from retro.products import fast_products
 
 MAX_TOKENS = 2**13  # of one batch
 Values = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # rows to ids and mask [.., r]
@@ -32,7 +33,7 @@ def log_likelihoods(
     for batch in _batches(texts, places, _vocab_size(reader), progress=progress):
         ids, mask = padded([texts[i] for i in batch])
         rows, columns = _flat(places, batch)
-        with torch.inference_mode(), before_head(reader, rows, columns - 1) as given:
+        with torch.inference_mode(), fast_products(), before_head(reader, rows, columns - 1) as given:
             inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask).long()}
             logits = reader(**_to(inputs, reader), use_cache=False).logits[0]
         targets = ids[rows, columns]
@@ -52,7 +53,7 @@ def hidden_states(
     for batch in _batches(texts, places, vocab_size=1, progress=progress):
         ids, mask = padded([texts[i] for i in batch])
         rows, columns = _flat(places, batch)
-        with torch.inference_mode(), before_head(reader, rows, columns - 1, stop=True) as given:
+        with torch.inference_mode(), fast_products(), before_head(reader, rows, columns - 1, stop=True) as given:
             inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask).long()}
             reader(**_to(inputs, reader), use_cache=False)
         _spread(states, given[0].float().cpu().numpy(), places, batch)
@@ -84,7 +85,7 @@ def log_likelihoods_with_neighbors(
                 given[place, : len(rows[i])] = rows[i]
             inputs["neighbor_ids"], inputs["neighbor_mask"] = map(torch.from_numpy, values(given))
         at, columns = _flat(places, batch)
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_products():
             logits = model(**_to(inputs, model)).logits[at, columns - 1]
         targets = ids[at, columns]
         _spread(log_p, _of_targets(logits, targets), places, batch)

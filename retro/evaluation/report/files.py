@@ -14,6 +14,7 @@ from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.shapes import FIGURE, SHAPES, TEXT, VERBS, checked, kind_of
 from retro.provenance import FILE, read_provenance
 from retro.retrieval import Store
+from retro.retrieval.index import measured_recall
 
 _OF_MODELS = {"config.json", "generation_config.json", FILE} | {
     f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "vocab", "added_tokens")
@@ -213,14 +214,9 @@ def _metrics(file: Path) -> Iterator[dict[str, Any]]:
 
 def _read_store(folder: Path) -> StoreRecord:
     store = Store.open(folder)
-    manifest, recall = store.manifest, {}
-    for file in sorted(folder.glob("index/[!.]*/index.json")):
-        record = _parsed(file.read_bytes(), file)
-        if record.get("store") == store.fingerprint and "recall" in record:
-            best = recall.get(record["kind"])
-            if best is None or best["recall"] < record["recall"]["recall"]:
-                recall[record["kind"]] = record["recall"]
-    inputs = [one["name"] for one in manifest["inputs"]]
+    manifest, recall = store.manifest, measured_recall(store)
+    read = [manifest, *manifest.get("updates", [])]
+    inputs = [one["name"] for change in read for one in change.get("inputs", [])]
     return StoreRecord(
         str(folder), store.fingerprint, manifest["counts"], manifest["embedder"].get("name") or "none", inputs, recall
     )

@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from tqdm.auto import tqdm
 
-from retro.evaluation.tasks.contamination import overlaps
 from retro.evaluation.tasks.files import field_of, read_records
 from retro.evaluation.tasks.metrics import holds_answer
 from retro.evaluation.tasks.reading import encode, passage_texts
 from retro.evaluation.tasks.results import mean
 from retro.retrieval.chunks import pad_token_id
+from retro.retrieval.filters import shares_run
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
@@ -93,7 +93,7 @@ def find_passages(
 ) -> list[Question]:
     """The questions with the passages that a retriever of any kind finds for them: chunks with what follows, [N, F].
 
-    decontaminate: leave out passages that share 13 words in a row with question and answer; see `overlaps`.
+    decontaminate: leave out passages that share 13 words in a row with question and answer; see `shares_run`.
     """
     k = min(3 * num_passages + 8 if decontaminate else num_passages, retriever.index.num_rows)
     found = []
@@ -113,7 +113,7 @@ def find_passages(
 def without_overlap(question: Question) -> Question:
     """The question without the passages that overlap with it and any of its answers."""
     texts = [f"{question.question} {answer}" for answer in question.answers]
-    clean = (one for one in question.passages or () if not any(overlaps(one.text, text) for text in texts))
+    clean = (one for one in question.passages or () if not any(shares_run(one.text, text) for text in texts))
     return question if question.passages is None else replace(question, passages=tuple(clean))
 
 

@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 from retro.data import random_rows
 from retro.evaluation.bits import MAX_LOGITS, RETRIEVAL, neighbors_of, reads_neighbors
 from retro.evaluation.neighbors import neighbor_rows
-from retro.evaluation.tasks.contamination import overlaps
 from retro.padding import pad_left
+from retro.products import fast_products
 from retro.retrieval.chunks import decode_chunks, pad_token_id, tokenize_ids
+from retro.retrieval.filters import shares_run
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
@@ -201,6 +202,7 @@ class Reader:
             start = stop
 
     @torch.inference_mode()
+    @fast_products()
     def _score(self, examples: list[Example], rows: list[np.ndarray]) -> list[Scored]:
         texts = [np.concatenate([one.context, one.continuation]) for one in examples]
         n = max(map(len, texts)) - 1
@@ -263,7 +265,7 @@ class Reader:
         passages = dict(zip(present.tolist(), self.passage_texts(present), strict=True))
         clean = []
         for example, own in zip(examples, rows, strict=True):
-            bad = [row for row in np.unique(own[own >= 0]).tolist() if overlaps(passages[row], example.text)]
+            bad = [row for row in np.unique(own[own >= 0]).tolist() if shares_run(passages[row], example.text)]
             clean.append(np.where(np.isin(own, bad), -1, own))
         return clean
 

@@ -1,0 +1,543 @@
+"""Seconds of a training step: RETRO[ON], RETRO[OFF], the same decoder alone, RETRO-pytorch 0.3.9, labml's RETRO.
+
+A step is forward, backward and AdamW over random tokens; nothing is searched. All have the same width, layers, heads of
+the same size, feed-forward width, vocabulary, and input embeddings that encoder and decoder share; what they add of
+their own (biases, null keys, projections) is in the column of parameters. Each runs in a process of its own and they
+take turns, as does a square matrix product, whose rate bounds what the counted operations could take:
+
+    share of the bound = operations counted / rate of the product / seconds
+
+Operations are those of matrix products and attention, forward and backward, the masked half of causal attention left
+out. Peak memory is the resident peak of the process less what it held before the model was made. Ours keeps the memory
+that it frees, as `retro train` does (retro.train.memory), and the peers give it back to the system, as they come; what
+that alone is worth is seen in the rows "memory returned" and "memory kept". Packed documents are of 320 tokens each,
+and see nothing of each other.
+
+    python benchmarks/training.py --json training.json
+    python benchmarks/training.py --shapes 256x512 --rounds 3
+    python benchmarks/training.py --shapes 256x512 --profile
+    python benchmarks/training.py --shapes 256x512 --only ON --also before=../other-checkout
+
+The peers are left out where they are not installed: pip install retro-pytorch==0.3.9; pip install labml-nn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEADS, VOCAB_SIZE, R = 8, 8192, 128
+DOCUMENT_LEN = 320  # of packed documents: five chunks
+PEERS = {"retro-pytorch": ("retro_pytorch", "retro-pytorch==0.3.9"), "labml": ("labml_nn", "labml-nn")}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all contestants share. cca_layers are counted from 1."""
+
+    d: int
+    n: int
+    batch: int = 1
+    k: int = 2
+    layers: int = 6
+    cca_layers: tuple[int, ...] = (3, 6)
+    encoder_layers: int = 2
+    m: int = 64
+
+    def __str__(self) -> str:
+        return f"d {self.d}, n {self.n}, batch {self.batch}"
+
+    @property
+    def num_chunks(self) -> int:
+        return self.n // self.m
+
+
+# Contestants: functions of a shape that give a module and the loss of tokens [b, n + 1] and neighbors [b, l, k, r]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def ours(shape: Shape, cca: bool = True, retrieve: bool = True, documents: bool = False) -> tuple[nn.Module, Loss]:
+    from retro.config import RetroConfig
+    from retro.model import RetroForCausalLM
+
+    config = RetroConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=HEADS,
+        cca_layers=list(shape.cca_layers) if cca else [],
+        encoder_num_layers=shape.encoder_layers,
+        encoder_shares_embeddings=True,
+        tie_word_embeddings=False,
+        chunk_len=shape.m,
+        retrieved_len=R,
+    )
+    model = RetroForCausalLM(config).train()
+
+    def loss(ids, neighbors):
+        ids = labels = ids[:, :-1]
+        given = {"neighbor_ids": neighbors, "neighbor_mask": torch.ones_like(neighbors, dtype=torch.bool)}
+        given = given if retrieve else {}
+        if documents:
+            positions = torch.arange(shape.n).expand(ids.shape)
+            given["document_ids"] = positions // DOCUMENT_LEN
+            labels = ids.masked_fill(positions % DOCUMENT_LEN == 0, -100)
+        return model(ids, labels=labels, **given).loss
+
+    return model, loss
+
+
+def retro_pytorch(shape: Shape) -> tuple[nn.Module, Loss]:
+    from retro_pytorch import RETRO
+
+    model = RETRO(
+        num_tokens=VOCAB_SIZE,
+        max_seq_len=shape.n,
+        enc_dim=shape.d,
+        dec_dim=shape.d,
+        enc_depth=shape.encoder_layers,
+        enc_cross_attn_layers=(1,),
+        dec_depth=shape.layers,
+        dec_cross_attn_layers=shape.cca_layers,
+        heads=HEADS,
+        dim_head=shape.d // HEADS,
+        chunk_size=shape.m,
+    ).train()
+    return model, lambda ids, neighbors: model(ids, retrieved=neighbors, return_loss=True)
+
+
+def labml(shape: Shape) -> tuple[nn.Module, Loss]:
+    from labml_nn.transformers.retro.model import NearestNeighborEncoder, RetroModel
+
+    sizes = dict(d_model=shape.d, n_heads=HEADS, d_k=shape.d // HEADS, d_ff=4 * shape.d)
+    encoder = NearestNeighborEncoder(shape.m, shape.encoder_layers, {0}, **sizes)
+    cca_layers = {layer - 1 for layer in shape.cca_layers}
+    model = RetroModel(
+        VOCAB_SIZE, shape.d, shape.layers, cca_layers, shape.m, encoder=encoder, **_without(sizes, "d_model")
+    )
+
+    def loss(ids, neighbors):
+        return F.cross_entropy(model(ids[:, :-1], neighbors).flatten(0, 1), ids[:, 1:].flatten())
+
+    return model.train(), loss
+
+
+def _without(values: dict, name: str) -> dict:
+    return {key: value for key, value in values.items() if key != name}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a contestant is called in the table, made, and whether it keeps freed memory."""
+
+    label: str
+    build: Callable[[Shape], tuple[nn.Module, Loss]]
+    keeps_memory: bool
+    peer: str | None = None
+
+
+CONTESTANTS = {
+    "ON": Entry("RETRO[ON]", ours, True),
+    "OFF": Entry("RETRO[OFF]", lambda shape: ours(shape, retrieve=False), True),
+    "plain": Entry("decoder alone", lambda shape: ours(shape, cca=False, retrieve=False), True),
+    "retro-pytorch": Entry("RETRO-pytorch", retro_pytorch, False, "retro-pytorch"),
+    "labml": Entry("labml", labml, False, "labml"),
+    "ON-packed": Entry("RETRO[ON], packed documents", lambda shape: ours(shape, documents=True), True),
+    "ON-returning": Entry("RETRO[ON], memory returned", ours, False),
+    "retro-pytorch-keeping": Entry("RETRO-pytorch, memory kept", retro_pytorch, True, "retro-pytorch"),
+    "labml-keeping": Entry("labml, memory kept", labml, True, "labml"),
+}
+
+
+class Contestant:
+    """One model in training."""
+
+    def __init__(self, name: str, shape: Shape, seed: int, optimizer: str, precision: str = "float32", compile_mode=""):
+        torch.manual_seed(seed)
+        self.name, self.shape = name, shape
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        self.model, self.loss = CONTESTANTS[name].build(shape)
+        options = {"fused": True} if optimizer == "fused" else {"foreach": optimizer == "foreach"}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **options)
+        self.ids = torch.randint(3, VOCAB_SIZE, (shape.batch, shape.n + 1))
+        self.neighbors = torch.randint(3, VOCAB_SIZE, (shape.batch, shape.num_chunks, shape.k, R))
+        if compile_mode:
+            self.model.compile(mode=compile_mode, dynamic=False)
+
+    def step(self) -> float:
+        with self.autocast:
+            loss = self.loss(self.ids, self.neighbors)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def counted(self) -> int:
+        with operations() as counter, self.autocast:
+            self.loss(self.ids, self.neighbors).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    def by_formula(self) -> int | None:
+        """The same from sizes alone, where there is a formula."""
+        if self.name not in ("ON", "OFF", "plain"):
+            return None
+        return formula(self.model, self.shape, retrieve=self.name == "ON")
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+# Operations
+
+
+def operations():
+    """A counter of matrix products and attention; masked halves of causal attention are not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_operations,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+def _attention_operations(query, key, value, dropout_p=0.0, is_causal=False, *, out_shape=None, **options) -> int:
+    b, h, i, dh = query
+    every = 4 * b * h * i * key[2] * dh
+    return every // 2 if is_causal else every
+
+
+def _attention_backward_operations(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, **options) -> int:
+    return 2 * _attention_operations(query, key, value, dropout_p, is_causal)
+
+
+def formula(model: nn.Module, shape: Shape, retrieve: bool) -> int:
+    """The same from weights and lengths: a backward pass takes twice the forward.
+
+    No token that is predicted can read the last chunk's neighbors, which therefore are not encoded.
+    """
+    from retro.evaluation.baselines.costs import lm_flops, retro_flops
+
+    inner, length = model.config.num_attention_heads * model.config.head_dim, (shape.num_chunks - 1) * shape.m
+    total = lm_flops(model, shape.n, shape.n - 1) - 2 * shape.n**2 * inner * shape.layers
+    if retrieve:
+        total += retro_flops(model, length, 0, shape.k) - lm_flops(model, length, 0)
+    return 3 * shape.batch * total
+
+
+# Processes
+
+
+def resident(field: str) -> int:
+    """Bytes: "VmRSS" now, "VmHWM" at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def restart_peak() -> int:
+    """Let the peak count from what is resident now, and give that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def serve(given: dict) -> None:
+    """A process of one contestant: a line of JSON for each line that asks."""
+    if given["keeps_memory"]:
+        from retro.train.memory import keep_freed_memory
+
+        keep_freed_memory()
+    if given["name"] == "product":
+        dtype = torch.bfloat16 if given["precision"] == "bf16" else torch.float32
+        a, b = torch.randn(2, given["product"], given["product"]).to(dtype)
+        answers = {"step": lambda: {"rate": 2 * given["product"] ** 3 / _seconds(lambda: a @ b, given["clock"])}}
+    else:
+        _ = torch.randn(64, 64) @ torch.randn(64, 64)
+        before = restart_peak()
+        options = given["seed"], given["optimizer"], given["precision"], given["compile"]
+        one = Contestant(given["name"], Shape(**given["shape"]), *options)
+        answers = {
+            "step": lambda: _timed(one.step, given["clock"]),
+            "memory": lambda: {"peak_bytes": resident("VmHWM") - before},
+            "count": lambda: {
+                "parameters": one.parameters(),
+                "operations": one.counted(),
+                "operations_by_formula": one.by_formula(),
+            },
+        }
+    print("{}", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answers[line.strip()]()), flush=True)
+
+
+def _timed(step: Callable[[], float], clock: str) -> dict[str, float]:
+    found = []
+    seconds = _seconds(lambda: found.append(step()), clock)
+    return {"seconds": seconds, "loss": found[0]}
+
+
+def _seconds(function: Callable[[], object], clock: str) -> float:
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    started = now()
+    function()
+    return now() - started
+
+
+class Process:
+    """A contestant's process, asked and answered in turn."""
+
+    def __init__(self, given: dict, source: Path | None = None):
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        if source is not None:
+            paths = [str(source.resolve()), environment.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(given)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        self._answer()
+
+    def ask(self, what: str) -> dict:
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a contestant ended with code {self.process.wait()}; its error is above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def running(shape: Shape, arguments: argparse.Namespace) -> Iterator[dict[str, Process]]:
+    """The processes of all contestants at a shape, and of the product."""
+    shared = {name: getattr(arguments, name) for name in ("seed", "optimizer", "precision", "clock", "product")}
+    shared |= {"shape": asdict(shape), "compile": "", "keeps_memory": True}
+    wanted: dict[str, tuple[dict, Path | None]] = {"product": ({"name": "product"}, None)}
+    for name in arguments.only:
+        entry = CONTESTANTS[name]
+        if entry.peer and not installed(entry.peer):
+            continue
+        wanted[entry.label] = {"name": name, "keeps_memory": entry.keeps_memory}, None
+        if entry.peer is None:
+            for label, source in arguments.also:
+                wanted[f"{entry.label} {label}"] = {"name": name, "keeps_memory": False}, source
+            if arguments.compile:
+                wanted[f"{entry.label} compiled"] = {"name": name, "compile": arguments.compile}, None
+    processes: dict[str, Process] = {}
+    try:
+        for label, (given, source) in wanted.items():
+            processes[label] = Process({**shared, **given}, source)
+        yield processes
+    finally:
+        for process in processes.values():
+            process.close()
+
+
+def installed(peer: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(PEERS[peer][0]) is not None
+
+
+# Measuring
+
+
+def measure(shape: Shape, arguments: argparse.Namespace) -> dict:
+    """All contestants at one shape: rounds in turn, after one that does not count."""
+    with running(shape, arguments) as processes:
+        product = processes.pop("product")
+        counted = {label: process.ask("count") for label, process in processes.items()}
+        rates, seconds, losses = [], {label: [] for label in processes}, {label: [] for label in processes}
+        for number in range(arguments.rounds + 1):
+            for label, process in processes.items():
+                rate, found = product.ask("step")["rate"], process.ask("step")
+                losses[label].append(found["loss"])
+                if number:
+                    rates.append(rate)
+                    seconds[label].append(found["seconds"])
+        memory = {label: process.ask("memory") for label, process in processes.items()}
+    tokens, rate = shape.batch * shape.n, median(rates)
+    rows = {}
+    for label, times in seconds.items():
+        middle = median(times)
+        rows[label] = {
+            **counted[label],
+            **memory[label],
+            "seconds": {"min": min(times), "median": middle, "max": max(times)},
+            "tokens_per_second": tokens / middle,
+            "share_of_bound": counted[label]["operations"] / rate / middle,
+            "losses": losses[label],
+        }
+    return {
+        "shape": asdict(shape),
+        "product_rate": {"min": min(rates), "median": rate, "max": max(rates)},
+        "contestants": rows,
+        "ratios": ratios(rows),
+    }
+
+
+def ratios(rows: dict[str, dict]) -> dict[str, float]:
+    """Of seconds, operations and memory; those whose parts were not run are left out."""
+    on, off = rows.get("RETRO[ON]"), rows.get("RETRO[OFF]")
+    found = {}
+    for label, row in rows.items():
+        if on is not None and row is not on:
+            found[f"seconds, {label} / ON"] = row["seconds"]["median"] / on["seconds"]["median"]
+            found[f"peak memory, ON / {label}"] = on["peak_bytes"] / row["peak_bytes"]
+    if on is not None and off is not None:
+        found["operations, ON / OFF"] = on["operations"] / off["operations"]
+        found["seconds, ON / OFF"] = on["seconds"]["median"] / off["seconds"]["median"]
+    return found
+
+
+def show(result: dict) -> None:
+    rate = result["product_rate"]["median"]
+    shape = Shape(**result["shape"])
+    print(f"\n{shape}: a product of matrices runs at {rate / 1e9:.1f} billion operations a second")
+    heads = ["parameters", "min", "median", "max", "tokens/s", "x ON", "operations", "of bound", "peak"]
+    units = ["M", "ms", "ms", "ms", "", "", "billion", "%", "MB"]
+    print(f"{'':28}" + "".join(f"{head:>11}" for head in heads))
+    print(f"{'':28}" + "".join(f"{unit:>11}" for unit in units))
+    rows = result["contestants"]
+    for label, row in rows.items():
+        seconds = row["seconds"]
+        times = result["ratios"].get(f"seconds, {label} / ON", 1.0)
+        numbers = [
+            f"{row['parameters'] / 1e6:.1f}",
+            *(f"{1000 * seconds[one]:.0f}" for one in ("min", "median", "max")),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{times:.2f}",
+            f"{row['operations'] / 1e9:.0f}",
+            f"{100 * row['share_of_bound']:.0f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+        ]
+        print(f"{label:28}" + "".join(f"{number:>11}" for number in numbers))
+    for name in ("operations, ON / OFF", "seconds, ON / OFF"):
+        if name in result["ratios"]:
+            print(f"{name:28}{result['ratios'][name]:.2f}")
+    both = {label: (row["operations"], row["operations_by_formula"]) for label, row in rows.items()}
+    shares = [f"{label} {counted / known:.3f}" for label, (counted, known) in both.items() if known]
+    print(f"{'operations / formula':28}{', '.join(shares)}")
+
+
+def profile(shape: Shape, arguments: argparse.Namespace) -> list[dict]:
+    """Where the time of RETRO[ON] goes: operations by the time spent in themselves, over three steps."""
+    from retro.train.memory import keep_freed_memory
+
+    keep_freed_memory()
+    one = Contestant("ON", shape, arguments.seed, arguments.optimizer, arguments.precision)
+    one.step(), one.step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            one.step()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = [
+        {
+            "operation": event.key,
+            "share": event.self_cpu_time_total / total,
+            "milliseconds": event.self_cpu_time_total / 3000,
+            "calls": event.count / 3,
+        }
+        for event in events
+        if event.self_cpu_time_total > total / 500
+    ]
+    print(f"\n{shape}: RETRO[ON], time in each operation")
+    print(f"{'':56}{'%':>8}{'ms':>10}{'calls':>8}")
+    for row in rows:
+        print(f"{row['operation'][:54]:56}{100 * row['share']:8.1f}{row['milliseconds']:10.2f}{row['calls']:8.0f}")
+    return rows
+
+
+def about() -> dict:
+    """Machine and versions; None for a peer that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from retro.retrieval.calibration import machine
+
+    found = {**machine(), "threads": torch.get_num_threads()}
+    for peer, (_, package) in PEERS.items():
+        try:
+            found["versions"][peer] = version(package.split("==")[0])
+        except PackageNotFoundError:
+            found["versions"][peer] = None
+    return found
+
+
+def shape_of(text: str) -> Shape:
+    """256x512 or 256x512x4: d, n and the batch."""
+    return Shape(*map(int, text.split("x")))
+
+
+def source_of(text: str) -> tuple[str, Path]:
+    label, _, folder = text.partition("=")
+    if not (Path(folder) / "retro").is_dir():
+        raise argparse.ArgumentTypeError(f"{folder} holds no folder retro; give NAME=FOLDER of another checkout")
+    return label, Path(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", type=shape_of, nargs="+", metavar="DxN[xB]",
+        default=[Shape(256, 512, 4), Shape(512, 512, 4), Shape(256, 2048), Shape(512, 2048)],
+        help="width, length and batch",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--also", type=source_of, action="append", default=[], metavar="NAME=FOLDER",
+                        help="run ours from another checkout as well, as it trains there")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--optimizer", choices=("fused", "foreach", "loop"), default="fused", help="AdamW of all")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16: autocast, for all")
+    parser.add_argument("--compile", default="", metavar="MODE", help='also under torch.compile: "default" ...')
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
+                        help="cpu: of the process alone, on a busy machine; with OMP_NUM_THREADS=1")  # fmt: skip
+    parser.add_argument("--product", type=int, default=2048, help="rows and columns of the matrices of the bound")
+    parser.add_argument("--profile", action="store_true", help="RETRO[ON] by operation, in place of the table")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        return serve(json.loads(arguments.serve))
+    for name in {CONTESTANTS[name].peer for name in arguments.only} - {None}:
+        if not installed(name):
+            print(f"{CONTESTANTS[name].label} is not installed and is left out; pip install {PEERS[name][1]}")
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    results = {"machine": about(), "settings": settings}
+    if arguments.profile:
+        results["profiles"] = [
+            {"shape": asdict(shape), "operations": profile(shape, arguments)} for shape in arguments.shapes
+        ]
+    else:
+        results["tables"] = []
+        for shape in arguments.shapes:
+            results["tables"].append(measure(shape, arguments))
+            show(results["tables"][-1])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
