@@ -149,14 +149,14 @@ def corpus(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     write_texts(arguments.inputs, largest, arguments.corpus_bytes[-1])
     tokenizer = tokenizer_of(arguments, largest, work)
     points: dict[str, dict[int, list[float]]] = {}
-    for _ in range(arguments.rounds):
-        for wanted in arguments.corpus_bytes:
+    for number in range(arguments.rounds + 1):  # the first, of the smallest alone, loads what later ones find loaded
+        for wanted in arguments.corpus_bytes if number else arguments.corpus_bytes[:1]:
             texts = work / f"{wanted}.jsonl"
             size = write_texts([str(largest)], texts, wanted)
             print(f"{size:,} bytes")
             _, seconds = make_datastore(work / "growing", texts, tokenizer, arguments)
             shutil.rmtree(work / "growing")
-            for stage, value in seconds.items():
+            for stage, value in seconds.items() if number else ():
                 points.setdefault(stage, {}).setdefault(size, []).append(value)
     return {stage: summary(sizes) for stage, sizes in points.items()}
 
@@ -203,26 +203,32 @@ CAUSES = {"corpus": "bytes of text", "k": "neighbors, k", "n": "window, n tokens
 def show(results: dict[str, Any]) -> None:
     for cause in CAUSES:
         for what, found in results.get(cause, {}).items():
-            print(
-                f"{cause:8}{what:24}exponent {found['exponent']:.2f}, of the last doubling {found['last_exponent']:.2f}"
-            )
-            print(
-                "        " + ", ".join(f"{x:,}: {y:.3g}" for x, y in zip(found["sizes"], found["values"], strict=True))
-            )
+            slopes = f"exponent {found['exponent']:.2f}, of the last doubling {found['last_exponent']:.2f}"
+            points = zip(found["sizes"], found["values"], strict=True)
+            print(f"{cause:8}{what:24}{slopes}  ({', '.join(f'{size:,}: {value:.3g}' for size, value in points)})")
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
     causes = [cause for cause in CAUSES if cause in results]
+    if not causes:
+        raise SystemExit("there is nothing to draw: give --parts of corpus, k, n and l")
     with picture(file, rows=len(causes), size=(6.0, 3.2 * len(causes))) as rows:
         for cause, axes in zip(causes, rows if len(causes) > 1 else [rows], strict=True):
-            for what, found in results[cause].items():
-                if what == "operations":
-                    continue
-                label = f"{what}, exponent {found['exponent']:.2f}"
-                (line,) = axes.plot(found["sizes"], found["values"], marker="o", label=label)
-                axes.fill_between(found["sizes"], found["min"], found["max"], alpha=0.2, color=line.get_color())
-            axes.set(xscale="log", yscale="log", xlabel=CAUSES[cause], ylabel="seconds")
-            axes.legend()
+            draw(axes, {what: found for what, found in results[cause].items() if what != "operations"})
+            axes.set(xlabel=CAUSES[cause], ylabel="seconds")
+
+
+def draw(axes: Any, lines: dict[str, Any]) -> None:
+    for what, found in lines.items():
+        label = f"{what}, exponent {found['exponent']:.2f}"
+        (line,) = axes.plot(found["sizes"], found["values"], marker="o", label=label)
+        axes.fill_between(found["sizes"], found["min"], found["max"], alpha=0.2, color=line.get_color())
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(found["sizes"], [f"{size:,}" for size in found["sizes"]])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.legend()
 
 
 def main() -> None:

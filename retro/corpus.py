@@ -375,7 +375,7 @@ def _is_gzip(path: str) -> bool:
 
 
 def _damaged(item: Input, line: int, error: Exception) -> ValueError:
-    return ValueError(f"{item.name}:{line}: the compressed file is damaged ({error})")
+    return ValueError(f"{item.name}:{line}: the compressed file is damaged ({error}); restore it from a copy")
 
 
 def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
@@ -541,7 +541,7 @@ def _package_root(package: str) -> Path:
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
     if spec.origin is None or not spec.origin.endswith(".py"):
-        raise ValueError(f"the package {package!r} has no Python source to read")
+        raise ValueError(f"the package {package!r} has no Python source to read; name another one")
     return Path(spec.origin)
 
 

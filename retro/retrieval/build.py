@@ -226,14 +226,14 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _check_folder(path: Path, will_write: bool) -> None:
-    """Refuse a path that holds something else than a store, or (OSError) cannot be written."""
+    """Refuse a path that holds something else than a store, or (OSError) nothing complete and cannot be written."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a folder; choose another path for the store")
     ours = (TEMPORARY_PREFIX, LOCK_FILE)
     if path.is_dir() and any(not item.name.startswith(ours) for item in path.iterdir()):
         if not (path / "manifest.json").is_file():
             raise ValueError(f"{path} is a folder that is no store and is not empty; choose another path for the store")
-        read_manifest(path)
+        will_write &= read_manifest(path)["state"] != "complete"
     if not will_write:
         return
     created = _missing_folders(path)
@@ -359,8 +359,9 @@ def _build(
 
 def _clean(path: Path, plan: dict[str, Any]) -> None:
     """Delete what a build that was killed at its very end has left, unless another process writes."""
-    if (path / PARTS).is_dir():
+    if (path / PARTS).is_dir() or any(path.glob(f"{TEMPORARY_PREFIX}*")):
         with suppress(ValueError, OSError), write_lock(path):
+            _remove_temporary(path)
             remove_parts(path, plan)
 
 

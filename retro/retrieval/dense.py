@@ -80,32 +80,31 @@ class Segment:
 
         Where fewer are found than the segment has, the search is widened, twofold each time, until it has seen all.
         """
-        rows, distances = no_hits(len(queries), k)
-        effort, fetch, most = self.effort, k + 8 * self._has_removed, min(k, self.num_live)
-        waiting = np.arange(len(queries) if most else 0)
-        while len(waiting):
-            fetch = min(fetch, self.num_rows)
-            rows[waiting], distances[waiting] = self.attempt(queries[waiting], k, effort, fetch)
-            short = (rows[waiting] >= 0).sum(1) < most
-            if fetch == self.num_rows and effort.lists == self.layout.lists:
+        effort, fetch, most = self.effort, min(k + 8 * self._has_removed, self.num_rows), min(k, self.num_live)
+        if not most or not len(queries):
+            return no_hits(len(queries), k)
+        rows, distances = self.attempt(queries, k, effort, fetch)
+        while fetch < self.num_rows or effort.lists < self.layout.lists:
+            waiting = np.flatnonzero((rows >= 0).sum(1) < most)
+            if not len(waiting):
                 break
-            waiting, fetch = waiting[short], fetch * 2
+            fetch = min(fetch * 2, self.num_rows)
             effort = Effort(min(effort.lists * 2, self.layout.lists), effort.candidates)
+            rows[waiting], distances[waiting] = self.attempt(queries[waiting], k, effort, fetch)
         return rows, distances
 
     def attempt(
         self, queries: Float32[np.ndarray, "q d"], k: int, effort: Effort, fetch: int | None = None
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
         """The k nearest of what one search of an effort finds; `fetch` hits, then those of removed rows are dropped."""
-        rows, distances = no_hits(len(queries), k)
         fetch = min(fetch or k, self.num_rows)
         considered = effort.considered(fetch, self.num_rows)
-        for start, stop in blocks(0, len(queries), max(_FOUND // considered, 1)):
+        size, parts = max(_FOUND // considered, 1), []
+        for start, stop in blocks(0, len(queries), size):
             local = self._engine.candidates(queries[start:stop], fetch, considered, effort.lists)
             found = self._store_rows(local)
-            near = rescore(self.store, queries[start:stop], found)
-            rows[start:stop], distances[start:stop] = merge(rows[start:stop], distances[start:stop], found, near, k)
-        return rows, distances
+            parts.append(_nearest(found, rescore(self.store, queries[start:stop], found), k))
+        return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def _store_rows(self, local: np.ndarray) -> np.ndarray:
         """Store rows of local ones, -1 for what is missing, removed or (with SOAR) there twice."""
@@ -116,6 +115,14 @@ class Segment:
             found = np.sort(found, axis=1)
             found[:, 1:][found[:, 1:] == found[:, :-1]] = -1
         return found
+
+
+def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of a list, by distance, then row; an engine that orders by whole keys gives most of them so."""
+    ascending = rows.shape[1] == k and (distances[:, 1:] > distances[:, :-1]).all()
+    if ascending and np.isfinite(distances[:, -1]).all():
+        return rows, distances
+    return merge(*no_hits(len(rows), k), rows, distances, k)
 
 
 def open_segment(store: Store, run: Run) -> Segment:

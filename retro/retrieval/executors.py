@@ -379,8 +379,8 @@ class RankExecutor:
                 return  # what it was about to read has gone with the folder
             if folder.is_dir():
                 save_json(_error_file(folder, self.rank), _error_record(error) | {"launch": _launch()})
-            if self.leads:
-                errors.wait_for_all()
+                if self.leads:
+                    errors.wait_for_all()
             raise
 
     def _run(self, work: _Work, errors: _Errors) -> None:

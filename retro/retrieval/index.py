@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
@@ -94,15 +95,19 @@ class ApproximateIndex:
         """The k nearest rows of each query that the engines find, merged by score."""
         check_k(k)
         queries = check_queries(queries, self.store)
-        rows, distances = no_hits(len(queries), k)
-        if not len(queries):
-            return as_hits(rows, distances)
+        lists = self._lists(queries, k) if len(queries) else iter(())
+        found = next(lists, None) or no_hits(len(queries), k)
+        for further in lists:
+            found = merge(*found, *further, k)
+        return as_hits(*found)
+
+    def _lists(self, queries: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows and distances of each segment, then of each range that has none."""
         for segment in self.segments:
-            rows, distances = merge(rows, distances, *segment.search(queries, k), k)
+            yield segment.search(queries, k)
         for part in self.exact_ranges:
-            found, scores, _ = exact_search(self.store, queries, k, rows=part)
-            rows, distances = merge(rows, distances, found, -scores.astype(np.float64), k)
-        return as_hits(rows, distances)
+            rows, scores, _ = exact_search(self.store, queries, k, rows=part)
+            yield rows, -scores.astype(np.float64)
 
 
 def build_index(store: Store, kind: str = "auto", recall: float | None = None, **settings: Any) -> Index:

@@ -29,7 +29,8 @@ def as_lists(queries: Any, mask: Any = None) -> list[str] | list[list[int]]:
 class Queries:
     """Queries as texts and as token ids without special tokens, each made from the other when it is asked for.
 
-    keys: of the queries, where they are known already.
+    keys: of the queries, where they are known already. Queries may be keys only: their texts and tokens are then
+    refused, with a ValueError.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class Queries:
         self._embedded: dict[str, np.ndarray] = {}  # keys made by embedders, by their fingerprints
 
     def __len__(self) -> int:
-        return len(self._tokens if self._texts is None else self._texts)
+        return len(next(given for given in (self._texts, self._tokens, self.keys) if given is not None))
 
     def __getitem__(self, chosen: np.ndarray) -> Queries:
-        """Some of the queries."""
-        texts, tokens = (None if x is None else [x[i] for i in chosen] for x in (self._texts, self._tokens))
+        """Some of the queries; what was made of them already stays made."""
+        known = vars(self).get("texts", self._texts)
+        texts, tokens = (None if x is None else [x[i] for i in chosen] for x in (known, self._tokens))
         some = Queries(self._tokenizer, texts, tokens, None if self.keys is None else self.keys[chosen])
         some._embedded = {fingerprint: keys[chosen] for fingerprint, keys in self._embedded.items()}
         return some
@@ -60,13 +62,19 @@ class Queries:
 
     @cached_property
     def texts(self) -> list[str]:
+        self._refuse_keys_only()
         return decode_chunks(self._tokenizer, self._tokens) if self._texts is None else list(self._texts)
 
     @cached_property
     def tokens(self) -> list[Int64[np.ndarray, " t"]]:
+        self._refuse_keys_only()
         tokens = self._tokens
         if tokens is None and len(self):
             tokens = self._tokenizer(self.texts, add_special_tokens=False, verbose=False)["input_ids"]
         special = np.asarray(sorted(self._tokenizer.all_special_ids), np.int64)
         arrays = (np.asarray(ids, np.int64) for ids in tokens)
         return [ids[~np.isin(ids, special)] for ids in arrays]
+
+    def _refuse_keys_only(self) -> None:
+        if self._texts is None and self._tokens is None:
+            raise ValueError("the queries are keys only, but this search goes by their words; give their texts too")

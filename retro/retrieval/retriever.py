@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from retro.retrieval.chunks import decode_chunks
 from retro.retrieval.embedder import Embedder
 from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
 from retro.retrieval.queries import Queries, as_lists
-from retro.retrieval.search import Searcher, open_searcher
+from retro.retrieval.search import Searcher, goes_by_words, open_searcher
 from retro.retrieval.store import Store
 
 
@@ -29,15 +30,51 @@ class Source:
     date: str | None = None
 
 
+class Sources(Sequence):
+    """Where the neighbors of each query come from, read of the store, all together, when one is first looked at."""
+
+    def __init__(
+        self, read: Callable[[Int64[np.ndarray, "q k"]], list[list[Source | None]]], rows: Int64[np.ndarray, "q k"]
+    ) -> None:
+        self._read, self._rows = read, rows
+
+    @cached_property
+    def lines(self) -> list[list[Source | None]]:
+        """The sources of each query."""
+        return self._read(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int | slice) -> list[Source | None] | Sequence[list[Source | None]]:
+        if isinstance(place, slice) and "lines" not in vars(self):
+            return Sources(self._read, self._rows[place])
+        return self.lines[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.lines == list(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return repr(self.lines)
+
+    def __reduce__(self) -> tuple[type, tuple[list]]:
+        return list, (self.lines,)
+
+
 @dataclass(frozen=True)
 class Neighbors:
-    """The neighbors of q queries, nearest first; a missing one has id -1, an all-False mask and no source."""
+    """The neighbors of q queries, nearest first; a missing one has id -1, an all-False mask and no source.
+
+    Those of a `Retriever` read their sources from the store when they are first looked at.
+    """
 
     ids: Int64[np.ndarray, "q k"]
     tokens: Int64[np.ndarray, "q k r"]
     mask: Bool[np.ndarray, "q k r"]
     scores: Float32[np.ndarray, "q k"]
-    sources: list[list[Source | None]]
+    sources: Sequence[list[Source | None]]
 
     def __getitem__(self, queries: slice) -> Neighbors:
         """The neighbors of some of the queries."""
@@ -112,42 +149,60 @@ class Retriever:
         exclude_documents: Sequence[set[str]] | None = None,
         mask: Bool[np.ndarray, "q m"] | None = None,
         against: Sequence[str] | None = None,
+        keys: Float32[np.ndarray, "q d"] | None = None,
     ) -> Neighbors:
         """The k nearest chunks of each query and what follows them.
 
         Arguments:
             queries: a list of texts, or token ids of the store's tokenizer (a [q, m] array or tensor, or lists);
-                special tokens are left out.
+                special tokens are left out. None where `keys` say all that the search needs.
             exclude_documents: per query, ids of documents that must not be returned.
             mask: True = a real token, where token ids are an array.
             against: per query, the text being read, for a retriever that decontaminates.
+            keys: the queries as the store's embedder gives them, where they are known: nothing is embedded then.
 
-        A query without any text has no neighbors. Raises ValueError if k is larger than the store.
+        A query without any text has no neighbors, unless its key is given. Raises ValueError if k is larger than the
+        store.
         """
         k = self.num_neighbors if num_neighbors is None else num_neighbors
         self._check_k(k)
-        asked_for = self._queries(queries, mask)
+        asked_for = self._queries(queries, mask, keys)
         excluded = self._excluded(exclude_documents, len(asked_for))
         self._check_against(against, len(asked_for))
-        rows = np.full((len(asked_for), k), -1, np.int64)
-        scores = np.full((len(asked_for), k), -np.inf, np.float32)
-        asked = np.asarray([q for q, text in enumerate(asked_for.texts) if text.strip()], np.int64)
+        rows, scores = self._search(asked_for, k, excluded, against)
+        tokens, token_mask = self.store.values(rows, self.retrieved_len)
+        return Neighbors(rows, tokens, token_mask, scores, Sources(self.sources, rows.copy()))
+
+    def _search(
+        self, queries: Queries, k: int, excluded: list[set[int]] | None, against: Sequence[str] | None
+    ) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
+        """Rows and scores; queries without text, unless their keys are given, are not asked."""
+        asked = np.arange(len(queries))
+        if queries.keys is None:
+            asked = np.asarray([q for q, text in enumerate(queries.texts) if text.strip()], np.int64)
+        read = {} if against is None else {"against": list(against)}
+        if 0 < len(asked) == len(queries):
+            return self.index.search(queries, k, excluded, **read)[:2]
+        rows = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
         if len(asked):
             blocked = None if excluded is None else [excluded[q] for q in asked]
-            read = {} if against is None else {"against": [against[q] for q in asked]}
-            rows[asked], scores[asked], _ = self.index.search(asked_for[asked], k, blocked, **read)
-        tokens, token_mask = self.store.values(rows, self.retrieved_len)
-        return Neighbors(rows, tokens, token_mask, scores, self.sources(rows))
+            read = {name: [given[q] for q in asked] for name, given in read.items()}
+            rows[asked], scores[asked], _ = self.index.search(queries[asked], k, blocked, **read)
+        return rows, scores
 
     def sources(self, rows: Int64[np.ndarray, "q k"]) -> list[list[Source | None]]:
-        """Where rows come from; None for row -1."""
-        present = np.unique(rows[rows >= 0])
-        documents, positions = self.store.document_rows(present), self.store.positions(present)
-        found: dict[int, Source | None] = {-1: None}
-        for row, document_row, position in zip(present.tolist(), documents.tolist(), positions.tolist(), strict=True):
-            document = self.store.document(document_row)
-            found[row] = Source(document.id, document.title, document.source, position, document.date)
-        return [[found[row] for row in line] for line in rows.tolist()]
+        """Where rows come from, read together; None for row -1."""
+        present, places = np.unique(rows, return_inverse=True)
+        real = present[present >= 0]
+        documents, of_row = np.unique(self.store.document_rows(real), return_inverse=True)
+        fields = self.store.document_fields(documents, ("id", "title", "source", "date"))
+        positions = self.store.positions(real).tolist()
+        found: list[Source | None] = [None] * (len(present) - len(real))
+        for place, position in zip(of_row.tolist(), positions, strict=True):
+            name, title, source, date = fields[place]
+            found.append(Source(name, title, source, position, date))
+        return [[found[place] for place in line] for line in places.reshape(rows.shape).tolist()]
 
     def show(self, text: str, num_neighbors: int | None = None) -> list[dict[str, Any]]:
         """The neighbors of one text as records to read: score, source, and the texts of N and of F."""
@@ -178,11 +233,17 @@ class Retriever:
         if isinstance(against, str) or len(against) != num_queries:
             raise ValueError(f"against must hold one text per query ({num_queries}), not {len(against)}")
 
-    def _queries(self, queries: Any, mask: Any) -> Queries:
-        lists = as_lists(queries, mask)
+    def _queries(self, queries: Any, mask: Any, keys: Float32[np.ndarray, "q d"] | None) -> Queries:
+        if queries is None and (keys is None or mask is not None):
+            raise ValueError("queries are missing; give texts or token ids, or keys without a mask")
+        lists = None if queries is None else as_lists(queries, mask)
+        if keys is not None and lists is not None and len(keys) != len(lists):
+            raise ValueError(f"keys must hold one row per query ({len(lists)}), not {len(keys)}")
+        if keys is not None and goes_by_words(self.index.kind):
+            raise ValueError(f"keys are given to the index {self.index.kind}, which goes by words; give texts")
         if lists and isinstance(lists[0], str):
-            return Queries(self.store.tokenizer, texts=lists)
-        return Queries(self.store.tokenizer, tokens=lists)
+            return Queries(self.store.tokenizer, texts=lists, keys=keys)
+        return Queries(self.store.tokenizer, tokens=lists, keys=keys)
 
     def _excluded(self, names: Sequence[set[str]] | None, num_queries: int) -> list[set[int]] | None:
         """Ids of excluded documents to document rows; ids that the store does not hold exclude nothing."""

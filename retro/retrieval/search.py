@@ -108,6 +108,12 @@ def parse_kind(kind: str, keyless: bool = False) -> list[str]:
     return parts
 
 
+def goes_by_words(kind: str) -> bool:
+    """Whether a searcher of a kind (its `kind`, filters included) never looks at keys of the store's embedder."""
+    first = kind.partition(";")[0].partition(">")[0]
+    return set(first.split("+")) <= set(lexical.KINDS)
+
+
 def is_keyless(store: Store) -> bool:
     """Whether a store was built without an embedder."""
     return store.manifest["embedder"]["name"] == NO_EMBEDDER

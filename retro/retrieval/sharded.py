@@ -172,6 +172,7 @@ class Shard:
         self.store = Store.open(store)
         if self.store.fingerprint != fingerprint:
             raise ValueError(f"{store} is another store here, or has been changed; open the search again")
+        self._tokenizer = self.store.tokenizer if parts.keys() & set(lexical.KINDS) else None
         self._searchers: dict[str, Searcher] = {}
         for name, fields in parts.items():
             part = Part(fields["kind"], *([tuple(item) for item in fields[key]] for key in ("ranges", "segments")))
@@ -184,7 +185,7 @@ class Shard:
 
     def search(self, name: str, asked: dict[str, Any], k: int, excluded: list[set[int]] | None) -> tuple[Any, Any]:
         """Rows and scores of the k best of a kind, as the searcher of that kind gives them."""
-        queries = Queries(self.store.tokenizer, asked.get("texts"), asked.get("tokens"), asked.get("keys"))
+        queries = Queries(self._tokenizer, asked.get("texts"), asked.get("tokens"), asked.get("keys"))
         rows, scores, _ = self._searchers[name].search(queries, k, excluded)
         return rows, scores
 
@@ -225,8 +226,10 @@ def open_sharded(
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     plan = plan_shards(store, kind, len(_nodes(ray)) if num_shards is None else num_shards)
-    dense = any(name not in lexical.KINDS for name in parse_kind(kind, is_keyless(store)))
-    own = embedder_of(store, embedder) if dense else None
+    names = parse_kind(kind, is_keyless(store))
+    for name in set(names) & set(lexical.KINDS):
+        lexical.build_lexical(store, name)  # here, so that an actor only opens it
+    own = None if set(names) <= set(lexical.KINDS) else embedder_of(store, embedder)
     searcher = ShardedSearcher(store, kind, plan, own, timeout, partial, actor_options or {})
     try:
         searcher.wait_until_open()

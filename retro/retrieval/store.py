@@ -3,6 +3,7 @@
     store/
       manifest.json            format, generation, settings, inputs, fingerprints, counts, one record per shard, updates
       shards/00000/            tokens.npy [rows * m]   chunks.npy [rows]   documents.parquet   keys.npy [rows, d]
+                               documents.parquet also keeps a signature of each text, if copies were looked for
       removed/<generation>.npy the documents that were removed: row, first chunk, number of chunks [documents, 3]
       tokenizer/               the Hugging Face tokenizer the chunks were cut with
       index/<hash>/            approximate indexes (retro.retrieval.index)
@@ -554,7 +555,10 @@ def _open_shard(folder: Path, record: dict[str, Any], manifest: dict[str, Any]) 
     }
     for name, array in (("tokens.npy", tokens), ("chunks.npy", chunks), ("keys.npy", keys)):
         if array.shape != expected[name]:
-            raise ValueError(f"{folder / name} has shape {array.shape}, but the manifest says {expected[name]}")
+            raise ValueError(
+                f"{folder / name} has shape {array.shape}, but the manifest says {expected[name]}; "
+                "restore it from a copy"
+            )
     documents = map_bytes(folder / "documents.parquet")
     return ShardArrays(tokens.reshape(rows, chunk_len), chunks, keys, documents)
 
@@ -567,7 +571,9 @@ def _open_removed(path: Path, manifest: dict[str, Any]) -> np.ndarray:
     check_files(path, {record["file"]: record}, checksums=False)
     removed = open_npy(path / record["file"])
     if removed.shape != (record["documents"], 3) or removed.dtype != np.int64:
-        raise ValueError(f"{path / record['file']} is no list of {record['documents']} documents; restore it")
+        raise ValueError(
+            f"{path / record['file']} is no list of {record['documents']} documents; restore it from a copy"
+        )
     return removed
 
 

@@ -70,7 +70,8 @@ def add_documents(
         settings: fields of `BuildSettings` that say how documents are read and filtered (text_field, on_bad,
             deduplicate, min_date, ...) and who does the work (executor, workers, batch_size); as the store was built
             where they are not given. deduplicate compares with the store's documents as well, but for those that came
-            in without it, or with another one: how many these are is logged.
+            in without it, or with another one: how many these are is logged. It needs the memory that a build of all
+            these documents would (see `retro.retrieval.filters.Deduplicator`).
 
     Writes shards/<new>/, rejects/<generation>/ and the manifest. Raises ValueError and leaves the store as it was: an
     id that it holds, a record that is no document, no document at all, a setting that the store has fixed.
@@ -161,7 +162,7 @@ def _clear_leftovers(store: Store, keep_work: bool = False) -> None:
     compacted = max((update["generation"] for update in updates if update["verb"] == "compact"), default=0)
     stale = [file for file in path.glob("removed/[0-9]*.npy") if not compacted < int(file.stem) <= generation]
     stale += (folder for folder in path.glob("rejects/[0-9]*") if int(folder.name) > generation)
-    for place in (".", "removed", "shards/*", "rejects", "rejects/*"):
+    for place in (".", "removed", "shards", "shards/*", "rejects", "rejects/*"):
         stale += path.glob(f"{place}/{TEMPORARY_PREFIX}*")
     for place in ("index", "neighbors"):  # whoever searches may write here, without the lock
         stale += (left for left in path.glob(f"{place}/{TEMPORARY_PREFIX}*") if is_abandoned(left))

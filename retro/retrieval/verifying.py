@@ -15,6 +15,7 @@ LEVELS = ("quick", "full")
 TOLERANCE = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2}  # |key - embedded again| / |key|
 _BLOCK_ROWS = 1 << 18
 _EMBED_ROWS = 256
+_REMEDY = "restore the shard from a copy or build the store again"
 
 
 def verify_store(
@@ -71,13 +72,13 @@ def _check_tables(store: Store, number: int) -> None:
     for name, value in found.items():
         if value != record[name]:
             raise ValueError(
-                f"{folder / 'documents.parquet'} holds {value} {name}, but the manifest says {record[name]}"
+                f"{folder / 'documents.parquet'} holds {value} {name}, but the manifest says {record[name]}; {_REMEDY}"
             )
     wrong = np.flatnonzero(first != np.cumsum(counts) - counts)
     if len(wrong):
         row = record["first_document"] + wrong[0]
         raise ValueError(
-            f"{folder / 'documents.parquet'}: the chunks of document row {row} do not follow the last one's"
+            f"{folder / 'documents.parquet'}: the chunks of document row {row} do not follow the last one's; {_REMEDY}"
         )
     short = 0
     for start in range(0, record["rows"], _BLOCK_ROWS):
@@ -91,7 +92,7 @@ def _check_tables(store: Store, number: int) -> None:
             _check_equal(folder, record["first_row"] + start, name, chunks[name], expected)
     if short != record["short_chunks"]:
         raise ValueError(
-            f"{folder / 'chunks.npy'} holds {short} short chunks, but the manifest {record['short_chunks']}"
+            f"{folder / 'chunks.npy'} holds {short} short chunks, the manifest says {record['short_chunks']}; {_REMEDY}"
         )
 
 
@@ -101,7 +102,7 @@ def _check_equal(folder: Path, first_row: int, name: str, found: np.ndarray, exp
         at = wrong[0]
         raise ValueError(
             f"{folder / 'chunks.npy'}: row {first_row + at} has {name} {found[at]}, but by documents.parquet it is "
-            f"{expected[at]}; restore the shard from a copy or build the store again"
+            f"{expected[at]}; {_REMEDY}"
         )
 
 
@@ -122,7 +123,8 @@ def _check_removed(store: Store) -> None:
         wrong = np.flatnonzero((store.removed_spans[low:high] != spans).any(axis=1))
         if len(wrong):
             raise ValueError(
-                f"{file} has other chunks for document row {rows[low + wrong[0]]} than its shard; restore it"
+                f"{file} has other chunks for document row {rows[low + wrong[0]]} than its shard; "
+                "restore it from a copy"
             )
 
 
@@ -153,8 +155,10 @@ def _check_keys(store: Store) -> None:
 
 def _embed_again(store: Store, count: int, seed: int, embedder: Embedder | None) -> dict[str, Any]:
     """Embed sampled chunks; ValueError names the first whose key is another."""
-    from retro.retrieval.search import embedder_of
+    from retro.retrieval.search import embedder_of, is_keyless
 
+    if count and is_keyless(store):
+        raise ValueError(f"{store.path} was built without an embedder and has no keys to compare; leave embed out")
     count = min(count, store.num_live_chunks)
     if not count:
         return {"embedded": 0}

@@ -211,6 +211,6 @@ def test_the_store_that_is_needed(planted_retriever, planted_store):
     assert costs.text_bytes(planted_store) == sum(sizes.values()) - sizes["keys.npy"]
     assert costs.index_bytes(planted_retriever.index, planted_store) == sizes["keys.npy"]
     lexical = Retriever(planted_store, "tfidf").index
-    on_disk = sum(path.stat().st_size for path in lexical.folder.iterdir())
+    on_disk = sum(path.stat().st_size for folder in lexical.folders for path in folder.iterdir())
     assert costs.index_bytes(lexical, planted_store) == on_disk and costs.search_flops(lexical, 8) == 0
     assert costs.search_flops(planted_retriever.index, 8) == 2 * planted_store.num_chunks * planted_store.key_dim

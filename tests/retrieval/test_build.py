@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,8 @@ def test_work_in_progress_is_left_to_the_process_that_writes(settings, tokenizer
     with write_lock(store.path):
         assert build(settings, tokenizer).fingerprint == store.fingerprint and left.exists()
     assert build(settings, tokenizer).fingerprint == store.fingerprint and not left.exists()
+    (store.path / ".tmp-1.x-0-parts").mkdir()  # of one that was killed while it was deleting its work
+    assert build(settings, tokenizer).fingerprint == store.fingerprint and not list(store.path.glob(".tmp-*"))
     shutil.copytree(settings.store, left)
     (left / "job.json").write_text(json.dumps({"identity": "of an addition"}))
     build(settings, tokenizer)
@@ -351,7 +354,7 @@ def test_another_embedder_on_one_machine_stops_the_build_and_keeps_the_work(tmp_
     settings = replace(settings, embedder=make_encoder(tmp_path / "encoder"))
     parts._load_embedder.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(settling, "embedder_at_hand", lambda embedder: open(os.devnull))
+        patched.setattr(settling, "embedder_at_hand", nullcontext)
         patched.setattr(parts, "embedder_from", lambda *args, **kwargs: HashingEmbedder())
         with pytest.raises(OSError, match="is another one here .* give every machine the same files"):
             build_store(settings, tokenizer=tokenizer)

@@ -1,6 +1,7 @@
 """Queries in, neighbors with their sources out; the real MiniLM and ScaNN in one small store."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from retro.retrieval import BuildSettings, Retriever, Store, build_store, load_embedder
 from retro.retrieval.embedder import embed_chunks
 from retro.retrieval.retriever import Source
+from retro.retrieval.updates import remove_documents
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 
@@ -41,6 +43,63 @@ def test_torch_queries_and_sources(retriever):
     document = store.document(store.document_rows(row)[0])
     position = int(row[0] - document.first_row)
     assert found.sources == [[Source(document.id, document.title, "here", position, None)]]
+
+
+def test_sources_read_together_are_those_read_one_by_one(tmp_path, tokenizer):
+    texts = [words(n, n) for n in (5, 30, 9, 12, 4, 17, 8, 21, 6)]
+    make_store(tmp_path, texts, tokenizer, shard_chunks=6)
+    remove_documents(tmp_path / "store", ["d3"])
+    store = Store.open(tmp_path / "store")
+    assert len(store.shards) > 2
+    retriever = Retriever(store, "exact", HashingEmbedder(), retrieved_len=8)
+    live = store.live_rows(np.arange(store.num_live_chunks))
+    rows = np.random.default_rng(0).choice(np.append(live, -1), (40, 3))
+    documents = {row: store.document(row) for row in set(range(store.num_documents)) - {3}}
+    for line, found in zip(rows.tolist(), retriever.sources(rows), strict=True):
+        for row, source in zip(line, found, strict=True):
+            if row < 0:
+                assert source is None
+                continue
+            (document,) = (d for d in documents.values() if d.first_row <= row < d.first_row + d.num_chunks)
+            assert source == Source(document.id, document.title, "here", row - document.first_row, document.date)
+    for wrong, message in ((3, "was removed"), (9, "is outside"), (-1, "is outside")):
+        with pytest.raises(ValueError, match=message):
+            store.document_fields(np.array([0, wrong]), ["id"])
+    assert store.document_fields(np.zeros(0, np.int64), ["id"]) == []
+
+
+def test_sources_are_read_when_they_are_looked_at(retriever, monkeypatch):
+    calls, read = [], retriever.sources
+    monkeypatch.setattr(retriever, "sources", lambda rows: calls.append(len(rows)) or read(rows))
+    found = retriever(retriever.store.text(np.arange(6)))
+    some, expected = found[2:4], read(found.ids)
+    found.ids[:] = -1  # the caller's own array by now
+    assert calls in ([], [6])  # 6 where types are checked, which looks
+    assert some.sources == expected[2:4] and expected == found.sources and found.sources != expected[1:]
+    assert found.sources[1] == expected[1] and found.sources[4:] == expected[4:] and len(found.sources) == 6
+    assert pickle.loads(pickle.dumps(found)).sources == expected and len(calls) <= 2
+
+
+def test_keys_instead_of_texts(retriever):
+    store, rows = retriever.store, np.array([0, 3, 11])
+    texts, keys = store.text(rows), retriever.index.embedder.embed(store.text(rows), is_query=True)
+    expected = retriever(texts)
+    for found in (retriever(None, keys=keys), retriever(["", "", ""], keys=keys), retriever(texts, keys=keys)):
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert retriever(None, keys=keys[:0]).ids.shape == (0, 3)
+    both = Retriever(store, "exact+tfidf", HashingEmbedder(), num_neighbors=3)
+    np.testing.assert_array_equal(both(texts, keys=keys).ids, both(texts).ids)
+    for call, message in (
+        (lambda: retriever(None), "queries are missing"),
+        (lambda: retriever(texts[:2], keys=keys), "one row per query"),
+        (lambda: retriever(None, keys=keys[:, :5]), "as the store's keys"),
+        (lambda: both(None, keys=keys), "give their texts too"),
+        (lambda: Retriever(store, "tfidf")(texts, keys=keys), "goes by words"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_no_text_has_no_neighbors(retriever):

@@ -133,7 +133,7 @@ def cluster():
 
 @pytest.fixture
 def sharded(cluster, store):
-    with open_sharded(store, "exact", 3, HashingEmbedder(), timeout=120.0) as searcher:
+    with open_sharded(store, "exact", 3, HashingEmbedder(), timeout=300.0) as searcher:
         yield searcher
 
 
@@ -174,7 +174,7 @@ def test_answers_of_three_nodes_are_those_of_one(cluster, store, sharded):
         keys = store.keys(np.arange(2)) * np.array([[1.0], [np.nan]], np.float32)
         sharded.search(Queries(store.tokenizer, texts=["w1", "w2"], keys=keys), 3)
     fused = Retriever(store, "exact+tfidf", HashingEmbedder())
-    with open_sharded(store, "exact+tfidf", 2, HashingEmbedder(), timeout=120.0) as both:
+    with open_sharded(store, "exact+tfidf", 2, HashingEmbedder(), timeout=300.0) as both:
         assert both.kind == "exact+tfidf"
         check_same(Retriever(store, both)(texts, 5), fused(texts, 5))
 
@@ -208,7 +208,7 @@ def test_a_node_killed_between_and_during_searches(cluster, store, sharded):
     outside = (found.ids < store.num_chunks // 3) | (found.ids >= 2 * store.num_chunks // 3)
     assert outside.all() and not np.array_equal(found.ids, expected.ids)
     os.kill(process, signal.SIGKILL)
-    sharded.timeout, sharded.partial = 120.0, False
+    sharded.timeout, sharded.partial = 300.0, False
     check_same(remote(texts, 5), expected)
     assert sharded.shards_answered == 3
 
@@ -219,7 +219,7 @@ def test_a_server_over_shards_says_how_many_answered(cluster, store, sharded):
 
     sharded.partial = True
     with serving_store(Retriever(store, sharded)) as url:
-        client = RemoteRetriever(url, timeout=120.0)
+        client = RemoteRetriever(url, timeout=300.0)
         check_same(client(["w1 w2"]), Retriever(store, "exact", HashingEmbedder())(["w1 w2"]))
         assert (client.shards_answered, client.shards_total) == (3, 3)
         process = where(sharded._actors[0])[1]
@@ -242,7 +242,7 @@ def test_a_store_that_a_node_does_not_see(cluster, store, tmp_path):
     said = "2 of 2 shards are missing: .*: ValueError: .* is another store here, or has been changed"
     with pytest.raises(MissingShards, match=said):
         open_sharded(copy, "exact", 2, HashingEmbedder(), timeout=300.0)
-    assert time.monotonic() - began < 250
+    assert time.monotonic() - began < 290  # not tried again until the time is over
 
 
 JOB = """

@@ -174,6 +174,16 @@ def test_everything_removed(path):
     check_holds(add(path, NEW), NEW)
 
 
+def test_a_damaged_index_does_not_stop_an_update(path, caplog):
+    """It is left out, and `compact` deletes it."""
+    open_searcher(Store.open(path), "tfidf", build=True)
+    (record,) = [file for file in path.glob("index/*/index.json") if json.loads(file.read_text()).get("shards")]
+    record.write_text("{")
+    assert remove_documents(path, ["d1"]).generation == 2
+    assert add(path, NEW).generation == 3 and "is left out" in caplog.text
+    assert compact(path).generation == 4 and not record.exists()
+
+
 # What is removed is not found, and not there
 
 
@@ -224,6 +234,24 @@ def test_removed_text_is_in_no_file_after_compact(path):
     assert "secret" not in json.dumps(names) and "d7" in json.dumps(names)
 
 
+def test_removed_text_is_gone_though_an_index_cannot_be_built(path, monkeypatch):
+    from retro.retrieval import updates
+
+    store = secret_store(path)
+    open_searcher(store, "tfidf", build=True)
+    remove_documents(path, ["secret"])
+    old = [path / "shards" / record["name"] for record in store.shards if record["generation"] == 2]
+    assert old and all(folder.exists() for folder in old)
+
+    def broken(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(updates, "build_lexical", broken)
+    with pytest.raises(OSError, match="no space left"):
+        compact(path)
+    assert not any(folder.exists() for folder in old) and Store.open(path).generation == 4
+
+
 def test_an_id_that_is_not_there_is_named_and_nothing_is_written(path):
     before = contents(path)
     with pytest.raises(ValueError, match="holds no document with the id 'nobody' .nor 1 others"):
@@ -265,6 +293,70 @@ def test_held_out_documents_are_asked_for_again(tmp_path, tokenizer):
     assert "leak" not in found.document_ids and "other" in found.document_ids
     assert found.manifest["counts"]["filtered"] == 1
     assert "leak" in add(store.path, {"leak": words(30, seed=5)}, decontaminate=[]).document_ids
+
+
+# Copies of what is there
+
+
+@pytest.fixture(params=["exact", "minhash"])
+def deduplicated(request, tmp_path, tokenizer):
+    given = {"deduplicate": request.param} | ({"deduplicate_ngram": 3} if request.param == "minhash" else {})
+    texts = [words(40, seed=i) for i in range(4)]
+    return make_store(tmp_path, texts, tokenizer, shard_chunks=12, **given).path
+
+
+def test_copies_of_what_the_store_holds_are_left_out(deduplicated, caplog):
+    """Also after `compact`, which keeps the signatures, and no longer once the first of them is removed."""
+    copies = {"copy1": words(40, seed=1), "copy2": words(40, seed=2), "new": words(40, seed=9)}
+    store = add(deduplicated, copies)
+    assert store.find_documents(copies) == {"new": 4} and not caplog.records
+    left_out = (store.path / "rejects" / "00002" / "filtered.jsonl").read_text().splitlines()
+    assert [(r["document_id"], r["kept_id"]) for r in map(json.loads, left_out)] == [("copy1", "d1"), ("copy2", "d2")]
+    assert store.manifest["updates"][-1]["counts"]["filtered_by"] == {"deduplicate": 2}
+    remove_documents(deduplicated, ["d1", "d0"])
+    compact(deduplicated)
+    store = add(deduplicated, {"again": words(40, seed=1), "copy3": words(40, seed=3), "copy9": words(40, seed=9)})
+    assert list(store.find_documents(["again", "copy3", "copy9"])) == ["again"]
+    assert store.verify("full")["documents"] == 4
+
+
+def test_documents_that_cannot_be_compared_are_counted_in_the_log(path, caplog):
+    copy = {"copy": TEXTS["d3"], "other": words(20, seed=77)}
+    store = add(path, copy, deduplicate="exact")
+    assert store.find_documents(copy) == {"copy": 8, "other": 9}
+    assert "8 of the 8 documents of" in caplog.text and "not compared" in caplog.text
+    caplog.clear()
+    store = add(path, {"another": words(20, seed=77), "fresh": words(20, seed=78)}, deduplicate="exact")
+    assert store.find_documents(["another", "fresh"]) == {"fresh": 10} and "8 of the 10 documents" in caplog.text
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["settings"]["shard_chunks"] = 1000
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    remove_documents(path, ["d0"])
+    store = compact(path)  # shards with signatures and without become one
+    assert len(store.shards) == 1 and store.document_table(0).column("signature_exact").null_count == 7
+    assert add(path, {"x": words(20, seed=78), "y": "w1"}, deduplicate="exact").find_documents(["x", "y"]) == {"y": 10}
+
+
+def test_another_comparison_than_the_stores_own(tmp_path, tokenizer):
+    """What the store's own comparison was told goes with it."""
+    given = {"deduplicate": "minhash", "deduplicate_at": 0.9}
+    path = make_store(tmp_path, list(TEXTS.values()), tokenizer, **given).path
+    add(path, {"a": words(30, seed=50)}, deduplicate="exact")
+    add(path, {"b": words(30, seed=51)}, deduplicate="minhash")
+    said = [update["settings"] for update in Store.open(path).manifest["updates"]]
+    assert said == [{"deduplicate": "exact", "deduplicate_at": None}, {}]
+
+
+def test_a_removal_between_a_killed_addition_and_its_repetition(deduplicated):
+    """The copy of a document that was removed meanwhile is no copy any more, whatever was done before the kill."""
+    new = {"copy": words(40, seed=1), "new": words(40, seed=9), "newer": words(40, seed=10)}
+    for step in range(8, 60):
+        killed_at(step, lambda step=step: add(deduplicated, new))
+        if list((deduplicated / "parts").glob("tables-*.json")):
+            break
+    assert step < 59
+    remove_documents(deduplicated, ["d1"])
+    assert set(add(deduplicated, new).find_documents(new)) == set(new)
 
 
 # Killed
@@ -494,8 +586,11 @@ def test_the_commands(keyless, tmp_path, capsys):
     from retro.cli import main
 
     new = write_jsonl(tmp_path / "new.jsonl", [{"id": name, "text": text} for name, text in NEW.items()])
-    assert main(["add", str(keyless), new, "--json", str(tmp_path / "add.json")]) == 0
-    assert json.loads((tmp_path / "add.json").read_text())["documents"] == len(TEXTS) + len(NEW)
+    for _ in range(2):  # the same addition, given again, says the same
+        assert main(["add", str(keyless), new, "--json", str(tmp_path / "add.json")]) == 0
+        assert "read 5 = kept 5 + empty 0 + filtered 0 + rejected 0" in capsys.readouterr().out
+        said = json.loads((tmp_path / "add.json").read_text())
+        assert said["documents"] == len(TEXTS) + len(NEW) and said["added"]["kept"] == len(NEW)
     (tmp_path / "ids").write_text("d1\n\nn2\n")
     assert main(["remove", str(keyless), "d0", "--ids", str(tmp_path / "ids")]) == 0
     assert "10 documents" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from retro.retrieval import Store, build_neighbors, compact, remove_documents
+from retro.retrieval.embedder import NoEmbedder
 from retro.retrieval.files import file_record
 from retro.retrieval.search import open_searcher
 from tests.stand_ins import HashingEmbedder, make_store, words
@@ -117,6 +118,13 @@ def test_what_is_asked_wrongly(path):
         Store.open(path).verify("deep")
     with pytest.raises(ValueError, match="embed must be at least 0, not -1"):
         Store.open(path).verify(embed=-1)
+
+
+def test_no_keys_are_not_compared(tmp_path, tokenizer):
+    store = make_store(tmp_path, ["w1 w2"], tokenizer, NoEmbedder())
+    assert store.verify("full")["embedded"] == 0
+    with pytest.raises(ValueError, match="no keys to compare; leave embed out"):
+        store.verify(embed=1)
 
 
 def test_the_command(path, tmp_path, capsys):

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import retro
-from retro.retrieval import build
-from retro.retrieval.build import load_tokenizer
+from retro.retrieval import parts
+from retro.retrieval.parts import load_tokenizer
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
 from retro.retrofit.config import chosen_layers
 from retro.retrofit.hooks import Place
@@ -375,7 +375,7 @@ def test_options_that_are_refused(name, options, words, make_fitted):
 
 def test_a_gguf_tokenizer_needs_gguf(monkeypatch, tmp_path):
     (tmp_path / "tiny.gguf").touch()
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr(parts, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="tiny.gguf is in a GGUF file, which needs gguf; pip install gguf"):
         load_tokenizer(str(tmp_path / "tiny.gguf"))
 
