@@ -8,10 +8,10 @@ take turns, as does a square matrix product, whose rate bounds what the counted 
     share of the bound = operations counted / rate of the product / seconds
 
 Operations are those of matrix products and attention, forward and backward, the masked half of causal attention left
-out. Peak memory is the resident peak of the process less what it held before the model was made. Ours keeps the memory
-that it frees, as `retro train` does (retro.train.memory), and the peers give it back to the system, as they come; what
-that alone is worth is seen in the rows "memory returned" and "memory kept". Packed documents are of 320 tokens each,
-and see nothing of each other.
+out. Peak memory is the resident peak of the process less what it held before the model was made. Ours run as `retro
+train` runs them: freed memory is kept (retro.train.memory), float32 products are oneDNN's where that is as exact
+(retro.products), and so is the product of the bound. The peers run as they come; what that alone is worth is seen in
+the rows "as torch comes" and "tuned as ours". Packed documents are of 320 tokens each, and see nothing of each other.
 
     python benchmarks/training.py --json training.json
     python benchmarks/training.py --shapes 256x512 --rounds 3
@@ -142,11 +142,11 @@ def _without(values: dict, name: str) -> dict:
 
 @dataclass(frozen=True)
 class Entry:
-    """How a contestant is called in the table, made, and whether it keeps freed memory."""
+    """How a contestant is called in the table, made, and whether its process is tuned as `retro train` does."""
 
     label: str
     build: Callable[[Shape], tuple[nn.Module, Loss]]
-    keeps_memory: bool
+    tuned: bool
     peer: str | None = None
 
 
@@ -157,9 +157,9 @@ CONTESTANTS = {
     "retro-pytorch": Entry("RETRO-pytorch", retro_pytorch, False, "retro-pytorch"),
     "labml": Entry("labml", labml, False, "labml"),
     "ON-packed": Entry("RETRO[ON], packed documents", lambda shape: ours(shape, documents=True), True),
-    "ON-returning": Entry("RETRO[ON], memory returned", ours, False),
-    "retro-pytorch-keeping": Entry("RETRO-pytorch, memory kept", retro_pytorch, True, "retro-pytorch"),
-    "labml-keeping": Entry("labml, memory kept", labml, True, "labml"),
+    "ON-untuned": Entry("RETRO[ON], as torch comes", ours, False),
+    "retro-pytorch-tuned": Entry("RETRO-pytorch, tuned as ours", retro_pytorch, True, "retro-pytorch"),
+    "labml-tuned": Entry("labml, tuned as ours", labml, True, "labml"),
 }
 
 
@@ -259,10 +259,22 @@ def restart_peak() -> int:
 
 def serve(given: dict) -> None:
     """A process of one contestant: a line of JSON for each line that asks."""
-    if given["keeps_memory"]:
-        from retro.train.memory import keep_freed_memory
+    with tuned() if given["tuned"] else contextlib.nullcontext():
+        _serve(given)
 
-        keep_freed_memory()
+
+@contextlib.contextmanager
+def tuned() -> Iterator[None]:
+    """The process as `retro train` has it."""
+    from retro.products import fast_products
+    from retro.train.memory import keep_freed_memory
+
+    keep_freed_memory()
+    with fast_products():
+        yield
+
+
+def _serve(given: dict) -> None:
     if given["name"] == "product":
         dtype = torch.bfloat16 if given["precision"] == "bf16" else torch.float32
         a, b = torch.randn(2, given["product"], given["product"]).to(dtype)
@@ -332,16 +344,16 @@ class Process:
 def running(shape: Shape, arguments: argparse.Namespace) -> Iterator[dict[str, Process]]:
     """The processes of all contestants at a shape, and of the product."""
     shared = {name: getattr(arguments, name) for name in ("seed", "optimizer", "precision", "clock", "product")}
-    shared |= {"shape": asdict(shape), "compile": "", "keeps_memory": True}
+    shared |= {"shape": asdict(shape), "compile": "", "tuned": True}
     wanted: dict[str, tuple[dict, Path | None]] = {"product": ({"name": "product"}, None)}
     for name in arguments.only:
         entry = CONTESTANTS[name]
         if entry.peer and not installed(entry.peer):
             continue
-        wanted[entry.label] = {"name": name, "keeps_memory": entry.keeps_memory}, None
+        wanted[entry.label] = {"name": name, "tuned": entry.tuned}, None
         if entry.peer is None:
             for label, source in arguments.also:
-                wanted[f"{entry.label} {label}"] = {"name": name, "keeps_memory": False}, source
+                wanted[f"{entry.label} {label}"] = {"name": name, "tuned": False}, source
             if arguments.compile:
                 wanted[f"{entry.label} compiled"] = {"name": name, "compile": arguments.compile}, None
     processes: dict[str, Process] = {}
@@ -443,14 +455,12 @@ def show(result: dict) -> None:
 
 def profile(shape: Shape, arguments: argparse.Namespace) -> list[dict]:
     """Where the time of RETRO[ON] goes: operations by the time spent in themselves, over three steps."""
-    from retro.train.memory import keep_freed_memory
-
-    keep_freed_memory()
     one = Contestant("ON", shape, arguments.seed, arguments.optimizer, arguments.precision)
-    one.step(), one.step()
-    with torch.profiler.profile() as profiler:
-        for _ in range(3):
-            one.step()
+    with tuned():
+        one.step(), one.step()
+        with torch.profiler.profile() as profiler:
+            for _ in range(3):
+                one.step()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     rows = [
