@@ -163,9 +163,10 @@ def test_ranks_share_the_tasks(tmp_path):
 
 
 def test_the_error_of_a_rank_stops_the_others_and_a_new_start_takes_it_back(tmp_path):
-    wrong = "run(folder, [Task('wrong', HERE + ':fail', {'kind': 'ValueError'}), *tasks(folder, 6)], None, 'ranks')"
+    wrong = "from retro.retrieval import executors; executors._TAKE_BACK_SECONDS = 4\n"  # where one begins late
+    wrong += "run(folder, [Task('wrong', HERE + ':fail', {'kind': 'ValueError'}), *tasks(folder, 6)], None, 'ranks')"
     ranks = [_rank(tmp_path, rank, 2, wrong) for rank in range(2)]
-    said = [rank.communicate(timeout=180)[1] for rank in ranks]  # one that begins after the error looks twice
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert all("ValueError: the remedy" in words for words in said)
     assert all((tmp_path / f"error-of-rank-{rank}.json").exists() for rank in range(2))
     right = "run(folder, tasks(folder, 6), None, 'ranks')"
