@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from retro.data import Loader, Windows, random_rows
 from retro.evaluation import EvaluationData, prepare
 from retro.evaluation.sweeps import checkpoints_of
 from retro.products import fast_products
+from retro.provenance import versions
 from retro.retrieval import Retriever, Store
 from retro.retrofit import open_base
 from retro.settings import load_settings
@@ -224,10 +224,6 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     return table.rows
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("retro-lm", "torch", "transformers")}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fitted", type=Path, help="folder that `retro retrofit` wrote")
@@ -246,7 +242,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = measure(arguments)
     if arguments.json:
-        result = {"rows": rows, "versions": _versions(), "threads": torch.get_num_threads()}
+        result = {"rows": rows, "versions": versions(), "threads": torch.get_num_threads()}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

