@@ -1,4 +1,4 @@
-"""Multi-head attention, self or cross, in one call of the fused kernel."""
+"""Multi-head attention, self or cross, in one call of a kernel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro.modules.blockwise import blockwise_attention, suits_blocks
 from retro.modules.feed_forward import ResidualLinear
 from retro.modules.positions import POSITIONS, RelativePositions, turn, turns
 
@@ -163,6 +164,8 @@ class Attention(nn.Module):
         return self._fused(q + self.relative.content_bias[:, None], k, v, bias, False)
 
     def _fused(self, q, k, v, mask, is_causal: bool) -> Tensor:
+        if suits_blocks(q, k, v, mask):
+            return blockwise_attention(q, k, v, mask, is_causal)
         grouped = self.num_heads != self.num_key_value_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
