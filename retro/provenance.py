@@ -25,8 +25,11 @@ def versions() -> dict[str, str]:
     return {"retro": retro.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def describe(store: Store) -> dict[str, Any]:
-    """What a model trained on `store` records: fingerprints of store and tokenizer, embedder, the library's version."""
+def describe(store: Store, index: str | None = None) -> dict[str, Any]:
+    """What a model trained on `store` records: fingerprints of store and tokenizer, embedder, the library's version.
+
+    index: the kind of search that found the neighbors it was trained with; None if it had none.
+    """
     return {
         "library_version": retro.__version__,
         "store": Path(store.path).name,
@@ -34,13 +37,14 @@ def describe(store: Store) -> dict[str, Any]:
         "tokenizer": store.manifest["tokenizer"]["name"],
         "tokenizer_fingerprint": store.tokenizer_fingerprint,
         "embedder": store.manifest["embedder"],
+        "index": index,
         "chunk_len": store.chunk_len,
     }
 
 
-def write_provenance(model_folder: str | Path, store: Store) -> None:
-    """Write `retro.json` into a model folder."""
-    text = json.dumps(describe(store), indent=2, ensure_ascii=False)
+def write_provenance(model_folder: str | Path, store: Store, index: str | None = None) -> None:
+    """Write `retro.json` into a model folder; for `index` see `describe`."""
+    text = json.dumps(describe(store, index), indent=2, ensure_ascii=False)
     (Path(model_folder) / FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -57,6 +61,16 @@ def read_provenance(model_folder: str | Path) -> dict[str, Any] | None:
     if missing:
         raise ValueError(f"{file}: {missing[0]} is missing; copy it again from where the model was trained")
     return record
+
+
+def own_index(model_folder: str | Path, index: str = "auto") -> str:
+    """What "auto" means for a model: the kind of search it was trained with, if that goes by words.
+
+    Kinds that go by keys find the same neighbors, each as far as it is tuned to; of those the store's best stays "auto".
+    """
+    trained = (read_provenance(model_folder) or {}).get("index") if index == "auto" else None
+    by_words = any(kind in (trained or "") for kind in ("tfidf", "bm25"))
+    return trained if trained and by_words else index
 
 
 def check_store(model_folder: str | Path, store: Store) -> None:

@@ -216,6 +216,7 @@ def baselines(args: argparse.Namespace) -> int:
     RAG and kNN-LM, with the same store over identical target tokens."""
     from retro.corpus import read_documents
     from retro.evaluation.baselines import BaselineSettings, baselines_rows, baselines_table, measure_baselines
+    from retro.provenance import own_index
     from retro.retrieval import Retriever, Store
 
     check_files(args)
@@ -230,7 +231,7 @@ def baselines(args: argparse.Namespace) -> int:
     store = Store.open(args.store)
     model, reader = open_lm(args.model, store), open_lm(args.reader, store)
     retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-    retriever = Retriever(store, args.index, retrieved_len=retrieved_len)
+    retriever = Retriever(store, own_index(args.model, args.index), retrieved_len=retrieved_len)
     validation = None if args.validation is None else list(only_documents(read_documents(args.validation)))
     result = measure_baselines(model, held_out(args), retriever, reader, validation, settings, progress=True)
     print(baselines_table(result))

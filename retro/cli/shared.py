@@ -65,14 +65,15 @@ def given_filters(args: argparse.Namespace) -> dict[str, Any]:
 def open_model(folder: str, store: Any = None, index: str = "auto", **filters: Any) -> tuple[Any, Any]:
     """A trained model and, with a store, a retriever over it, refused if the store is another tokenizer's.
 
-    store: a `Store`, a folder, or the address of a retrieval server. filters: see `retro.retrieval.Retriever`.
+    store: a `Store`, a folder, or the address of a retrieval server. index: "auto" is what the model was trained with,
+    see `retro.provenance.own_index`. filters: see `retro.retrieval.Retriever`.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from retro.provenance import check_store
+    from retro.provenance import check_store, own_index
     from retro.retrieval import Store
     from retro.retrieval.remote import is_url
 
@@ -96,7 +97,7 @@ def open_model(folder: str, store: Any = None, index: str = "auto", **filters: A
         retriever.retrieved_len = getattr(model.config, "retrieved_len", 2 * retriever.store.chunk_len)
     elif store is not None:
         retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-        retriever = open_retriever(store, index, retrieved_len=retrieved_len, **filters)
+        retriever = open_retriever(store, own_index(folder, index), retrieved_len=retrieved_len, **filters)
     return model, retriever
 
 

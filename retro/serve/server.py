@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from retro.provenance import check_store
+from retro.provenance import check_store, own_index
 from retro.retrieval import Retriever, Store
 from retro.retrieval.lexical import KINDS
 from retro.retrieval.remote import RemoteRetriever, is_url
@@ -34,6 +34,7 @@ def open_stores(given: Sequence[str], model_folder: str, model: Any, index: str 
     read.
     """
     stores: dict[str, Retriever] = {}
+    index = own_index(model_folder, index)
     embedders: dict[str, Any] = {}
     for place in given:
         name, _, path = place.rpartition("=")

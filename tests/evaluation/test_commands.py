@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from retro.cli import main
 from retro.provenance import write_provenance
@@ -123,3 +124,20 @@ def test_refuses_in_one_line(case, made, capsys):
     assert main([argument.format(**made) for argument in argv]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("retro: error: ") and words_ in error
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "expected"),
+    [("bm25", "auto", "bm25"), ("bm25", "tfidf", "tfidf"), ("scann", "auto", "exact"), (None, "auto", "exact")],
+)
+def test_a_model_reads_as_it_was_trained_to(made, tmp_path, monkeypatch, trained, asked, expected):
+    from retro.cli.shared import open_model
+    from retro.evaluation.tasks.reading import open_reader
+
+    folder = tmp_path / "model"
+    shutil.copytree(made["retro"], folder, ignore=shutil.ignore_patterns("checkpoints"))
+    AutoTokenizer.from_pretrained(made["lm"]).save_pretrained(folder)
+    write_provenance(folder, Store.open(made["store"]), trained)
+    monkeypatch.setattr("retro.retrieval.index.find_spec", lambda name: None)  # no engine: what "auto" takes is exact
+    assert open_model(str(folder), made["store"], asked)[1].index.kind == expected
+    assert open_reader(str(folder), made["store"], asked).retriever.index.kind == expected

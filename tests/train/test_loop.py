@@ -382,6 +382,7 @@ def test_the_trained_folder_is_a_model_that_knows_its_store(make_settings, prepa
         assert torch.equal(model(**batch).logits, run.state.model.eval()(**batch).logits)
     assert AutoTokenizer.from_pretrained(folder)("w1 w2").input_ids == run.store.tokenizer("w1 w2").input_ids
     record = json.loads((folder / "retro.json").read_text())
+    assert record["index"] == "exact"
     assert record["store_fingerprint"] == run.store.fingerprint
     assert record["embedder"]["name"] == "hashing" and record["library_version"] == retro.__version__
     for path in (folder, last_checkpoint(folder)):

@@ -399,12 +399,12 @@ def open_reader(
 
     Args:
         store: A datastore or its folder, which the model's tokenizer must have made.
-        index: The kind of search; see `Retriever`.
+        index: The kind of search; see `Retriever`. "auto" is what the model was trained with, if that goes by words.
         tokenizer: Of a model in memory; default the store's.
         dtype: As in from_pretrained.
         options: Of Reader. `retrieval` is "on" by default if there is a store and the model reads neighbors.
     """
-    from retro.provenance import FILE, check_store
+    from retro.provenance import FILE, check_store, own_index
     from retro.retrieval import Retriever, Store
     from retro.retrofit.bases import base_tokenizer, open_base
 
@@ -418,6 +418,7 @@ def open_reader(
         tokenizer = store.tokenizer
     if store is not None and named and (Path(model) / FILE).is_file():
         check_store(model, store)
+        index = own_index(model, index)
     elif store is not None:
         store.check_tokenizer(tokenizer)
     opened = open_base(model, **({} if dtype is None else {"dtype": dtype}))
