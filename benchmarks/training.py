@@ -11,7 +11,8 @@ Operations are those of matrix products and attention, forward and backward, the
 out. Peak memory is the resident peak of the process less what it held before the model was made. Ours run as `retro
 train` runs them: freed memory is kept (retro.train.memory), float32 products are oneDNN's where that is as exact
 (retro.products), and so is the product of the bound. The peers run as they come; what that alone is worth is seen in
-the rows "as torch comes" and "tuned as ours". Packed documents are of 320 tokens each, and see nothing of each other.
+the rows "as torch comes" and "tuned as ours", and what attention by blocks is worth (retro.modules.blockwise) in "fused
+attention". Packed documents are of 320 tokens each, and see nothing of each other.
 
     python benchmarks/training.py --json training.json
     python benchmarks/training.py --shapes 256x512 --rounds 3
@@ -140,6 +141,29 @@ def _without(values: dict, name: str) -> dict:
     return {key: value for key, value in values.items() if key != name}
 
 
+def with_fused_attention(shape: Shape) -> tuple[nn.Module, Loss]:
+    model, loss = ours(shape)
+
+    def fused_loss(ids, neighbors):
+        with fused_attention():
+            return loss(ids, neighbors)
+
+    return model, fused_loss
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention of ours by torch's kernel alone, also where blocks would suit."""
+    from retro.modules import attention
+
+    before = attention.suits_blocks
+    attention.suits_blocks = lambda *_: False
+    try:
+        yield
+    finally:
+        attention.suits_blocks = before
+
+
 @dataclass(frozen=True)
 class Entry:
     """How a contestant is called in the table, made, and whether its process is tuned as `retro train` does."""
@@ -157,6 +181,7 @@ CONTESTANTS = {
     "retro-pytorch": Entry("RETRO-pytorch", retro_pytorch, False, "retro-pytorch"),
     "labml": Entry("labml", labml, False, "labml"),
     "ON-packed": Entry("RETRO[ON], packed documents", lambda shape: ours(shape, documents=True), True),
+    "ON-fused": Entry("RETRO[ON], fused attention", with_fused_attention, True),
     "ON-untuned": Entry("RETRO[ON], as torch comes", ours, False),
     "retro-pytorch-tuned": Entry("RETRO-pytorch, tuned as ours", retro_pytorch, True, "retro-pytorch"),
     "labml-tuned": Entry("labml, tuned as ours", labml, True, "labml"),
@@ -187,7 +212,8 @@ class Contestant:
         return loss.item()
 
     def counted(self) -> int:
-        with operations() as counter, self.autocast:
+        """By the fused kernel, which says what attention takes; attention by blocks computes some of it twice."""
+        with operations() as counter, self.autocast, fused_attention():
             self.loss(self.ids, self.neighbors).backward()
         self.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
@@ -353,7 +379,8 @@ def running(shape: Shape, arguments: argparse.Namespace) -> Iterator[dict[str, P
         wanted[entry.label] = {"name": name, "tuned": entry.tuned}, None
         if entry.peer is None:
             for label, source in arguments.also:
-                wanted[f"{entry.label} {label}"] = {"name": name, "tuned": False}, source
+                tuned_there = entry.tuned and (source / "retro" / "products.py").is_file()
+                wanted[f"{entry.label} {label}"] = {"name": name, "tuned": tuned_there}, source
             if arguments.compile:
                 wanted[f"{entry.label} compiled"] = {"name": name, "compile": arguments.compile}, None
     processes: dict[str, Process] = {}
