@@ -66,7 +66,7 @@ def read_provenance(model_folder: str | Path) -> dict[str, Any] | None:
 def own_index(model_folder: str | Path, index: str = "auto") -> str:
     """What "auto" means for a model: the kind of search it was trained with, if that goes by words.
 
-    Kinds that go by keys find the same neighbors, each as far as it is tuned to; of those the store's best stays "auto".
+    Kinds that go by keys find the same neighbors, each as far as it is tuned to: there the store's best stays "auto".
     """
     trained = (read_provenance(model_folder) or {}).get("index") if index == "auto" else None
     by_words = any(kind in (trained or "") for kind in ("tfidf", "bm25"))

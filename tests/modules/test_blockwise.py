@@ -55,7 +55,8 @@ def test_agrees_with_the_formula_however_it_is_cut(b, h, i, j, kind, scores, que
 def test_large_scores_do_not_overflow():
     q, k, v = (x.float() * 100 for x in drawn(1, 2, 20, 20, 16))
     out = blockwise_attention(q, k, v, None, True)
-    torch.testing.assert_close(out.double(), textbook(q.double(), k.double(), v.double(), None, True), rtol=1e-3, atol=0.1)
+    expected = textbook(q.double(), k.double(), v.double(), None, True)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=0.1)
     assert out.isfinite().all()
 
 
@@ -82,8 +83,8 @@ def test_blocks_are_the_same_as_the_fused_kernel_in_a_module(monkeypatch):
     results = []
     for blocks in (True, False):
         monkeypatch.setattr("retro.modules.attention.suits_blocks", suits_blocks if blocks else lambda *_: False)
-        for given in ({"mask": mask}, {"is_causal": True}, {}):
-            out = attention(x, **given)
+        for options in ({"mask": mask}, {"is_causal": True}, {}):
+            out = attention(x, **options)
             results.append((out, *torch.autograd.grad(out.square().sum(), (x, *attention.parameters()))))
     for one, other in zip(results[:3], results[3:], strict=True):
         for a, b in zip(one, other, strict=True):
