@@ -36,6 +36,7 @@ from retro.corpus import read_documents
 from retro.evaluation.plots import picture
 from retro.retrieval import BuildSettings, Store, build_index, build_neighbors, build_store
 from retro.retrieval.calibration import machine
+from retro.settings import find_config, read_yaml
 from retro.tokenizer import train_tokenizer
 from retro.train.memory import keep_freed_memory
 
@@ -75,7 +76,7 @@ def make_datastore(folder: Path, texts: Path, tokenizer: str, arguments: argpars
     with timed(seconds, DATASTORE[1]):
         build_index(store)
     with timed(seconds, DATASTORE[2]):
-        build_neighbors(store, k=2)
+        build_neighbors(store, k=read_yaml(find_config(arguments.config))["num_neighbors"])
     return store, seconds
 
 

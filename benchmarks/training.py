@@ -538,7 +538,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes", type=shape_of, nargs="+", metavar="DxN[xB]",
-        default=[Shape(256, 512, 4), Shape(512, 512, 4), Shape(256, 2048), Shape(512, 2048)],
+        default=[Shape(256, 512, 4), Shape(512, 512, 2), Shape(256, 2048), Shape(512, 2048)],
         help="width, length and batch",
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))

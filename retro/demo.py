@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from retro.corpus import Document, package_documents
+from retro.settings import find_config, read_yaml
 
 PACKAGE = "transformers"
 CORPUS_BYTES = 3_000_000
 SMALLEST, LARGEST = 2_000, 60_000  # bytes of a document that takes part
 VOCAB_SIZE = 8192
+RECIPE = "train_small"
 
 
 def run_demo(output: Path, seed: int = 0) -> str:
@@ -110,12 +112,12 @@ def _build_store(output: Path):
 def _find_neighbors(store) -> None:
     from retro.retrieval import build_neighbors
 
-    build_neighbors(store, k=2, progress=True)
+    build_neighbors(store, k=read_yaml(find_config(RECIPE))["num_neighbors"], progress=True)
 
 
 def _train(output: Path, name: str, seed: int) -> None:
     given = [f"store={output / 'store'}", f"output={output / name}", f"seed={seed}"]
-    import_module("retro.train.pretrain").main("train_small", [*given, f"retrieval={str(name == 'retro').lower()}"])
+    import_module("retro.train.pretrain").main(RECIPE, [*given, f"retrieval={str(name == 'retro').lower()}"])
 
 
 def _measure(output: Path, store, seed: int) -> dict[str, Any]:
