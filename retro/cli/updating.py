@@ -20,13 +20,14 @@ def _add_no_index(parser: argparse.ArgumentParser) -> None:
 
 def _report(store: Any, file: str | None, did: dict[str, Any]) -> None:
     """Print and write what the store is after an update."""
+    removed = len(store.removed_documents)
     print(
         f"{store.path}: generation {store.generation}, {store.num_live_documents} documents, "
-        f"{store.num_live_chunks} chunks, {len(store.removed_documents)} removed documents still on disk"
+        f"{store.num_live_chunks} chunks, {removed} removed document{'s' * (removed != 1)} still on disk"
     )
     counts = {"documents": store.num_live_documents, "chunks": store.num_live_chunks}
     about = {"store": str(store.path), "generation": store.generation, **counts}
-    write_json(file, about | {"removed_documents": len(store.removed_documents)} | did | stamp(store))
+    write_json(file, about | {"removed_documents": removed} | did | stamp(store))
 
 
 # add

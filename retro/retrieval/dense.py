@@ -55,7 +55,7 @@ class Segment:
         self.record: dict[str, Any] = run.record
         self.layout = Layout(**run.record["layout"])
         self.first_row, _ = row_range(store, run)
-        self._rows = open_npy(run.folder / "rows.npy")
+        self._rows = np.asarray(open_npy(run.folder / "rows.npy"))
         self._has_removed = len(store.removed_documents) > 0
         self.num_rows = len(self._rows)
         self.num_live = self.num_rows
@@ -85,7 +85,7 @@ class Segment:
             return no_hits(len(queries), k)
         rows, distances = self.attempt(queries, k, effort, fetch)
         while fetch < self.num_rows or effort.lists < self.layout.lists:
-            waiting = np.flatnonzero((rows >= 0).sum(1) < most)
+            waiting = np.flatnonzero(rows[:, most - 1] < 0)  # what is missing comes last
             if not len(waiting):
                 break
             fetch = min(fetch * 2, self.num_rows)
@@ -108,7 +108,8 @@ class Segment:
 
     def _store_rows(self, local: np.ndarray) -> np.ndarray:
         """Store rows of local ones, -1 for what is missing, removed or (with SOAR) there twice."""
-        found = np.where(local >= 0, self.first_row + self._rows[np.maximum(local, 0)].astype(np.int64), -1)
+        found = self.first_row + self._rows[local].astype(np.int64)
+        found[local < 0] = -1
         if self._has_removed:
             found[self.store.is_removed(found)] = -1
         if self.layout.soar:
@@ -154,6 +155,7 @@ def write_dense(store: Store, run: Run, kind: str, settings: dict[str, Any], tar
 def retune(segment: Segment, target: float) -> None:
     """Tune a segment to another recall and write that into its index.json."""
     segment.record["recall"] = tune(segment, target)
+    segment.store.check_on_disk(range(segment.run.first, segment.run.stop))
     save_json(segment.folder / "index.json", segment.record)
 
 

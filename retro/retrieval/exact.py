@@ -16,7 +16,7 @@ from retro.retrieval.store import Store
 
 _OVER_SELECT = 16  # candidates kept beyond k, so that rounding of the matrix product cannot displace a true neighbor
 _BLOCK_SCORES = 1 << 24  # scores held at a time by exact search
-_PAIRS = 1 << 14  # distances computed at a time
+_PAIRS = 1 << 8  # distances computed at a time, so few that they stay in cache
 
 Hits = tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"], Bool[np.ndarray, "q k"]]
 
@@ -40,8 +40,9 @@ def check_queries(queries: Any, store: Store) -> Float32[np.ndarray, "q d"]:
     queries = np.ascontiguousarray(queries, np.float32)
     if queries.ndim != 2 or queries.shape[1] != store.key_dim:
         raise ValueError(f"queries must be [q, {store.key_dim}], as the store's keys, not {list(queries.shape)}")
-    wrong = np.flatnonzero(~np.isfinite(queries).all(axis=1))
-    if len(wrong):
+    finite = np.isfinite(queries)
+    if not finite.all():
+        wrong = np.flatnonzero(~finite.all(axis=1))
         raise ValueError(f"query row {wrong[0]} is not finite; a query must hold numbers only")
     return queries
 
@@ -199,11 +200,12 @@ def _distances(
     import torch
 
     distances = np.full(places.shape, np.inf)
-    pairs = np.argwhere(needed)
+    pairs, flat = np.flatnonzero(needed), distances.reshape(-1)
     for start in range(0, len(pairs), _PAIRS):
-        q, c = pairs[start : start + _PAIRS].T
-        differences = torch.from_numpy(keys(places[q, c])) - torch.from_numpy(queries[q])
-        distances[q, c] = differences.square_().sum(-1, dtype=torch.float64).float().numpy()
+        part = pairs[start : start + _PAIRS]
+        differences = torch.from_numpy(keys(places.reshape(-1)[part]))
+        differences -= torch.from_numpy(queries[part // places.shape[1]])
+        flat[part] = differences.square_().sum(-1, dtype=torch.float64).float().numpy()
     return distances
 
 

@@ -18,7 +18,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,6 +33,9 @@ EXECUTORS = ("local", "ranks", "ray")
 _RETRIES = 5  # of a Ray task whose node or process died
 _POLL_SECONDS = 0.2
 _POLL_PAUSE = 10  # times as long as it took to look: a folder of a million records takes seconds
+_BEAT_SECONDS = 10.0  # between two signs of life of a rank
+_SILENT_SECONDS = 1800.0  # without one, after which a rank is given up; a library may hold Python's lock for long
+_BEGIN_SECONDS = 24 * 3600.0  # within which every rank of a launch begins, as its queue lets it
 _TAKE_BACK_SECONDS = 60.0  # within which a rank that is started again removes the error it left the time before
 _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -368,12 +372,14 @@ class RankExecutor:
     def run(self, folder: Path, tasks: Iterable[Task], on_done: OnDone | None = None) -> None:
         """See `Executor.run`. An error of one rank is raised by all; rank 0 waits a little until they have stopped.
 
+        ChildProcessError if another rank gives no sign of life for half an hour, or does not begin within a day.
         Returns early in a rank above 0 when rank 0, done or stopped, has removed the folder.
         """
         _error_file(folder, self.rank).unlink(missing_ok=True)
-        errors = _Errors(folder, self.count)
+        errors = _Errors(folder, self.count, self.rank)
         try:
-            self._run(_Work(folder, tasks, on_done), errors)
+            with _beating(_beat_file(folder, self.rank)):
+                self._run(_Work(folder, tasks, on_done), errors)
         except Exception as error:
             if not self.leads and not folder.is_dir():
                 return  # what it was about to read has gone with the folder
@@ -409,16 +415,78 @@ class RankExecutor:
                 work.done(others.pop(name), record)
 
 
-class _Errors:
-    """The errors that ranks leave in the folder of a job."""
+@contextmanager
+def _beating(file: Path) -> Iterator[None]:
+    """Write a file with the launch in it, and touch it every few seconds until the rank ends, when it is removed."""
+    ended = threading.Event()
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def beat() -> None:
+        while not ended.wait(_BEAT_SECONDS):
+            with suppress(OSError):  # rank 0 has removed the folder, or it cannot be reached for a while
+                os.utime(file)
+
+    file.write_text(_launch())
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
+        file.unlink(missing_ok=True)
+
+
+class _Silence:
+    """For how long another rank has given no sign of life, by this process's clock and in this process's presence: a
+    time in which nobody looked (for a task that took long, or a stopped process) counts as one beat."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.file, self.rank = _beat_file(folder, rank), rank
+        self.seconds, self.looked_at, self.sign = 0.0, time.monotonic(), self._sign()
+
+    def _sign(self) -> tuple[str, int] | None:
+        """What changes with every beat; None where there is no file of this launch."""
+        try:
+            launch, changed = self.file.read_text(), self.file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+        return (launch, changed) if launch == _launch() else None
+
+    def check(self) -> None:
+        """ChildProcessError if it is too long. A rank that has ended in peace has no file any more."""
+        now, sign = time.monotonic(), self._sign()
+        self.seconds += min(now - self.looked_at, _BEAT_SECONDS)
+        self.looked_at = now
+        if sign != self.sign:
+            self.seconds, self.sign = 0.0, sign
+        if self.is_gone:
+            did = "given no sign of life for" if sign else "not begun within"
+            raise ChildProcessError(
+                f"rank {self.rank} has {did} {self._limit:.0f} seconds (its process or node is gone?); "
+                "start the same command again, which goes on from here"
+            )
+
+    @property
+    def is_gone(self) -> bool:
+        return self.seconds > self._limit
+
+    @property
+    def _limit(self) -> float:
+        return _SILENT_SECONDS if self.sign else _BEGIN_SECONDS
+
+
+class _Errors:
+    """The errors that ranks leave in the folder of a job, and the silence of those that could leave none."""
+
+    def __init__(self, folder: Path, count: int, own: int) -> None:
         self.files = [_error_file(folder, rank) for rank in range(count)]
+        self.others = [_Silence(folder, rank) for rank in range(count) if rank != own]
         self.began = time.monotonic()
         self.old = {file: file.stat().st_mtime_ns for file in self.files if file.exists()}
 
     def check(self) -> None:
-        """Raise the error of another rank; one of an earlier launch only if its rank does not take it back."""
+        """Raise the error of another rank, or that it is silent; an error of an earlier launch only if its rank does
+        not take it back."""
         for file in self.files:
             try:
                 changed = file.stat().st_mtime_ns
@@ -428,11 +496,14 @@ class _Errors:
             waiting = time.monotonic() - self.began < _TAKE_BACK_SECONDS
             if error["launch"] == _launch() and not (self.old.get(file) == changed and waiting):
                 _raise(error)
+        for other in self.others:
+            other.check()
 
     def wait_for_all(self, seconds: float = 30.0) -> None:
-        """Wait until every rank has stopped, each leaving an error."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not all(file.exists() for file in self.files):
+        """Wait until every rank that is not silent has stopped, each leaving an error."""
+        end, silent = time.monotonic() + seconds, {other.rank for other in self.others if other.is_gone}
+        files = [file for rank, file in enumerate(self.files) if rank not in silent]
+        while time.monotonic() < end and not all(file.exists() for file in files):
             time.sleep(_POLL_SECONDS)
 
 
@@ -457,6 +528,10 @@ def _listed(folder: Path) -> list[os.DirEntry]:
 
 def _error_file(folder: Path, rank: int) -> Path:
     return folder / f"error-of-rank-{rank}.json"
+
+
+def _beat_file(folder: Path, rank: int) -> Path:
+    return folder / f"sign-of-rank-{rank}"
 
 
 def _launch() -> str:

@@ -23,17 +23,14 @@ from jaxtyping import Float32, Int32, Int64
 
 from retro.retrieval.files import (
     check_files,
-    folder_record,
-    folder_written_aside,
     load_json,
     open_npy,
-    save_json,
     stable_hash,
 )
 from retro.retrieval.index import Hits, check_searchable
 from retro.retrieval.postings import KINDS, Postings, buckets, words_of, write_postings, write_weights
 from retro.retrieval.queries import Queries
-from retro.retrieval.segments import Run, cover, find_segments, plan_segments, row_range, write_segment
+from retro.retrieval.segments import Run, cover, find_segments, plan_segments, row_range, write_index, write_segment
 from retro.retrieval.store import Store
 
 __all__ = ["KINDS", "LexicalIndex", "build_lexical"]
@@ -233,11 +230,13 @@ def _write_segment(store: Store, run: Run, kind: str, settings: dict[str, Any]) 
 def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Path) -> None:
     if not any(len(segment.postings) for segment in segments):
         raise ValueError(f"{store.path} has no word of two letters or more for {kind} to index; use tfidf")
-    with folder_written_aside(folder) as aside:
+
+    def write(aside: Path) -> dict[str, Any]:
         write_weights(segments, kind, aside)
         record = {"kind": kind, "store": store.fingerprint, "rows": store.num_searchable}
-        record["segments"] = [segment.folder.name for segment in segments]
-        save_json(aside / "index.json", record | {"files": folder_record(aside)})
+        return record | {"segments": [segment.folder.name for segment in segments]}
+
+    write_index(store, folder, write)
 
 
 # Sparse matrices and vocabularies

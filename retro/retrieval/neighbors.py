@@ -30,6 +30,7 @@ from retro.retrieval.executors import Task, await_leader, finished, open_executo
 from retro.retrieval.files import (
     TEMPORARY_PREFIX,
     check_files,
+    delete,
     file_record,
     load_json,
     open_npy,
@@ -106,8 +107,14 @@ def build_neighbors(
             return _open(folder, k)
         except ValueError as error:
             log.warning("computing the table again: %s", error)
+    _check_on_disk(store, queries)
     with _shared_with_tasks(embedder):
         _run_job(_Job(store, queries, settings, folder, embedder), executor, workers, progress)
+    try:
+        _check_on_disk(store, queries)
+    except ValueError:
+        delete(folder)
+        raise
     return _open(folder, k)
 
 
@@ -176,6 +183,11 @@ def _check(store: Store, queries: Store, k: int, exclude: str, uses_keys: bool) 
             f"{store.path} has chunks of {store.chunk_len} tokens, {queries.path} of {queries.chunk_len}; "
             "build both with the same chunk_len"
         )
+
+
+def _check_on_disk(store: Store, queries: Store) -> None:
+    store.check_on_disk()
+    queries.check_on_disk()
 
 
 def _folder(store: Store, queries: Store, settings: dict[str, Any]) -> Path:

@@ -41,10 +41,11 @@ class Queries:
         keys: Float32[np.ndarray, "q d"] | None = None,
     ):
         self._tokenizer, self._texts, self._tokens, self.keys = tokenizer, texts, tokens, keys
+        self._length = len(next(given for given in (texts, tokens, keys) if given is not None))
         self._embedded: dict[str, np.ndarray] = {}  # keys made by embedders, by their fingerprints
 
     def __len__(self) -> int:
-        return len(next(given for given in (self._texts, self._tokens, self.keys) if given is not None))
+        return self._length
 
     def __getitem__(self, chosen: np.ndarray) -> Queries:
         """Some of the queries; what was made of them already stays made."""

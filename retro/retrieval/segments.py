@@ -12,7 +12,7 @@ row is indexed again that often.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ import numpy as np
 from jaxtyping import UInt32
 
 from retro.retrieval.exact import blocks
-from retro.retrieval.files import folder_record, folder_written_aside, load_json, open_npy, save_json, stable_hash
+from retro.retrieval.files import (
+    delete,
+    folder_record,
+    folder_written_aside,
+    load_json,
+    open_npy,
+    save_json,
+    stable_hash,
+)
 from retro.retrieval.store import Store
 
 log = logging.getLogger(__name__)
@@ -169,12 +177,40 @@ def write_segment(store: Store, run: Run, record: dict[str, Any], write: Any) ->
         "skipped": _skipped(store, first, last),
     }
     folder = store.path / "index" / stable_hash(record)[:16]
-    folder.parent.mkdir(exist_ok=True)
-    with folder_written_aside(folder) as aside:
+
+    def write_record(aside: Path) -> dict[str, Any]:
         rows = segment_rows(store, run)
-        record |= {"rows": len(rows)} | write(aside, rows)
-        save_json(aside / "index.json", record | {"files": folder_record(aside)})
-    return Run(run.first, run.stop, folder, load_json(folder / "index.json"))
+        return record | {"rows": len(rows)} | write(aside, rows)
+
+    return Run(run.first, run.stop, folder, write_index(store, folder, write_record, range(run.first, run.stop)))
+
+
+def write_index(
+    store: Store, folder: Path, write: Callable[[Path], dict[str, Any]], numbers: Iterable[int] | None = None
+) -> dict[str, Any]:
+    """Write a folder of index/ through write(a temporary folder) -> its record, and return what its index.json says.
+
+    numbers: the shards that it is made of; None is all. Nothing is left of it, and ValueError raised, if they are no
+    longer there (see `Store.check_on_disk`).
+    """
+    store.check_on_disk(numbers)
+    folder.parent.mkdir(exist_ok=True)
+    try:
+        with folder_written_aside(folder) as aside:
+            record = write(aside)
+            save_json(aside / "index.json", record | {"files": folder_record(aside)})
+            store.check_on_disk(numbers)
+        store.check_on_disk(numbers)
+        return load_json(folder / "index.json")
+    except Exception as error:
+        try:
+            store.check_on_disk(numbers)
+        except ValueError:
+            delete(folder)
+            raise
+        if isinstance(error, FileNotFoundError):  # `compact` deletes what is being written of any generation
+            raise ValueError(f"{folder} was deleted while it was written; open {store.path} again") from error
+        raise
 
 
 def _skipped(store: Store, first: int, last: int) -> str | None:

@@ -3,7 +3,8 @@
 An update writes new files beside the old ones and then one new manifest, which is the whole of the change: killed at
 any moment it leaves the old generation or the new one, and the same command, run again, finishes. Only `compact`
 deletes what an older generation needs, and stores that are open keep reading their maps of it. One process writes at a
-time; readers never wait.
+time; readers never wait. A reader of a generation that was compacted goes on with what it has opened, but cannot open
+an index that is not there: see `Store.check_on_disk`.
 
 What depends on a generation: indexes are brought up to date by the update itself; neighbor tables are of one generation
 (after an update run `retro neighbors` again); training on the new generation has another order of windows.
@@ -131,7 +132,7 @@ def compact(path: str | Path, index: bool = True, progress: bool = False) -> Sto
             with _bar(store, groups, progress) as bar:
                 changes = _compacted(store, groups, bar)
             _save_generation(store, "compact", changes, {})
-            _clear_leftovers(Store.open(store.path))  # the removed text first, whatever becomes of the indexes
+            _clear_leftovers(Store.open(store.path), readers=True)  # the removed text, whatever becomes of indexes
         else:
             log.info("%s is compact already", path)
         new = _opened(store.path, index)
@@ -155,8 +156,11 @@ def _writing(path: Path, keep_work: bool = False) -> Iterator[Store]:
         yield store
 
 
-def _clear_leftovers(store: Store, keep_work: bool = False) -> None:
-    """Delete temporary files, and what no manifest came to name or none names any more."""
+def _clear_leftovers(store: Store, keep_work: bool = False, readers: bool = False) -> None:
+    """Delete temporary files, and what no manifest came to name or none names any more.
+
+    readers: also of indexes that processes are building, who then say that the store was compacted.
+    """
     path, generation = store.path, store.generation
     updates = store.manifest.get("updates", [])
     compacted = max((update["generation"] for update in updates if update["verb"] == "compact"), default=0)
@@ -165,7 +169,7 @@ def _clear_leftovers(store: Store, keep_work: bool = False) -> None:
     for place in (".", "removed", "shards", "shards/*", "rejects", "rejects/*"):
         stale += path.glob(f"{place}/{TEMPORARY_PREFIX}*")
     for place in ("index", "neighbors"):  # whoever searches may write here, without the lock
-        stale += (left for left in path.glob(f"{place}/{TEMPORARY_PREFIX}*") if is_abandoned(left))
+        stale += (left for left in path.glob(f"{place}/{TEMPORARY_PREFIX}*") if readers or is_abandoned(left))
     if not keep_work:
         named = {record["name"] for record in store.shards}
         stale += (folder for folder in path.glob("shards/*") if folder.name not in named)

@@ -13,6 +13,7 @@ import pytest
 from retro.retrieval import BuildSettings, Store, build_store, parts, remove_documents, settling
 from retro.retrieval import build as build_module
 from retro.retrieval.build import plan_build
+from retro.retrieval.embedder import NoEmbedder
 from retro.retrieval.files import save_npy, sha256_file, write_lock
 from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words, write_jsonl
 
@@ -211,6 +212,14 @@ def test_progress_counts_the_bytes_read_and_the_chunks_embedded(settings, tokeni
     ((num_bytes, bar),) = bars
     assert num_bytes == Path(settings.inputs[0]).stat().st_size and bar.settled_parts == [(num_bytes, 2601)]
     assert store.num_chunks == 2601 and bar.steps == [(1024, False), (1024, False), (553, False)]
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_a_build_without_keys_shows_no_bar_of_embedding(settings, tokenizer, capsys, keys):
+    embedder = HashingEmbedder() if keys else NoEmbedder()
+    build_store(settings, embedder, tokenizer, progress=True)
+    shown = capsys.readouterr().err
+    assert "reading:" in shown and ("embedding:" in shown) == keys
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from retro.retrieval import executors
 from retro.retrieval.executors import RankExecutor, Task, finished, open_executor, rank_of
-from retro.retrieval.files import file_record
+from retro.retrieval.files import file_record, stable_hash
 
 HERE = "tests.retrieval.test_executors"
 
@@ -42,6 +44,10 @@ def tasks(folder, count, **more):
 
 def diary(folder):
     return [line.split() for line in (folder / "diary.txt").read_text().splitlines()]
+
+
+def _lines(folder):
+    return diary(folder) if (folder / "diary.txt").exists() else []
 
 
 def run(folder, jobs, workers=1, executor="local"):
@@ -191,6 +197,73 @@ def test_a_rank_that_comes_late_to_the_end_stops_in_peace(tmp_path):
     run(folder, tasks(folder, 3))
     with pytest.raises(FileNotFoundError):
         RankExecutor(0, 1).run(folder, tasks(folder, 3), on_done)
+
+
+SHORT = "from retro.retrieval import executors; executors._BEAT_SECONDS, executors._SILENT_SECONDS = 0.1, 3.0\n"
+
+
+def test_a_rank_that_is_killed_is_told_and_one_that_takes_long_is_not(tmp_path, monkeypatch):
+    """Tasks take longer than a rank may be silent; the others finish what they have and then name the dead one."""
+    for name, value in (("_BEAT_SECONDS", 0.1), ("_SILENT_SECONDS", 3.0)):
+        monkeypatch.setattr(executors, name, value)
+    rank = _rank(tmp_path, 1, 2, SHORT + "run(folder, tasks(folder, 12, seconds=4), None, 'ranks')")
+
+    def kill_in_its_second_task():
+        while len([1 for _, process in _lines(tmp_path) if process == str(rank.pid)]) < 2:
+            time.sleep(0.05)
+        rank.kill()
+
+    killer = threading.Thread(target=kill_in_its_second_task, daemon=True)
+    killer.start()
+    message = "rank 1 has given no sign of life for 3 seconds.*start the same command again"
+    began = time.monotonic()
+    with pytest.raises(ChildProcessError, match=message):
+        RankExecutor(0, 2).run(tmp_path, tasks(tmp_path, 12))
+    killer.join()
+    assert rank.wait() == -signal.SIGKILL and time.monotonic() - began < 60
+    mine = [int(number) for number, process in diary(tmp_path) if process == str(os.getpid())]
+    assert sorted(mine) == [n for n in range(12) if int(stable_hash(f"square-{n}"), 16) % 2 == 0]
+    with pytest.raises(ChildProcessError, match=message):  # nor does it matter who is told first
+        RankExecutor(0, 2).run(tmp_path, tasks(tmp_path, 12))
+    assert len(run(tmp_path, tasks(tmp_path, 12))) == 12
+
+
+@pytest.mark.parametrize("of_this_launch", [True, False])
+def test_silence_is_counted_by_the_own_clock_and_while_somebody_looks(tmp_path, monkeypatch, of_this_launch):
+    """The other's clock may be an hour off or run backwards; a watcher that slept for a day has heard one beat less."""
+    clock, beat = [0.0], tmp_path / "sign-of-rank-1"
+    monkeypatch.setattr(executors.time, "monotonic", lambda: clock[0])
+    beat.write_text(executors._launch() if of_this_launch else "another")
+    limit = executors._SILENT_SECONDS if of_this_launch else executors._BEGIN_SECONDS
+    silence = executors._Silence(tmp_path, 1)
+
+    def looks(seconds, step=5.0):
+        for _ in range(int(seconds / step)):
+            clock[0] += step
+            silence.check()
+
+    for shown in (10**18, 4 * 10**18, 3 * 10**18, 2 * 10**18) if of_this_launch else ():
+        looks(limit - 10)
+        os.utime(beat, ns=(shown, shown))
+    looks(limit - 50)
+    clock[0] += 24 * 3600.0
+    silence.check()
+    looks(30)
+    with pytest.raises(ChildProcessError, match=f"rank 1 has (given no|not begun).* {limit:.0f} seconds"):
+        looks(20)
+    beat.write_text(executors._launch())
+    looks(10)
+    beat.unlink()  # it has ended in peace
+    looks(executors._SILENT_SECONDS * 2)
+
+
+def test_a_rank_leaves_no_sign_when_it_ends(tmp_path):
+    seen = []
+    RankExecutor(0, 1).run(tmp_path, tasks(tmp_path, 2), lambda *done: seen.append(list(tmp_path.glob("sign-of-*"))))
+    assert [len(files) for files in seen] == [1, 1] and not list(tmp_path.glob("sign-of-*"))
+    with pytest.raises(ValueError, match="the remedy"):
+        RankExecutor(0, 1).run(tmp_path, [Task("wrong", f"{HERE}:fail", {"kind": "ValueError"})])
+    assert not list(tmp_path.glob("sign-of-*"))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from retro.retrieval.dense import TUNED_NEIGHBORS, Effort, Segment, tune
 from retro.retrieval.engines import CODES, choose_layout
 from retro.retrieval.index import exact_search, measured_recall, resolve_kind
 from retro.retrieval.segments import Run
+from retro.retrieval.synthetic import write_synthetic_store
 from tests.stand_ins import make_store, words
 
 APPROXIMATE = [kind for kind in ("scann", "faiss") if index_module._importable(kind)]
@@ -343,3 +344,22 @@ def test_settings_by_size():
     assert scann[3].row_bytes(384) == 193 and scann[1].row_bytes(384) == 96.5 + 4 * 385
     assert scann[1].peak_bytes(50_000, 384, 20_000) == 48 * 2**20 + 50_000 * (8 * 385 + 193 + 96.5) + 20_000 * 4 * 385
     assert faiss[3].peak_bytes(6_000_000, 384, 1000) == 48 * 2**20 + 6_000_000 * 56 + 4 * 384 * 40 * faiss[3].lists
+
+
+@pytest.mark.parametrize("pairs", [1, 5, 1 << 20])
+def test_distances_do_not_depend_on_how_many_are_computed_at_a_time(tmp_path, monkeypatch, pairs):
+    """To the bit those of one pair after another, whatever the type of the keys and the shards they lie in."""
+    store = write_synthetic_store(tmp_path / "store", 300, 24, "float16", shard_chunks=70)
+    draw = np.random.default_rng(0)
+    queries = draw.normal(size=(9, 24)).astype(np.float32)
+    rows = draw.integers(-1, 300, (9, 7))
+    monkeypatch.setattr(exact, "_PAIRS", pairs)
+    found = exact.rescore(store, queries, rows)
+    for q, c in np.ndindex(rows.shape):
+        if rows[q, c] < 0:
+            assert np.isposinf(found[q, c])
+        else:
+            key = np.asarray(store.shard_arrays(int(rows[q, c]) // 70).keys[rows[q, c] % 70], np.float32)
+            difference = np.square(key - queries[q]).astype(np.float64)
+            assert found[q, c] == exact.rescore(store, queries[q : q + 1], rows[q : q + 1, c : c + 1])[0, 0]
+            assert found[q, c] == pytest.approx(difference.sum(), rel=1e-7)

@@ -316,25 +316,54 @@ build_neighbors(Store.open(sys.argv[1]), 4, workers=int(sys.argv[2]), executor=s
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path, tokenizer):
-    """kill -9 of the process and all its workers, again and again; then the bytes of an undisturbed run."""
+def test_killed_with_its_workers(tmp_path, tokenizer):
+    """kill -9 of the process and all its workers, a few times; then the bytes of an undisturbed run."""
     store = make_store(tmp_path, [words(5 + n % 50, n) for n in range(300)], tokenizer)
     whole = build_neighbors(store, 4)
     kept = table_bytes(whole)
     shutil.rmtree(whole.path)
     command, rng, kills = [sys.executable, "-c", JOB, str(store.path), "2", "local"], np.random.default_rng(0), 0
-    while True:
+    while kills < 3:
         process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + float(rng.uniform(1, 15))
-        while process.poll() is None and time.monotonic() < deadline and kills < 20:
-            time.sleep(0.05)
-        if kills == 20 or process.poll() is not None:
-            assert process.wait() == 0, process.stderr.read().decode()
-            break
+        while process.poll() is None and not list(store.path.glob("neighbors/*/job/hits-*")):
+            time.sleep(0.02)
+        time.sleep(float(rng.uniform(0, 0.5)))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
         kills += 1
-    assert table_bytes(open_neighbors(store, k=4)) == kept and kills
+    subprocess.run(command, check=True)
+    assert table_bytes(open_neighbors(store, k=4)) == kept
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("index", ["exact", "tfidf"])
+def test_twenty_kills_at_random_moments(tmp_path, tokenizer, monkeypatch, index):
+    """kill -9 from just before the first file to just before the last, each run resumed from what the last one left."""
+    small_tasks(monkeypatch)
+    store = make_store(tmp_path, [words(5 + n % 30, n) for n in range(60)], tokenizer)
+    began = time.monotonic()
+    whole = build_neighbors(store, 4, index=index, workers=1)
+    duration, kept = time.monotonic() - began, table_bytes(whole)
+    shutil.rmtree(store.path / "neighbors")
+    shutil.rmtree(store.path / "index", ignore_errors=True)
+    draw, kills, left = np.random.default_rng(0), 0, set()
+    while kills < 20:
+        child = os.fork()
+        if child == 0:
+            try:
+                build_neighbors(Store.open(store.path), 4, index=index, workers=1)
+            finally:
+                os._exit(0)
+        time.sleep(float(draw.uniform(0, 0.3)) * duration)
+        os.kill(child, signal.SIGKILL)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+            kills += 1
+            left.add(len(list(store.path.glob("neighbors/*/job/*"))))
+        else:
+            assert table_bytes(open_neighbors(store, k=4, index=index)) == kept
+            shutil.rmtree(store.path / "neighbors")
+    assert table_bytes(build_neighbors(store, 4, index=index, workers=1)) == kept
+    assert len(left) > 5 and not list(store.path.glob("neighbors/*/job"))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro.retrieval import Store
+from retro.retrieval import Store, remove_documents
 from retro.retrieval.files import file_record, stable_hash
 from retro.retrieval.store import SHARD_FILES, narrow_keys, widen_keys
 from tests.stand_ins import HashingEmbedder, make_store, words
@@ -48,20 +48,38 @@ def test_several_shards_and_contiguous_rows(store):
     assert store.positions(rows).tolist() == [start // 4 for _, start in naive_rows(store)]
 
 
+@pytest.fixture(scope="module", params=["several shards", "one shard", "removed"])
+def stored(request, store, tokenizer, tmp_path_factory):
+    """A store of the same documents, and which of them were removed."""
+    folder = tmp_path_factory.mktemp("stored")
+    if request.param == "one shard":
+        return make_store(folder, [words(n, seed) for seed, n in enumerate(LENGTHS)], tokenizer), ()
+    if request.param == "removed":
+        return remove_documents(shutil.copytree(store.path, folder / "store"), ["d1", "d4"]), (1, 4)
+    return store, ()
+
+
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), retrieved_len=st.integers(1, 13))
-def test_values_against_a_naive_loop(store, data, retrieved_len):
+def test_values_against_a_naive_loop(stored, data, retrieved_len):
+    store, removed = stored
     rows = np.array(data.draw(st.lists(st.integers(-1, store.num_chunks - 1), min_size=6, max_size=6))).reshape(3, 2)
     ids, mask = store.values(rows, retrieved_len)
     assert ids.shape == mask.shape == (3, 2, retrieved_len)
     documents, places = naive_documents(store), naive_rows(store)
     for index in np.ndindex(3, 2):
         doc, start = places[rows[index]]
-        expected = documents[doc][start : start + retrieved_len] if rows[index] >= 0 else []
+        expected = documents[doc][start : start + retrieved_len] if rows[index] >= 0 and doc not in removed else []
         expected = expected[: -(-retrieved_len // 4) * 4]
         assert ids[index][mask[index]].tolist() == expected
         assert mask[index].tolist() == [i < len(expected) for i in range(retrieved_len)]
         assert (ids[index][~mask[index]] == store.pad_token_id).all()
+
+
+def test_values_of_no_rows(stored):
+    for shape in ((0,), (0, 3), (2, 0)):
+        ids, mask = stored[0].values(np.zeros(shape, np.int64), 5)
+        assert ids.shape == mask.shape == (*shape, 5) and (ids.dtype, mask.dtype) == (np.int64, bool)
 
 
 def test_chunks_and_lens(store):
@@ -100,6 +118,14 @@ def test_rows_outside_are_refused(store):
         store.chunks(np.array([0, 99]))
     with pytest.raises(ValueError, match="row -1 is outside"):
         store.keys(np.array([-1]))
+
+
+def test_float16_is_widened_exactly():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(widen_keys(every[None], "float16")[0], every.astype(np.float32))
+    finite = every[np.isfinite(every)]
+    assert widen_keys(finite[None], "float16").tobytes() == finite.astype(np.float32).tobytes()  # -0 too
 
 
 def test_bfloat16_rounds_to_nearest():

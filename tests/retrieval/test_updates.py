@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from retro.data import Windows
 from retro.retrieval import Retriever, Store, add_documents, build_neighbors, compact, open_neighbors, remove_documents
 from retro.retrieval.files import write_lock
+from retro.retrieval.postings import buckets
 from retro.retrieval.queries import Queries
 from retro.retrieval.search import open_searcher
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
@@ -252,6 +254,109 @@ def test_removed_text_is_gone_though_an_index_cannot_be_built(path, monkeypatch)
     assert not any(folder.exists() for folder in old) and Store.open(path).generation == 4
 
 
+def old_reader(path):
+    """A store opened before a document was removed, and what gives that document away wherever it lies."""
+    old = secret_store(path)
+    row = old.find_documents(["secret"])["secret"]
+    rows = np.arange(*old.document_spans[row].cumsum())
+    full = [ids for ids in old.token_lists(rows) if len(ids) == old.chunk_len]
+    traces = [key.tobytes() for key in old.keys(rows)] + [b'"w80"']
+    traces += [ids.astype(old.shard_arrays(0).tokens.dtype).tobytes() for ids in full]
+    traces += [pair.tobytes() for ids in full for pair in buckets(ids).astype(np.int32)[-3:]]
+    assert {file.parent.parent.name for file, _ in given_away(path, traces)} == {"shards"}
+    remove_documents(path, ["secret"])
+    return old, traces
+
+
+def given_away(path, traces):
+    files = [file for file in path.rglob("*") if file.is_file() and "tokenizer" not in file.parts]
+    return [(file, trace) for file in files for trace in traces if trace in file.read_bytes()]
+
+
+def needs(kind):
+    pytest.importorskip({"scann": "scann", "faiss": "faiss", "bm25": "bm25s"}.get(kind, "numpy"))
+
+
+@pytest.mark.parametrize("kind", [*KINDS[1:], "neighbors"])
+def test_a_reader_of_an_older_generation_writes_nothing_back(path, kind):
+    needs(kind)
+    old, traces = old_reader(path)
+    store, before = compact(path), contents(path)
+
+    def build(store):
+        return build_neighbors(store, 2) if kind == "neighbors" else open_searcher(store, kind, build=True)
+
+    with pytest.raises(ValueError, match="was compacted or built again since it was opened.*open it again"):
+        build(old)
+    assert contents(path) == before and not given_away(path, traces)
+    build(store)
+    assert contents(path) != before and not given_away(path, traces)
+
+
+@pytest.mark.parametrize("kind", ["tfidf", "faiss"])
+@pytest.mark.parametrize("moment", ["mkdir", "replace", "rename"])
+def test_compact_while_an_older_generation_is_indexed(path, kind, moment, monkeypatch):
+    """It comes before the index is begun, between its files, and before it gets its name."""
+    needs(kind)
+    old, traces = old_reader(path)
+    real, calls, left = getattr(os, moment), [], []
+
+    def compacting(source, *args, **kwargs):
+        if "/index/.tmp-" in str(source) and not calls:
+            calls.append(source)
+            compact(path)
+            left.extend(given_away(path, traces))
+        return real(source, *args, **kwargs)
+
+    monkeypatch.setattr(os, moment, compacting)
+    with pytest.raises(ValueError, match="was compacted or built again since it was opened.*open it again"):
+        open_searcher(old, kind, build=True)
+    assert calls and not left and not given_away(path, traces) and not list(path.glob("index/*"))
+    assert open_searcher(Store.open(path), kind, build=True).num_rows and not given_away(path, traces)
+
+
+def test_compact_between_the_last_look_and_the_name_of_an_index(path, monkeypatch):
+    old, traces = old_reader(path)
+    real, calls = os.rename, []
+
+    def compacting(source, target, **kwargs):
+        if Path(target).parent.name == "index" and not calls:
+            calls.append(shutil.copytree(source, path.parent / "copy"))
+            assert given_away(calls[0], traces)
+            compact(path)
+            shutil.copytree(path.parent / "copy", source)
+        real(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "rename", compacting)
+    with pytest.raises(ValueError, match="was compacted or built again"):
+        open_searcher(old, "tfidf")
+    assert calls and not given_away(path, traces) and not list(path.glob("index/*"))
+
+
+def test_compact_after_a_table_of_an_older_generation_was_written(path, monkeypatch):
+    from retro.retrieval import neighbors
+
+    store, run = Store.open(path), neighbors._run_job
+    remove_documents(path, ["d0"])
+    store = Store.open(path)
+    monkeypatch.setattr(neighbors, "_run_job", lambda *args: (run(*args), compact(path)))
+    with pytest.raises(ValueError, match="was compacted or built again"):
+        build_neighbors(store, 2)
+    assert not list(path.glob("neighbors/*"))
+
+
+def test_what_is_still_there_may_be_indexed_by_an_older_generation(path):
+    old, asked = Store.open(path), Queries(Store.open(path).tokenizer, texts=["w1 w2 w3"])
+    add(path, NEW)
+    remove_documents(path, [old.document_ids[old.shards[1]["first_document"]]])
+    assert open_searcher(old, "tfidf").search(asked, 3)[2].all()
+    compact(path)
+    last = len(old.shards) - 2  # the last one is merged with what was added
+    old.check_on_disk([0, last])
+    with pytest.raises(ValueError, match="was compacted"):
+        old.check_on_disk([0, 1])
+
+
 def test_an_id_that_is_not_there_is_named_and_nothing_is_written(path):
     before = contents(path)
     with pytest.raises(ValueError, match="holds no document with the id 'nobody' .nor 1 others"):
@@ -276,6 +381,13 @@ def test_another_embedder_is_refused(path):
         add_documents(path, [file], embedder=HashingEmbedder(name="other"))
     with pytest.raises(ValueError, match="chunk_len"):
         add_documents(path, [file], embedder=HashingEmbedder(), chunk_len=8)
+
+
+def test_ranks_do_not_add(path):
+    before = contents(path)
+    with pytest.raises(ValueError, match="the executor ranks builds whole stores only; add with local or ray"):
+        add(path, NEW, executor="ranks")
+    assert contents(path) == before
 
 
 def test_the_same_addition_twice_is_one(path):
@@ -592,8 +704,10 @@ def test_the_commands(keyless, tmp_path, capsys):
         said = json.loads((tmp_path / "add.json").read_text())
         assert said["documents"] == len(TEXTS) + len(NEW) and said["added"]["kept"] == len(NEW)
     (tmp_path / "ids").write_text("d1\n\nn2\n")
-    assert main(["remove", str(keyless), "d0", "--ids", str(tmp_path / "ids")]) == 0
-    assert "10 documents" in capsys.readouterr().out
+    assert main(["remove", str(keyless), "d0"]) == 0
+    assert "12 documents" in (said := capsys.readouterr().out) and ", 1 removed document still on disk\n" in said
+    assert main(["remove", str(keyless), "--ids", str(tmp_path / "ids")]) == 0
+    assert "10 documents" in (said := capsys.readouterr().out) and ", 3 removed documents still on disk\n" in said
     assert main(["compact", str(keyless), "--json", str(tmp_path / "compact.json")]) == 0
     assert json.loads((tmp_path / "compact.json").read_text())["removed_documents"] == 0
     assert main(["verify", str(keyless), "--full"]) == 0
