@@ -7,9 +7,9 @@
     size       bytes a chunk, time to open, resident memory of a store with made-up keys
     growth     time to build an index and to search it over stores of growing size, drawn if --plot is given
 
-Keys are made up, clustered and of length 1 (retro.retrieval.synthetic), the same for the same --seed. The stores in
---work are deleted at the end unless --keep is given; 10 million chunks of 384 float16 take 9.2 GB. Each figure is the
-median of the rounds.
+Keys are made up, clustered and of length 1 (retro.retrieval.building.synthetic), the same for the same --seed. The
+stores in --work are deleted at the end unless --keep is given; 10 million chunks of 384 float16 take 9.2 GB. Each
+figure is the median of the rounds.
 
     python benchmarks/datastore.py --json datastore.json --plot growth.png
     python benchmarks/datastore.py --parts embed curve --rows 100000
@@ -31,10 +31,10 @@ import numpy as np
 
 from retro.corpus import read_documents
 from retro.retrieval import Retriever, Store, build_index, build_neighbors, load_embedder
-from retro.retrieval.calibration import machine
+from retro.retrieval.building.synthetic import MadeUpEmbedder, SyntheticKeys, write_synthetic_store
 from retro.retrieval.chunks import decode_chunks, tokenize_ids
-from retro.retrieval.index import exact_search
-from retro.retrieval.synthetic import MadeUpEmbedder, SyntheticKeys, write_synthetic_store
+from retro.retrieval.indexing.index import exact_search
+from retro.retrieval.planning.calibration import machine
 
 K = 10
 

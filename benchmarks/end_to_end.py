@@ -35,7 +35,7 @@ from training import Contestant, Shape
 from retro.corpus import read_documents
 from retro.evaluation.plots import picture
 from retro.retrieval import BuildSettings, Store, build_index, build_neighbors, build_store
-from retro.retrieval.calibration import machine
+from retro.retrieval.planning.calibration import machine
 from retro.settings import find_config, read_yaml
 from retro.tokenizer import train_tokenizer
 from retro.train.memory import keep_freed_memory

@@ -28,8 +28,8 @@ from retro.config import RetroConfig
 from retro.data import Loader, Windows
 from retro.model import RetroForCausalLM
 from retro.retrieval import NeighborTable, Store, open_neighbors
-from retro.retrieval.calibration import machine
-from retro.retrieval.synthetic import write_synthetic_store
+from retro.retrieval.building.synthetic import write_synthetic_store
+from retro.retrieval.planning.calibration import machine
 from retro.settings import find_config, read_yaml
 from retro.train.memory import keep_freed_memory
 

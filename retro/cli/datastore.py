@@ -17,7 +17,7 @@ from retro.cli.shared import (
     verb,
     write_json,
 )
-from retro.retrieval.presets import ATTENTIONS, POOLINGS, SIMILARITIES
+from retro.retrieval.embedding.presets import ATTENTIONS, POOLINGS, SIMILARITIES
 
 # build
 
@@ -161,7 +161,7 @@ def neighbors(args: argparse.Namespace) -> int:
     One that was killed is taken up again by the same command.
     """
     from retro.retrieval import Store, build_neighbors
-    from retro.retrieval.search import is_keyless
+    from retro.retrieval.indexing.search import is_keyless
 
     store = Store.open(args.store)
     queries = Store.open(args.queries) if args.queries else None

@@ -63,7 +63,7 @@ def _add_training(group: Any) -> None:
 def plan(args: argparse.Namespace) -> int:
     """Say what a datastore will cost before it is built: disk, memory, operations, index and hours; with --model also
     what training on it costs. Times come from constants measured on this machine by --calibrate."""
-    from retro.retrieval.calibration import Calibration, calibration_file
+    from retro.retrieval.planning.calibration import Calibration, calibration_file
 
     numbers = [name for name in ("documents", "tokens", "chunks", "bytes") if getattr(args, name)]
     _check(args, numbers)
@@ -100,7 +100,7 @@ def _check(args: argparse.Namespace, numbers: list[str]) -> None:
 
 
 def _calibrate(args: argparse.Namespace, file: Path) -> Any:
-    from retro.retrieval.calibration import calibrate
+    from retro.retrieval.planning.calibration import calibrate
 
     constants = calibrate(
         args.inputs or None,
@@ -119,8 +119,8 @@ def _calibrate(args: argparse.Namespace, file: Path) -> Any:
 
 
 def _planned(args: argparse.Namespace, numbers: list[str], constants: Any) -> dict[str, Any]:
-    from retro.retrieval.planning import PlanSettings, corpus_of_numbers, make_plan, parse_bytes, parse_count
-    from retro.retrieval.shapes import embedder_shape
+    from retro.retrieval.planning.plan import PlanSettings, corpus_of_numbers, make_plan, parse_bytes, parse_count
+    from retro.retrieval.planning.shapes import embedder_shape
 
     shape = embedder_shape(args.embedder)
     vocab_size = parse_count(args.vocab_size, "--vocab-size") if args.vocab_size else 32_000
@@ -150,9 +150,9 @@ def _planned(args: argparse.Namespace, numbers: list[str], constants: Any) -> di
 
 def _sampled(args: argparse.Namespace) -> tuple[Any, int]:
     """The corpus that the inputs hold, and the size of the tokenizer's vocabulary."""
-    from retro.retrieval.embedder import NO_EMBEDDER, load_embedder
-    from retro.retrieval.parts import load_tokenizer
-    from retro.retrieval.sampling import sample_corpus
+    from retro.retrieval.building.parts import load_tokenizer
+    from retro.retrieval.embedding.embedder import NO_EMBEDDER, load_embedder
+    from retro.retrieval.planning.sampling import sample_corpus
 
     tokenizer, reader, prefix = load_tokenizer(args.tokenizer), None, ""
     if args.embedder != NO_EMBEDDER:
@@ -166,8 +166,8 @@ def _sampled(args: argparse.Namespace) -> tuple[Any, int]:
 
 def _training(args: argparse.Namespace, corpus: Any, vocab_size: int) -> dict[str, Any]:
     from retro.config import PRESETS, RetroConfig
-    from retro.retrieval.parts import token_dtype
-    from retro.retrieval.planning import parse_bytes, parse_count
+    from retro.retrieval.building.parts import token_dtype
+    from retro.retrieval.planning.plan import parse_bytes, parse_count
     from retro.scaling import Cluster, training_plan
 
     if args.model in PRESETS:

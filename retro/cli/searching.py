@@ -76,7 +76,7 @@ def _searched(args: argparse.Namespace, limits: Any, opened: ExitStack) -> tuple
     store = Store.open(args.store)
     if args.shards is None:
         return store, args.index
-    from retro.retrieval.sharded import open_sharded
+    from retro.retrieval.indexing.sharded import open_sharded
 
     seconds = 0.8 * limits.max_seconds  # so that an error that names shards comes before that of the request
     given = dict(timeout=seconds, partial=bool(args.partial), address=args.ray_address)

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 import retro
 from retro.retrieval.files import check_files, file_record, load_json, open_npy, save_json, save_npy, stable_hash
 from retro.retrieval.filters.hits import FilteredSearcher
+from retro.retrieval.indexing.sharded import ShardedSearcher
 from retro.retrieval.remote import RemoteIndex
-from retro.retrieval.sharded import ShardedSearcher
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever

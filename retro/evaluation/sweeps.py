@@ -244,7 +244,7 @@ class _Remembered:
 
     @cached_property
     def _embedder(self) -> Embedder:
-        from retro.retrieval.search import embedder_of
+        from retro.retrieval.indexing.search import embedder_of
 
         return embedder_of(self._store, self._given)
 

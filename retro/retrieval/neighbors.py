@@ -3,10 +3,10 @@
 neighbors/<hash>/    rows.npy int64 [chunks, k], -1 = none    distances.npy float32 [chunks, k]    neighbors.json
 neighbors/<hash>/job/    what is done of a table that is not finished: a record of each task, blocks of hits
 
-The join is a job of tasks (retro.retrieval.executors): blocks of queries, each searched in the whole store or, by exact
-search where they are few, in ranges of its rows; then one that merges them into the table. How it is cut depends on the
-sizes of the stores alone, and exact distances on their two vectors alone, so the table's bytes do not depend on the
-executor, the number of workers or interruptions.
+The join is a job of tasks (retro.retrieval.building.executors): blocks of queries, each searched in the whole store or,
+by exact search where they are few, in ranges of its rows; then one that merges them into the table. How it is cut
+depends on the sizes of the stores alone, and exact distances on their two vectors alone, so the table's bytes do not
+depend on the executor, the number of workers or interruptions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from retro.retrieval import lexical
-from retro.retrieval.embedder import Embedder, embed_chunks, keys_are_queries
-from retro.retrieval.exact import check_queries, exact_search, merge, no_hits
-from retro.retrieval.executors import Task, await_leader, finished, open_executor
+from retro.retrieval.building.executors import Task, await_leader, finished, open_executor
+from retro.retrieval.embedding.embedder import Embedder, embed_chunks, keys_are_queries
 from retro.retrieval.files import (
     TEMPORARY_PREFIX,
     check_files,
@@ -40,9 +38,11 @@ from retro.retrieval.files import (
     write_lock,
     written_aside,
 )
-from retro.retrieval.index import resolve_kind
-from retro.retrieval.queries import Queries
-from retro.retrieval.search import Searcher, embedder_of, is_keyless, open_searcher, parse_kind
+from retro.retrieval.indexing import lexical
+from retro.retrieval.indexing.exact import check_queries, exact_search, merge, no_hits
+from retro.retrieval.indexing.index import resolve_kind
+from retro.retrieval.indexing.queries import Queries
+from retro.retrieval.indexing.search import Searcher, embedder_of, is_keyless, open_searcher, parse_kind
 from retro.retrieval.store import Store
 
 log = logging.getLogger(__name__)
@@ -85,12 +85,12 @@ def build_neighbors(
     Arguments:
         exclude: "same_document" leaves out chunks of the query's own document (in another store: of the same document
             id); "none" leaves out nothing, not even the chunk itself.
-        index: what to search through (see retro.retrieval.search): "exact" is a blocked matrix product over the keys;
-            of "auto", "scann" and "faiss" the over-fetch grows until k neighbors survive the exclusion or the index is
-            exhausted; "tfidf" and "bm25" go by shared words; "exact+tfidf" fuses both.
+        index: what to search through (see retro.retrieval.indexing.search): "exact" is a blocked matrix product over
+            the keys; of "auto", "scann" and "faiss" the over-fetch grows until k neighbors survive the exclusion or the
+            index is exhausted; "tfidf" and "bm25" go by shared words; "exact+tfidf" fuses both.
         embedder: needed only if it embeds queries otherwise than keys; None loads the one the manifest names. One that
             is given keeps the search in this process.
-        executor, workers: who does the work, see `retro.retrieval.executors.open_executor`.
+        executor, workers: who does the work, see `retro.retrieval.building.executors.open_executor`.
 
     Chunks with fewer neighbors are filled with -1, those of removed documents with nothing else. Distances are squared
     L2, or -score where words decide. The same table is opened if it is there already; one that was interrupted is taken

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 
 from retro.retrieval.chunks import decode_chunks, tokenizer_fingerprint
-from retro.retrieval.queries import as_lists
+from retro.retrieval.indexing.queries import as_lists
 from retro.retrieval.retriever import Neighbors, Retriever, Source
 from retro.retrieval.store import Store
 from retro.retrieval.wire import ROW_TOKENS, unpack, unpack_neighbors, unpack_sources

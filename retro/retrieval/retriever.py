@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from retro.retrieval.chunks import decode_chunks
-from retro.retrieval.embedder import Embedder
+from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
-from retro.retrieval.queries import Queries, as_lists
-from retro.retrieval.search import Searcher, goes_by_words, open_searcher
+from retro.retrieval.indexing.queries import Queries, as_lists
+from retro.retrieval.indexing.search import Searcher, goes_by_words, open_searcher
 from retro.retrieval.store import Store
 
 
@@ -87,7 +87,7 @@ class Retriever:
 
     Arguments:
         index: "auto" (the best index of keys built, else exact search), "exact", "scann", "faiss", "tfidf", "bm25",
-            several joined by "+", "FIRST>SECOND" to re-rank (see retro.retrieval.search), or a `Searcher`.
+            several joined by "+", "FIRST>SECOND" to re-rank (see retro.retrieval.indexing.search), or a `Searcher`.
         embedder: None loads the one that the store's manifest names, if the index goes by keys; another one is refused.
         num_neighbors, retrieved_len: k and r where a call does not say otherwise.
         deduplicate: no two neighbors of a query are chunks of the same tokens, nor chunks whose sets of word 13-grams

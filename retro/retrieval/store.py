@@ -6,16 +6,16 @@
                                documents.parquet also keeps a signature of each text, if copies were looked for
       removed/<generation>.npy the documents that were removed: row, first chunk, number of chunks [documents, 3]
       tokenizer/               the Hugging Face tokenizer the chunks were cut with
-      index/<hash>/            approximate indexes (retro.retrieval.index)
+      index/<hash>/            approximate indexes (retro.retrieval.indexing.index)
       neighbors/<hash>/        neighbor tables (retro.retrieval.neighbors)
       rejects/                 rejected.jsonl, filtered.jsonl: what was left out, and why
 
 A document starts on a chunk border and its last chunk is padded, so the token stream of a shard is [rows, m] and the
 continuation F of chunk i is chunk i + 1, if that belongs to the same document.
 
-A store has generations: `add_documents`, `remove_documents` and `compact` (retro.retrieval.updates) each write the next
-one, by one new manifest over files that are never changed. An open store is of one generation, and stays so. Rows keep
-their number until `compact`; the chunks of a removed document are empty and no search returns them.
+A store has generations: `add_documents`, `remove_documents` and `compact` (retro.retrieval.building.updates) each write
+the next one, by one new manifest over files that are never changed. An open store is of one generation, and stays so.
+Rows keep their number until `compact`; the chunks of a removed document are empty and no search returns them.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retro.retrieval.embedder import Embedder, embed_chunks
+from retro.retrieval.embedding.embedder import Embedder, embed_chunks
 from retro.retrieval.files import check_files, load_json
 from retro.retrieval.store import Store, read_manifest
 
@@ -155,7 +155,7 @@ def _check_keys(store: Store) -> None:
 
 def _embed_again(store: Store, count: int, seed: int, embedder: Embedder | None) -> dict[str, Any]:
     """Embed sampled chunks; ValueError names the first whose key is another."""
-    from retro.retrieval.search import embedder_of, is_keyless
+    from retro.retrieval.indexing.search import embedder_of, is_keyless
 
     if count and is_keyless(store):
         raise ValueError(f"{store.path} was built without an embedder and has no keys to compare; leave embed out")

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from retro.provenance import check_store, own_index
 from retro.retrieval import Retriever, Store
-from retro.retrieval.lexical import KINDS
+from retro.retrieval.indexing.lexical import KINDS
+from retro.retrieval.indexing.search import embedder_of, is_keyless, parse_kind
 from retro.retrieval.remote import RemoteRetriever, is_url
-from retro.retrieval.search import embedder_of, is_keyless, parse_kind
 from retro.serve.engine import Engine
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retro.retrieval.build import token_dtype
+from retro.retrieval.building.build import token_dtype
 from retro.retrieval.chunks import decode_chunks, pad_token_id, tokenize_document, tokenize_ids, tokenizer_fingerprint
 
 

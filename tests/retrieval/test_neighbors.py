@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from retro.retrieval import Store, build_neighbors, open_neighbors, remove_documents
 from retro.retrieval import neighbors as neighbors_module
-from retro.retrieval import search as search_module
 from retro.retrieval.files import write_lock
-from retro.retrieval.index import build_index, exact_search
+from retro.retrieval.indexing import search as search_module
+from retro.retrieval.indexing.index import build_index, exact_search
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 

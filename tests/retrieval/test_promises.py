@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from retro.retrieval import build_index
-from retro.retrieval.exact import as_hits, merge, no_hits
+from retro.retrieval.indexing.exact import as_hits, merge, no_hits
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 

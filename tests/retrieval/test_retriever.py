@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from retro.retrieval import BuildSettings, Retriever, Store, build_store, load_embedder
-from retro.retrieval.embedder import embed_chunks
+from retro.retrieval.building.updates import remove_documents
+from retro.retrieval.embedding.embedder import embed_chunks
 from retro.retrieval.retriever import Source
-from retro.retrieval.updates import remove_documents
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 
@@ -198,7 +198,7 @@ def test_keys_do_not_depend_on_the_padding_side(real):
 def test_what_changes_an_encoder_beside_its_weights_is_in_the_fingerprint(tmp_path):
     import shutil
 
-    from retro.retrieval.embedder import _resolve
+    from retro.retrieval.embedding.embedder import _resolve
 
     folder = shutil.copytree(_resolve("minilm"), tmp_path / "encoder")
     same = load_embedder(str(folder)).fingerprint
@@ -255,7 +255,7 @@ def test_queries_have_their_own_prefix(tmp_path, real):
 def test_a_local_folder_is_remembered_relative_to_the_store(tmp_path, real):
     import shutil
 
-    from retro.retrieval.embedder import _resolve
+    from retro.retrieval.embedding.embedder import _resolve
 
     shutil.copytree(_resolve("minilm"), tmp_path / "work" / "encoder")
     file = write_jsonl(tmp_path / "work" / "y.jsonl", [{"text": TEXTS["cats"]}])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from retro.retrieval import Store, build_neighbors, compact, remove_documents
-from retro.retrieval.embedder import NoEmbedder
+from retro.retrieval.embedding.embedder import NoEmbedder
 from retro.retrieval.files import file_record
-from retro.retrieval.search import open_searcher
+from retro.retrieval.indexing.search import open_searcher
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import retro
-from retro.retrieval import parts
-from retro.retrieval.parts import load_tokenizer
+from retro.retrieval.building import parts
+from retro.retrieval.building.parts import load_tokenizer
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
 from retro.retrofit.config import chosen_layers
 from retro.retrofit.hooks import Place

@@ -480,7 +480,7 @@ def test_generate_with_an_address(url, local, model, tokenizer, tmp_path):
 
 
 def test_the_command_serves_until_it_is_told_to_end(tmp_path, tokenizer):
-    from retro.retrieval.embedder import NoEmbedder
+    from retro.retrieval.embedding.embedder import NoEmbedder
 
     store = make_store(tmp_path, TEXTS, tokenizer, NoEmbedder(), chunk_len=8)
     command = [sys.executable, "-m", "retro.cli", "serve-store", str(store.path), "--port", "0"]

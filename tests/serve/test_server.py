@@ -19,7 +19,7 @@ from retro.cli import main
 from retro.config import RetroConfig
 from retro.model import RetroForCausalLM
 from retro.retrieval import BuildSettings, build_store
-from retro.retrieval.embedder import NoEmbedder
+from retro.retrieval.embedding.embedder import NoEmbedder
 from retro.serve.server import open_stores, read_api_key, serve_app
 from tests.conftest import TINY
 from tests.serve.conftest import serving, wait_until

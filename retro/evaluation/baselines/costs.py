@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from retro.retrieval.index import ExactIndex
-from retro.retrieval.search import DenseSearcher, FusedSearcher, RerankedSearcher
+from retro.retrieval.indexing.index import ExactIndex
+from retro.retrieval.indexing.search import DenseSearcher, FusedSearcher, RerankedSearcher
 from retro.retrieval.store import Store
 
 

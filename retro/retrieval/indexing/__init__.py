@@ -1,0 +1,1 @@
+"""Search over a store: exact, by ScaNN and faiss, by words, fused, re-ranked, in shards."""

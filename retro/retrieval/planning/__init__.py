@@ -1,0 +1,1 @@
+"""What a datastore will cost before it is built."""
