@@ -409,7 +409,7 @@ def growth(arguments: argparse.Namespace) -> dict[str, Any]:
             point = {
                 "rows": rows,
                 "kind": kind,
-                "build_seconds": building,
+                "build_seconds": 0.0 if kind == "exact" else building,
                 "ms_per_query": 1000 * seconds / len(queries),
             }
             points.append(point | {"recall": getattr(index, "recall", 1.0)})
