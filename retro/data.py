@@ -63,6 +63,7 @@ class Windows(Dataset):
         if neighbors is not None:
             _check_table(neighbors, store, self.neighbor_store)
         self.num_neighbors = 0 if neighbors is None else _check_k(neighbors, num_neighbors)
+        self.index: str | None = None if neighbors is None else neighbors.record.get("index")
         self.chunks_per_window = window_len // store.chunk_len
 
     def __len__(self) -> int:

@@ -63,14 +63,22 @@ def read_provenance(model_folder: str | Path) -> dict[str, Any] | None:
     return record
 
 
-def own_index(model_folder: str | Path, index: str = "auto") -> str:
+def own_index(model_folder: str | Path, store: Store, index: str = "auto") -> str:
     """What "auto" means for a model: the kind of search it was trained with, if that goes by words.
 
     Kinds that go by keys find the same neighbors, each as far as it is tuned to: there the store's best stays "auto".
+    In a store without keys only what goes by words is kept.
     """
+    from retro.retrieval.indexing.lexical import KINDS
+    from retro.retrieval.indexing.search import is_keyless
+
     trained = (read_provenance(model_folder) or {}).get("index") if index == "auto" else None
-    by_words = any(kind in (trained or "") for kind in ("tfidf", "bm25"))
-    return trained if trained and by_words else index
+    kinds = (trained or "").split("+")
+    if not set(kinds) & set(KINDS):
+        return index
+    own = "+".join(kind for kind in kinds if kind in KINDS or not is_keyless(store))
+    logger.info("%s is searched by %s, as in the training of %s", store.path, own, model_folder)
+    return own
 
 
 def check_store(model_folder: str | Path, store: Store) -> None:

@@ -25,7 +25,7 @@ from retro.evaluation.bits import reads_neighbors
 from retro.evaluation.tasks.passages import Question, find_passages, passage_tokens, read_questions
 from retro.evaluation.tasks.question_answering import PROMPT
 from retro.evaluation.tasks.reading import Reader
-from retro.provenance import check_store
+from retro.provenance import check_store, own_index
 from retro.retrieval import Retriever, Store
 from retro.settings import find_config, load_settings
 from retro.train.loop import fit, run_script, setup
@@ -93,12 +93,13 @@ class Start:
     def windows(self, settings: FinetuneSettings, store: Store, retrieved_len: int) -> QuestionWindows:
         """The questions of the file, with passages."""
         questions = read_questions(settings.questions)
+        index = own_index(settings.start, store, settings.index or "auto") if settings.retrieval else None
         if settings.retrieval and any(one.passages is None for one in questions):
-            retriever = Retriever(store, settings.index or "auto", retrieved_len=retrieved_len)
+            retriever = Retriever(store, index, retrieved_len=retrieved_len)
             questions = find_passages(questions, retriever, settings.num_neighbors, progress=True)
         k = settings.num_neighbors if settings.retrieval else 0
         reader = Reader(model=self.model, tokenizer=store.tokenizer, align="end")
-        return QuestionWindows(store, reader, questions, settings.window_len, k, retrieved_len, settings.seed)
+        return QuestionWindows(store, reader, questions, settings.window_len, k, retrieved_len, settings.seed, index)
 
 
 class QuestionWindows(Windows):
@@ -116,9 +117,11 @@ class QuestionWindows(Windows):
         num_passages: int,
         retrieved_len: int,
         seed: int = 0,
+        index: str | None = None,
     ):
         check_window(window_len, store.chunk_len)
         self.store, self.neighbors = store, None  # no table: passages belong to questions
+        self.index = index
         self.reader, self.questions = reader, questions
         self.window_len, self.num_passages, self.retrieved_len = window_len, num_passages, retrieved_len
         self.answers = [

@@ -472,7 +472,7 @@ def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor] | None)
         run.state.model.save_pretrained(folder, state_dict=weights)
     run.store.tokenizer.save_pretrained(folder)
     save_settings(run.settings, folder / "config.yaml")
-    write_provenance(folder, run.store, (run.identity["neighbor_table"] or {}).get("index"))
+    write_provenance(folder, run.store, run.loader.windows.index)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from retro.cli.shared import (
     KINDS,
+    OWN_INDEX,
     add_files,
     add_json,
     add_reading,
@@ -147,9 +148,12 @@ def sweep_models(args: argparse.Namespace) -> int:
 def sweep_tokens(args: argparse.Namespace) -> int:
     """Bits per byte of each checkpoint of a run against the tokens it has seen."""
     from retro.evaluation import sweep_tokens
+    from retro.provenance import own_index
+    from retro.retrieval import Store
 
     check_files(args)
-    retriever = open_retriever(args.store, args.index)
+    store = Store.open(args.store)
+    retriever = open_retriever(store, own_index(args.folder, store, args.index))
     open_checkpoint = lambda folder: open_lm(folder, retriever.store)  # noqa: E731
     baseline = open_lm(args.lm, retriever.store)
     documents = held_out(args)
@@ -204,7 +208,7 @@ def add_baselines(verbs: Any) -> None:
     parser.add_argument("--window", type=int, metavar="N", help="tokens of one; default: the model's, at most 2048")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default: half a window")
     parser.add_argument("--knn-tokens", type=int, metavar="N", help="keys of kNN-LM, drawn; default: the whole store")
-    parser.add_argument("--index", default="auto", metavar="I", help=f"{KINDS}; default: auto")
+    parser.add_argument("--index", default="auto", metavar="I", help=f"{KINDS}; {OWN_INDEX}")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     add_json(parser)
     parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
@@ -231,7 +235,7 @@ def baselines(args: argparse.Namespace) -> int:
     store = Store.open(args.store)
     model, reader = open_lm(args.model, store), open_lm(args.reader, store)
     retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-    retriever = Retriever(store, own_index(args.model, args.index), retrieved_len=retrieved_len)
+    retriever = Retriever(store, own_index(args.model, store, args.index), retrieved_len=retrieved_len)
     validation = None if args.validation is None else list(only_documents(read_documents(args.validation)))
     result = measure_baselines(model, held_out(args), retriever, reader, validation, settings, progress=True)
     print(baselines_table(result))

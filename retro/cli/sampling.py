@@ -11,6 +11,7 @@ from typing import Any
 from retro.cli.shared import (
     FILTERS,
     KINDS,
+    OWN_INDEX,
     add_filters,
     add_json,
     add_limits,
@@ -37,7 +38,7 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument("--store", help=about)
     parser.add_argument("--no-retrieval", action="store_true", help="RETRO[OFF]")
     parser.add_argument("--k", type=int, metavar="N", help="neighbors per chunk; default: the model's")
-    parser.add_argument("--index", metavar="I", help=f"{KINDS}; default: auto")
+    parser.add_argument("--index", metavar="I", help=f"{KINDS}; {OWN_INDEX}")
     parser.add_argument("--lookahead", type=int, metavar="N", help="search N tokens before a chunk ends; default 0")
     parser.add_argument("--gains", action="store_true", default=None, help="measure tokens' loss OFF - ON, in bits")
     parser.add_argument("--html", metavar="FILE", help="write one page: the texts, and beside them what they read")
@@ -132,7 +133,7 @@ def add_serve(verbs: Any) -> None:
         help="datastore to read from; again for more to choose from, the first is the default; its name: the folder's",
     )
     parser.add_argument("--name", help="what the model is called; default: its folder's name")
-    parser.add_argument("--index", default="auto", metavar="I", help=f"{KINDS}; default: auto")
+    parser.add_argument("--index", default="auto", metavar="I", help=f"{KINDS}; {OWN_INDEX}")
     add_listening(parser, 8000)
     add_limits(parser, Limits)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS = "auto, exact, scann[:CODES], faiss[:CODES], tfidf, bm25, several joined by +, or FIRST>SECOND"
+OWN_INDEX = "default: auto, or that of the model's training if it goes by words"
 
 
 def verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
@@ -97,7 +98,7 @@ def open_model(folder: str, store: Any = None, index: str = "auto", **filters: A
         retriever.retrieved_len = getattr(model.config, "retrieved_len", 2 * retriever.store.chunk_len)
     elif store is not None:
         retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-        retriever = open_retriever(store, own_index(folder, index), retrieved_len=retrieved_len, **filters)
+        retriever = open_retriever(store, own_index(folder, store, index), retrieved_len=retrieved_len, **filters)
     return model, retriever
 
 
@@ -173,7 +174,8 @@ def add_reading(parser: argparse.ArgumentParser, lm: bool = True, k: bool = True
         "--window", type=int, metavar="N", help="tokens in a window; default: the model's, at most 2048"
     )
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default: half a window")
-    parser.add_argument("--index", default=index, metavar="I", help=f"{KINDS}; default: {index}")
+    own = OWN_INDEX if index == "auto" else f"default: {index}"
+    parser.add_argument("--index", default=index, metavar="I", help=f"{KINDS}; {own}")
     parser.add_argument("--cache", metavar="DIR", help="where neighbors are kept; default: the store's neighbors/")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from retro.cli.shared import KINDS, add_json, add_recipe, held_out, run_recipe, verb, write_measured
+from retro.cli.shared import KINDS, OWN_INDEX, add_json, add_recipe, held_out, run_recipe, verb, write_measured
 
 # task
 
@@ -48,7 +48,7 @@ def _add_task(parser: argparse.ArgumentParser, data: str, k: bool = True) -> Non
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help=data)
     parser.add_argument("--documents", type=int, metavar="N", help="read so many; default: all")
     parser.add_argument("--store", help="datastore to read from; default: none, RETRO[OFF] or a plain LM")
-    parser.add_argument("--index", metavar="I", help=f"{KINDS}; default: auto")
+    parser.add_argument("--index", metavar="I", help=f"{KINDS}; {OWN_INDEX}")
     if k:
         parser.add_argument("--k", type=int, metavar="N", help="neighbors per chunk; default: the model's")
         parser.add_argument("--cache", metavar="DIR", help="where neighbors are kept; default: the store's neighbors/")
@@ -69,7 +69,7 @@ def _add_lm_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include", metavar="DIR", help="folder with the YAML files of your tasks")
     parser.add_argument("--store", help="datastore to read from; default: none, RETRO[OFF] or a plain LM")
-    parser.add_argument("--index", metavar="I", help=f"{KINDS}; default: auto")
+    parser.add_argument("--index", metavar="I", help=f"{KINDS}; {OWN_INDEX}")
     parser.add_argument(
         "--k", type=int, metavar="N", help="neighbors per chunk, or passages; default: the model's, or 3"
     )

@@ -22,22 +22,25 @@ from torch.autograd.function import once_differentiable
 
 MAX_QUERIES = 512  # from more on the fused kernel is faster
 _MIN_QUERIES = 16  # with fewer, Python's own time shows
-_BLOCK_SCORES = 1 << 19  # scores of a block: 2 MB
+_MAX_SCORES = 1 << 20  # of all heads of one row's block: with more the fused kernel is faster, too
+_BLOCK_SCORES = 1 << 18  # scores of a block for each thread: 1 MB
 _BLOCK_QUERIES, _CAUSAL_BLOCK_QUERIES = 128, 64
 
 
 def suits_blocks(
     q: Float[Tensor, "b h i dh"], k: Float[Tensor, "b g j dh"], v: Float[Tensor, "b g j dh"], mask: Tensor | None
 ) -> bool:
-    """Whether `blockwise_attention` can take the place of the fused kernel, and is faster than it."""
+    """Whether `blockwise_attention` can take the place of the fused kernel and is faster (measured on 2 cores only)."""
     return (
         q.device.type == "cpu"
         and q.dtype == k.dtype == v.dtype == torch.float32
         and _MIN_QUERIES <= q.shape[2] <= MAX_QUERIES
         and q.shape[1] == k.shape[1]
+        and 0 < q.shape[1] * min(q.shape[2], _BLOCK_QUERIES) * k.shape[2] <= _MAX_SCORES
         and (mask is None or mask.dtype == torch.bool)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -50,7 +53,8 @@ def blockwise_attention(
 ) -> Float[Tensor, "b h i dh"]:
     """softmax(Q K^T / sqrt(dh)) V; `mask` is True where a key may be attended, and each query has such a key.
 
-    `is_causal` asks for i == j and cannot be combined with `mask`. Can be differentiated once.
+    `is_causal` asks for i == j and cannot be combined with `mask`. Can be differentiated once, but not by torch.func
+    nor with is_grads_batched.
     """
     return _Blockwise.apply(q, k, v, mask, is_causal)
 
@@ -58,10 +62,10 @@ def blockwise_attention(
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        heads = q.shape[1]
+        heads, result = q.shape[1], q.new_empty(q.shape)
         q, k, v = (x.flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
         closed = None if mask is None else ~mask
-        out, logsumexp = torch.empty_like(q), q.new_empty(*q.shape[:2], 1)
+        out, logsumexp = result.flatten(0, 1), q.new_empty(*q.shape[:2], 1)
         for block in _blocks(q, k, heads, is_causal):
             b, i, j = block
             scores = _scores(q, k, closed, heads, is_causal, *block)
@@ -70,15 +74,15 @@ class _Blockwise(torch.autograd.Function):
             total = weights.sum(-1, keepdim=True)
             torch.div(torch.bmm(weights, v[b, j]), total, out=out[b, i])
             logsumexp[b, i] = largest.add_(total.log_())
-        ctx.save_for_backward(q, k, v, out, logsumexp, closed)
+        ctx.save_for_backward(q, k, v, result, logsumexp, closed)
         ctx.heads, ctx.is_causal = heads, is_causal
-        return out.unflatten(0, (-1, heads))
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logsumexp, closed = ctx.saved_tensors
-        grad = grad.flatten(0, 1)
+        q, k, v, result, logsumexp, closed = ctx.saved_tensors
+        grad, out = grad.flatten(0, 1), result.flatten(0, 1)
         of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         along_out = (grad * out).sum(-1, keepdim=True)
         for block in _blocks(q, k, ctx.heads, ctx.is_causal):
@@ -93,9 +97,9 @@ class _Blockwise(torch.autograd.Function):
 
 
 def _blocks(q: Tensor, k: Tensor, heads: int, is_causal: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Which (row, head) pairs, queries and keys to take together: whole rows, with all of their heads."""
+    """Which (row, head) pairs, queries and keys to take together: all heads of a row, and of further rows that fit."""
     queries = min(_CAUSAL_BLOCK_QUERIES if is_causal else _BLOCK_QUERIES, q.shape[1])
-    pairs = heads * max(1, _BLOCK_SCORES // (heads * queries * k.shape[1]))
+    pairs = heads * max(1, _BLOCK_SCORES * torch.get_num_threads() // (heads * queries * k.shape[1]))
     for first in range(0, len(q), pairs):
         for start in range(0, q.shape[1], queries):
             stop = min(start + queries, q.shape[1])
@@ -108,7 +112,7 @@ def _scores(
     """Scores of a block, -inf where a key may not be attended."""
     scores = torch.bmm(q[b, i], k[b, j].transpose(1, 2))
     if is_causal:
-        later = torch.ones(scores.shape[1], scores.shape[1], dtype=torch.bool).triu_(1)
+        later = torch.ones(scores.shape[1], scores.shape[1], dtype=torch.bool, device=scores.device).triu_(1)
         scores[:, :, i].masked_fill_(later, float("-inf"))
     elif closed is not None:
         rows = slice(b.start // heads, b.stop // heads) if len(closed) > 1 else slice(None)

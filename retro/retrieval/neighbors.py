@@ -12,7 +12,6 @@ depend on the executor, the number of workers or interruptions.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -291,7 +290,7 @@ def _run_job(job: _Job, executor: str, workers: int | None, progress: bool) -> N
         chosen.run(job.folder, job.first(), on_done)
         if chosen.leads:
             save_json(ready, load_json(job.folder / "table.json")["table"])
-            shutil.rmtree(job.folder)
+            delete(job.folder)
     await_leader(chosen, ready.is_file, "written the table")
 
 

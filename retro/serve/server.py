@@ -34,7 +34,6 @@ def open_stores(given: Sequence[str], model_folder: str, model: Any, index: str 
     read.
     """
     stores: dict[str, Retriever] = {}
-    index = own_index(model_folder, index)
     embedders: dict[str, Any] = {}
     for place in given:
         name, _, path = place.rpartition("=")
@@ -44,7 +43,7 @@ def open_stores(given: Sequence[str], model_folder: str, model: Any, index: str 
         remote = RemoteRetriever(path) if is_url(path) else None
         store = Store.open(path) if remote is None else remote.store
         check_store(model_folder, store)
-        stores[name] = _retriever(store, index, embedders) if remote is None else remote
+        stores[name] = _retriever(store, own_index(model_folder, store, index), embedders) if remote is None else remote
         stores[name].retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
     return stores
 

@@ -143,3 +143,16 @@ def test_a_model_reads_as_it_was_trained_to(made, tmp_path, monkeypatch, trained
     )  # no engine: what "auto" takes is exact
     assert open_model(str(folder), made["store"], asked)[1].index.kind == expected
     assert open_reader(str(folder), made["store"], asked).retriever.index.kind == expected
+
+
+def test_a_store_without_keys_is_read_by_words(made, tmp_path):
+    from retro.cli.shared import open_model
+
+    folder = tmp_path / "model"
+    shutil.copytree(made["retro"], folder, ignore=shutil.ignore_patterns("checkpoints"))
+    store = Store.open(made["store"])
+    write_provenance(folder, store, "exact+bm25")
+    assert open_model(str(folder), store)[1].index.kind == "exact+bm25"
+    build = ["build", str(tmp_path / "keyless"), made["heldout"], "--tokenizer", made["lm"], "--embedder", "none"]
+    assert main([*build, "--chunk-len", "8", "--min-chunk-len", "1"]) == 0
+    assert open_model(str(folder), str(tmp_path / "keyless"))[1].index.kind == "bm25"

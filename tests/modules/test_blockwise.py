@@ -89,3 +89,24 @@ def test_blocks_are_the_same_as_the_fused_kernel_in_a_module(monkeypatch):
     for one, other in zip(results[:3], results[3:], strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_blocks_cannot_do_goes_to_the_fused_kernel():
+    attention = Attention(16, 2, 8)
+    x, weights = torch.randn(2, 20, 16), dict(attention.named_parameters())
+
+    def loss(weights, x):
+        return torch.func.functional_call(attention, weights, (x,), {"is_causal": True}).square().sum()
+
+    one = torch.func.grad(loss)(weights, x)["q_proj.weight"]
+    torch.testing.assert_close(one, torch.autograd.grad(loss(weights, x), attention.q_proj.weight)[0])
+    assert attention(x, torch.randn(2, 0, 16)).shape == x.shape  # no keys at all
+    q, long = torch.randn(1, 16, 64, 8), torch.randn(1, 16, 4096, 8)
+    assert suits_blocks(q, q, q, None) and not suits_blocks(q, long, long, None)
+
+
+def test_a_default_device_changes_nothing():
+    q, k, v = (x.float() for x in drawn(1, 2, 20, 20, 8))
+    with torch.device("meta"):
+        out = blockwise_attention(q, k, v, None, True)
+    torch.testing.assert_close(out, textbook(q, k, v, None, True))

@@ -418,7 +418,7 @@ def open_reader(
         tokenizer = store.tokenizer
     if store is not None and named and (Path(model) / FILE).is_file():
         check_store(model, store)
-        index = own_index(model, index)
+        index = own_index(model, store, index)
     elif store is not None:
         store.check_tokenizer(tokenizer)
     opened = open_base(model, **({} if dtype is None else {"dtype": dtype}))

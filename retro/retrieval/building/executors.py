@@ -443,14 +443,20 @@ class _Silence:
     def __init__(self, folder: Path, rank: int) -> None:
         self.file, self.rank = _beat_file(folder, rank), rank
         self.seconds, self.looked_at, self.sign = 0.0, time.monotonic(), self._sign()
+        self.has_begun = self.sign is not None and self._is_of_this_launch()  # else it may be left of an earlier one
 
-    def _sign(self) -> tuple[str, int] | None:
-        """What changes with every beat; None where there is no file of this launch."""
+    def _sign(self) -> int | None:
+        """What changes with every beat; None where there is no file, or it cannot be reached for a while."""
         try:
-            launch, changed = self.file.read_text(), self.file.stat().st_mtime_ns
-        except FileNotFoundError:
+            return self.file.stat().st_mtime_ns
+        except OSError:
             return None
-        return (launch, changed) if launch == _launch() else None
+
+    def _is_of_this_launch(self) -> bool:
+        try:
+            return self.file.read_text() == _launch()
+        except OSError:
+            return False
 
     def check(self) -> None:
         """ChildProcessError if it is too long. A rank that has ended in peace has no file any more."""
@@ -458,9 +464,9 @@ class _Silence:
         self.seconds += min(now - self.looked_at, _BEAT_SECONDS)
         self.looked_at = now
         if sign != self.sign:
-            self.seconds, self.sign = 0.0, sign
+            self.seconds, self.sign, self.has_begun = 0.0, sign, sign is not None
         if self.is_gone:
-            did = "given no sign of life for" if sign else "not begun within"
+            did = "given no sign of life for" if self.has_begun else "not begun within"
             raise ChildProcessError(
                 f"rank {self.rank} has {did} {self._limit:.0f} seconds (its process or node is gone?); "
                 "start the same command again, which goes on from here"
@@ -472,7 +478,7 @@ class _Silence:
 
     @property
     def _limit(self) -> float:
-        return _SILENT_SECONDS if self.sign else _BEGIN_SECONDS
+        return _SILENT_SECONDS if self.has_begun else _BEGIN_SECONDS
 
 
 class _Errors:

@@ -127,7 +127,8 @@ def load_embedder(
         attention: "own"; "bidirectional" lets every token of a decoder see all others.
         pool_prefix: whether the tokens of a prefix are pooled too.
         device: None is the first GPU, else the CPU; "cuda:1" for one of several.
-        batch_size: texts of a forward pass; None is as many as make up the tokens that suit the device.
+        batch_size: texts of a forward pass; None is as many as make up the tokens that suit the device. On a CPU
+            attention holds batch_size x heads x tokens^2 scores.
         dtype: one of `DTYPES`; None is float32 on a CPU and bfloat16 on a GPU.
 
     Raises ValueError in one sentence, with the remedy, if the encoder is not there or cannot be used as asked.

@@ -16,7 +16,8 @@ from retro.retrieval.store import Store
 
 _OVER_SELECT = 16  # candidates kept beyond k, so that rounding of the matrix product cannot displace a true neighbor
 _BLOCK_SCORES = 1 << 24  # scores held at a time by exact search
-_PAIRS = 1 << 8  # distances computed at a time, so few that they stay in cache
+_PAIRS = 1 << 14  # keys gathered at a time
+_CACHED_PAIRS = 1 << 8  # distances computed at a time, so few that they stay in cache
 
 Hits = tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"], Bool[np.ndarray, "q k"]]
 
@@ -202,10 +203,11 @@ def _distances(
     distances = np.full(places.shape, np.inf)
     pairs, flat = np.flatnonzero(needed), distances.reshape(-1)
     for start in range(0, len(pairs), _PAIRS):
-        part = pairs[start : start + _PAIRS]
-        differences = torch.from_numpy(keys(places.reshape(-1)[part]))
-        differences -= torch.from_numpy(queries[part // places.shape[1]])
-        flat[part] = differences.square_().sum(-1, dtype=torch.float64).float().numpy()
+        gathered = torch.from_numpy(keys(places.reshape(-1)[pairs[start : start + _PAIRS]]))
+        for at, block in enumerate(gathered.split(_CACHED_PAIRS)):
+            part = pairs[start + at * _CACHED_PAIRS :][: len(block)]
+            block -= torch.from_numpy(queries[part // places.shape[1]])
+            flat[part] = block.square_().sum(-1, dtype=torch.float64).float().numpy()
     return distances
 
 

@@ -197,8 +197,13 @@ def write_index(
     folder.parent.mkdir(exist_ok=True)
     try:
         with folder_written_aside(folder) as aside:
-            record = write(aside)
-            save_json(aside / "index.json", record | {"files": folder_record(aside)})
+            try:
+                record = write(aside)
+                save_json(aside / "index.json", record | {"files": folder_record(aside)})
+            except (OSError, RuntimeError) as error:  # an engine's own, too
+                if not aside.is_dir():  # `compact` deletes what is being written of any generation
+                    raise FileNotFoundError(f"{aside} is gone") from error
+                raise
             store.check_on_disk(numbers)
         store.check_on_disk(numbers)
         return load_json(folder / "index.json")
@@ -208,7 +213,7 @@ def write_index(
         except ValueError:
             delete(folder)
             raise
-        if isinstance(error, FileNotFoundError):  # `compact` deletes what is being written of any generation
+        if isinstance(error, FileNotFoundError):
             raise ValueError(f"{folder} was deleted while it was written; open {store.path} again") from error
         raise
 

@@ -255,8 +255,12 @@ def test_silence_is_counted_by_the_own_clock_and_while_somebody_looks(tmp_path, 
     looks(30)
     with pytest.raises(ChildProcessError, match=f"rank 1 has (given no|not begun).* {limit:.0f} seconds"):
         looks(20)
-    beat.write_text(executors._launch())
-    looks(10)
+    for text in (executors._launch(), "as Slurm names a task that it started again"):  # what changes is alive
+        beat.write_text(text)
+        os.utime(beat, ns=(10**18, len(text)))
+        looks(10)
+        with pytest.raises(ChildProcessError, match="rank 1 has given no sign"):
+            looks(executors._SILENT_SECONDS)
     beat.unlink()  # it has ended in peace
     looks(executors._SILENT_SECONDS * 2)
 
