@@ -228,7 +228,8 @@ def draw(axes: Any, lines: dict[str, Any]) -> None:
     axes.set_xticks(found["sizes"], [f"{size:,}" for size in found["sizes"]])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:.2g}")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else "")
     axes.legend()
 
 
