@@ -184,7 +184,7 @@ class Store:
         manifest = read_manifest(self.path)
         there = {_shard_fingerprint(manifest, number) for number in range(len(manifest.get("shards", ())))}
         numbers = range(len(self.shards)) if numbers is None else numbers
-        if any(self.shard_fingerprint(number) not in there for number in numbers):
+        if any(_shard_fingerprint(self.manifest, number) not in there for number in numbers):
             raise ValueError(
                 f"{self.path} was compacted or built again since it was opened, so that nothing made of its old text "
                 "is written there; open it again"

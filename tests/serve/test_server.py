@@ -131,10 +131,11 @@ def test_a_client_that_hangs_up_stops_costing(make_engine, stream):
         head += [f"Content-Length: {len(content)}", "", ""]
         connection.sendall("\r\n".join(head).encode() + content)
         staying.start()
-        wait_until(lambda: any(row.new_ids for row in engine._running))
+        written = lambda: [row for row in engine._running if row.max_new_tokens == 15_000 and row.new_ids]  # noqa: E731
+        wait_until(written)
         if stream:
             assert connection.recv(100)
-        leaving = next(row for row in engine._running if row.max_new_tokens == 15_000)
+        (leaving,) = written()
         connection.close()
         wait_until(lambda: leaving.finished)
         assert len(leaving.new_ids) < 14_000, "it went on to its end"
