@@ -183,7 +183,7 @@ def test_32_clients_at_once_get_what_they_get_alone(local, searches, noted):
             first.start()
             wait_until(lambda: searches.asked)
             calls = [lambda i=i: clients[i](queries[i], **ways[i % 3]) for i in range(32)]
-            threading.Timer(1.0, searches.free.set).start()
+            threading.Thread(target=lambda: (wait_until(lambda: waiting(url) >= 24), searches.free.set())).start()
             together = at_once(calls)
         first.join()
     for i, (found, expected) in enumerate(zip(together, alone, strict=True)):
