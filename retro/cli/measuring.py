@@ -95,10 +95,10 @@ def add_sweep(verbs: Any) -> None:
     over.add_argument("model", metavar="MODEL", help="folder of a trained model")
     over.add_argument("--shares", type=float, nargs="+", metavar="P", default=[2.0**-i for i in range(7)])
     over.add_argument("--draws", type=int, default=3, metavar="N", help="of each share; seeds are --seed and the next")
-    add_reading(over, index="exact")
+    add_reading(over, index="exact", default="default: exact")
     over = verb(kinds, "models", sweep_models, "over models, by their parameters")
     over.add_argument("models", metavar="MODEL", nargs="+", help="folders of trained models, or names of plain LMs")
-    add_reading(over, lm=False)
+    add_reading(over, lm=False, default="default: auto")
     over = verb(kinds, "tokens", sweep_tokens, "over the checkpoints of one run of training or RETRO-fitting")
     over.add_argument("folder", metavar="RUN", help="output folder of the run, trained with keep_checkpoints as needed")
     add_reading(over)
@@ -148,12 +148,9 @@ def sweep_models(args: argparse.Namespace) -> int:
 def sweep_tokens(args: argparse.Namespace) -> int:
     """Bits per byte of each checkpoint of a run against the tokens it has seen."""
     from retro.evaluation import sweep_tokens
-    from retro.provenance import own_index
-    from retro.retrieval import Store
 
     check_files(args)
-    store = Store.open(args.store)
-    retriever = open_retriever(store, own_index(args.folder, store, args.index))
+    retriever = open_retriever(args.store, args.index, args.folder)
     open_checkpoint = lambda folder: open_lm(folder, retriever.store)  # noqa: E731
     baseline = open_lm(args.lm, retriever.store)
     documents = held_out(args)
@@ -220,8 +217,7 @@ def baselines(args: argparse.Namespace) -> int:
     RAG and kNN-LM, with the same store over identical target tokens."""
     from retro.corpus import read_documents
     from retro.evaluation.baselines import BaselineSettings, baselines_rows, baselines_table, measure_baselines
-    from retro.provenance import own_index
-    from retro.retrieval import Retriever, Store
+    from retro.retrieval import Store
 
     check_files(args)
     chosen = ("prompt_neighbors", "retrieval_stride", "query_len", "stride", "knn_tokens", "seed")
@@ -235,7 +231,7 @@ def baselines(args: argparse.Namespace) -> int:
     store = Store.open(args.store)
     model, reader = open_lm(args.model, store), open_lm(args.reader, store)
     retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-    retriever = Retriever(store, own_index(args.model, store, args.index), retrieved_len=retrieved_len)
+    retriever = open_retriever(store, args.index, args.model, retrieved_len=retrieved_len)
     validation = None if args.validation is None else list(only_documents(read_documents(args.validation)))
     result = measure_baselines(model, held_out(args), retriever, reader, validation, settings, progress=True)
     print(baselines_table(result))

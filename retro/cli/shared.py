@@ -74,7 +74,7 @@ def open_model(folder: str, store: Any = None, index: str = "auto", **filters: A
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from retro.provenance import check_store, own_index
+    from retro.provenance import check_store
     from retro.retrieval import Store
     from retro.retrieval.remote import is_url
 
@@ -98,20 +98,23 @@ def open_model(folder: str, store: Any = None, index: str = "auto", **filters: A
         retriever.retrieved_len = getattr(model.config, "retrieved_len", 2 * retriever.store.chunk_len)
     elif store is not None:
         retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-        retriever = open_retriever(store, own_index(folder, store, index), retrieved_len=retrieved_len, **filters)
+        retriever = open_retriever(store, index, folder, retrieved_len=retrieved_len, **filters)
     return model, retriever
 
 
-def open_retriever(store: Any, index: str = "auto", **given: Any) -> Any:
+def open_retriever(store: Any, index: str = "auto", model: str | None = None, **given: Any) -> Any:
     """A Retriever, or a RemoteRetriever where `store` is the address of a retrieval server (`retro serve-store`).
 
-    given: what both take, and filters, which a server has of its own.
+    model: folder of the one model that reads, see `retro.provenance.own_index`. given: what both take, and filters,
+    which a server has of its own.
     """
-    from retro.retrieval import Retriever
+    from retro.provenance import own_index
+    from retro.retrieval import Retriever, Store
     from retro.retrieval.remote import RemoteRetriever, is_url
 
     if not is_url(store):
-        return Retriever(store, index, **given)
+        store = store if isinstance(store, Store) else Store.open(store)
+        return Retriever(store, index if model is None else own_index(model, store, index), **given)
     own = ["index"] * (index != "auto") + [name for name in FILTERS if name in given]
     if own:
         option = own[0].replace("_", "-")
@@ -158,8 +161,10 @@ def add_listening(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--api-key-file", metavar="FILE", help=about)
 
 
-def add_reading(parser: argparse.ArgumentParser, lm: bool = True, k: bool = True, index: str = "auto") -> None:
-    """Options of everything that scores held-out documents."""
+def add_reading(
+    parser: argparse.ArgumentParser, lm: bool = True, k: bool = True, index: str = "auto", default: str = OWN_INDEX
+) -> None:
+    """Options of everything that scores held-out documents. default: what to say of --index."""
     parser.add_argument("--store", required=True, help="datastore to read from")
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="INPUT", help="held-out documents, as for retro build"
@@ -174,8 +179,7 @@ def add_reading(parser: argparse.ArgumentParser, lm: bool = True, k: bool = True
         "--window", type=int, metavar="N", help="tokens in a window; default: the model's, at most 2048"
     )
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows; default: half a window")
-    own = OWN_INDEX if index == "auto" else f"default: {index}"
-    parser.add_argument("--index", default=index, metavar="I", help=f"{KINDS}; {own}")
+    parser.add_argument("--index", default=index, metavar="I", help=f"{KINDS}; {default}")
     parser.add_argument("--cache", metavar="DIR", help="where neighbors are kept; default: the store's neighbors/")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from retro.padding import pad_left
 from retro.retrieval.chunks import pad_token_id
 from retro.serve.limits import Limits
 from retro.serve.rows import Closed, DrawRows, FoundByChunk, PushRows, Row, RunningRow
+from retro.serve.worker import Worker
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
@@ -27,7 +27,7 @@ class Full(Exception):
     """The queue is full."""
 
 
-class Engine:
+class Engine(Worker):
     """Continues rows, several at once where they retrieve alike; a context in which its thread runs.
 
     A batch holds rows of one store and one k (or RETRO[OFF]), left-padded. All else is a row's own: length, stop
@@ -36,32 +36,21 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, stores: dict[str, Retriever], limits: Limits | None = None) -> None:
+        super().__init__("retro-serve-model")
         self.model, self.tokenizer, self.stores, self.limits = model, tokenizer, stores, limits or Limits()
         self.end_ids = _end_ids(model, tokenizer)
         for part in {model, getattr(model, "base", model)}:  # a row says how it is drawn, nothing else does
             part.generation_config = GenerationConfig(eos_token_id=sorted(self.end_ids) or None)
-        self._waiting: list[Row] = []
+        self._waiting: list[Row]
         self._running: list[Row] = []
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="retro-serve-model", daemon=True)
-
-    def __enter__(self) -> Engine:
-        self._thread.start()
-        return self
 
     def __exit__(self, *error: object) -> None:
         """End all rows with `Closed` and wait for the thread."""
         with self._changed:
-            self._closed = True
+            self._closed = True  # from here on no further row runs
             for row in self._running:
                 row.cancelled = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive() and not self._closed
+        self._close()
 
     @property
     def load(self) -> dict[str, int]:

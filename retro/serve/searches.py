@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from copy import copy
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from retro.retrieval.wire import pack_neighbors
 from retro.serve.errors import ApiError
 from retro.serve.limits import RetrievalLimits
+from retro.serve.worker import Worker
 
 if TYPE_CHECKING:
     from retro.retrieval import Neighbors, Retriever
@@ -40,7 +40,7 @@ class Search:
         return self.num_neighbors, self.retrieved_len, *given
 
 
-class SearchQueue:
+class SearchQueue(Worker):
     """Searches a retriever for many requests; a context in which its thread runs.
 
     While one search runs others wait; the next takes the longest waiting one and all of its group that fit into
@@ -48,27 +48,14 @@ class SearchQueue:
     """
 
     def __init__(self, retriever: Retriever, limits: RetrievalLimits) -> None:
+        super().__init__("retro-serve-search")
         self.retriever, self.limits = retriever, limits
-        self._waiting: list[Search] = []
+        self._waiting: list[Search]
         self._num_running = 0
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="retro-serve-search", daemon=True)
-
-    def __enter__(self) -> SearchQueue:
-        self._thread.start()
-        return self
 
     def __exit__(self, *error: object) -> None:
         """End what waits with 503 and wait for what runs."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join(self.limits.grace_seconds)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive() and not self._closed
+        self._close(self.limits.grace_seconds)
 
     @property
     def load(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retro.cli import main
-from retro.provenance import write_provenance
+from retro.provenance import read_provenance, write_provenance
 from tests.stand_ins import words, write_jsonl
 
 
@@ -73,6 +73,7 @@ def test_the_command_trains_goes_on_and_its_model_answers(name, questions, made,
     assert main(command) == 0
     metrics = [json.loads(line) for line in (made / "out" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == 2 and metrics[-1]["grad_norm"] > 0
+    assert read_provenance(made / "out")["index"] == "tfidf"
     assert main(command[:-1] + ["index=tfidf", "max_steps=2"]) == 0, "nothing is left to do"
     asked = ["--data", str(made / questions), "--store", str(words_store.path), "--index", "tfidf", "--passages", "2"]
     assert main(["task", "qa", str(made / "out"), *asked, "--max-new-tokens", "2"]) == 0
