@@ -335,15 +335,24 @@ def test_killed_with_its_workers(tmp_path, tokenizer):
     assert table_bytes(open_neighbors(store, k=4)) == kept
 
 
+def num_job_files(store):
+    try:
+        return len(list(store.path.glob("neighbors/*/job/*")))
+    except FileNotFoundError:  # the job has just ended
+        return 0
+
+
+def has_ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("index", ["exact", "tfidf"])
 def test_twenty_kills_at_random_moments(tmp_path, tokenizer, monkeypatch, index):
     """kill -9 from just before the first file to just before the last, each run resumed from what the last one left."""
     small_tasks(monkeypatch)
     store = make_store(tmp_path, [words(5 + n % 30, n) for n in range(60)], tokenizer)
-    began = time.monotonic()
-    whole = build_neighbors(store, 4, index=index, workers=1)
-    duration, kept = time.monotonic() - began, table_bytes(whole)
+    kept = table_bytes(build_neighbors(store, 4, index=index, workers=1))
     shutil.rmtree(store.path / "neighbors")
     shutil.rmtree(store.path / "index", ignore_errors=True)
     draw, kills, left = np.random.default_rng(0), 0, set()
@@ -354,11 +363,14 @@ def test_twenty_kills_at_random_moments(tmp_path, tokenizer, monkeypatch, index)
                 build_neighbors(Store.open(store.path), 4, index=index, workers=1)
             finally:
                 os._exit(0)
-        time.sleep(float(draw.uniform(0, 0.3)) * duration)
+        further = num_job_files(store) + int(draw.integers(0, 4))
+        while num_job_files(store) < further and not has_ended(child):
+            time.sleep(0.0005)
+        time.sleep(float(draw.uniform(0, 0.005)))
         os.kill(child, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
             kills += 1
-            left.add(len(list(store.path.glob("neighbors/*/job/*"))))
+            left.add(num_job_files(store))
         else:
             assert table_bytes(open_neighbors(store, k=4, index=index)) == kept
             shutil.rmtree(store.path / "neighbors")
