@@ -25,6 +25,8 @@ for form in FORMS:
         weights[form, way] = [p.detach() for p in whole]
 if rank == 0:
     torch.save(weights, sys.argv[1])
+del model, whole
+dist.barrier()  # none is gone while another still talks
 dist.destroy_process_group()
 """
 
