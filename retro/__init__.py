@@ -6,7 +6,10 @@ After `import retro`, transformers' AutoConfig and AutoModelForCausalLM know the
 
 from importlib import import_module
 
-from wrapt import when_imported
+try:
+    from wrapt import when_imported
+except ImportError:  # then at once
+    when_imported = lambda name: lambda hook: hook(import_module(name))  # noqa: E731
 
 __version__ = "0.1.0"
 

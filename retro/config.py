@@ -1,11 +1,14 @@
 """RetroConfig: the sizes of a RETRO and the paper's presets."""
 
+import logging
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from retro.settings import unknown_name
+
+logger = logging.getLogger(__name__)
 
 # Tables 2 and 10: width, feed-forward width, heads, head size, layers, learning rate's preset aside. CCA every third
 # layer from 6 (Table 2's parameter counts; Table 10's "from 9" contradicts them), an encoder of 2 x 896 everywhere.
@@ -16,6 +19,7 @@ _PRESETS = {
     "7.5b": dict(hidden_size=4096, intermediate_size=16384, num_attention_heads=32, head_dim=128, num_hidden_layers=32),
 }
 PRESETS = tuple(_PRESETS)
+MODERN = "-modern"
 
 
 class CheckedFields:
@@ -57,7 +61,10 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
         smeared_keys: CCA's keys see the token before theirs (see ChunkedCrossAttention). Differs: not in the paper.
         cca_init: "random", or "induction" to start CCA as an induction head that copies what followed the current
             token in a neighbor (see RetroPreTrainedModel). Ours; it needs smeared keys, an encoder of the decoder's
-            width that shares its embeddings, and heads x size = d.
+            width that shares its embeddings, tied output embeddings, heads x size = d and heads of at least 32.
+        embedding_multiplier: Token embeddings are multiplied by this on their way into decoder and encoder, not in the
+            output embeddings. Default: 1, and sqrt(d) with the induction start, whose embeddings would otherwise drown
+            in what training writes beside them (see RetroPreTrainedModel). Differs: the paper has none.
         encoder_hidden_size: Encoder width d_enc; default d.
         encoder_intermediate_size: Inner width of its feed-forward network; default 4 d_enc.
         encoder_num_layers: Encoder layers.
@@ -92,6 +99,7 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
     cca_partial_rotary_factor: float | int = 1.0
     smeared_keys: bool = False
     cca_init: Literal["random", "induction"] = "random"
+    embedding_multiplier: float | int | None = None
     encoder_hidden_size: int | None = None
     encoder_intermediate_size: int | None = None
     encoder_num_layers: int = 2
@@ -114,11 +122,17 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
         self.encoder_intermediate_size = self.encoder_intermediate_size or 4 * self.encoder_hidden_size
         self.encoder_num_attention_heads = self.encoder_num_attention_heads or self.num_attention_heads
         self.encoder_head_dim = self.encoder_head_dim or self.head_dim
+        if self.embedding_multiplier is None:
+            self.embedding_multiplier = self.hidden_size**0.5 if self.cca_init == "induction" else 1.0
         if self.cca_layers is None:
             self.cca_layers = default_cca_layers(self.num_hidden_layers)
         self.cca_layers = sorted(self.cca_layers)
         self.encoder_cross_attention_layers = sorted(self.encoder_cross_attention_layers)
         super().__post_init__(**kwargs)
+
+    def to_diff_dict(self) -> dict:
+        """What differs from the defaults, and the multiplier, whose default is another with the induction start."""
+        return {**super().to_diff_dict(), "embedding_multiplier": self.embedding_multiplier}
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
@@ -131,6 +145,8 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
             )
         if self.chunk_len < 1 or self.num_neighbors < 1:
             raise ValueError(f"chunk_len {self.chunk_len} and num_neighbors {self.num_neighbors} must be at least 1.")
+        if not self.embedding_multiplier > 0:
+            raise ValueError(f"embedding_multiplier is {self.embedding_multiplier}; give a number above 0.")
         if not 0 <= self.cca_partial_rotary_factor <= 1:
             raise ValueError(f"cca_partial_rotary_factor is {self.cca_partial_rotary_factor}; give 0 to 1.")
         if self.position == "relative" and self.cca_partial_rotary_factor != 1:
@@ -146,21 +162,49 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
             "encoder_hidden_size": (self.encoder_hidden_size, self.hidden_size),
             "num_attention_heads * head_dim": (inner, self.hidden_size),
             "num_key_value_heads": (self.num_key_value_heads, self.num_attention_heads),
+            "tie_word_embeddings": (self.tie_word_embeddings, True),
         }
         for name, (value, needed) in wanted.items():
             if value != needed:
                 raise ValueError(f"cca_init is 'induction' and {name} is {value}; the induction start needs {needed}.")
+        if self.head_dim < 32:
+            logger.warning(
+                "cca_init is 'induction' and head_dim is %d; with heads below 32 channels it tells fewer tokens apart.",
+                self.head_dim,
+            )
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "RetroConfig":
-        """A model of the paper's Table 2 in the paper's form (relative positions, random start), `overrides` applied.
+        """A model of a size of the paper's Table 2, `overrides` applied.
+
+        name: "172m", "425m", "1.5b" or "7.5b" for the paper's form (relative positions, random start, an encoder of
+            2 x 896); with "-modern" behind it for ours: rotary positions, the induction start, and what it needs, an
+            encoder of one layer as wide as the decoder that shares its embeddings, and heads x size = d.
 
         Raises ValueError for an unknown preset or field.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
-        encoder = dict(encoder_hidden_size=896, encoder_num_attention_heads=16, encoder_head_dim=64)
-        return cls.checked(**{**_PRESETS[name], **encoder, "position": "relative", **overrides})
+        size = name.removesuffix(MODERN)
+        if size not in _PRESETS:
+            raise ValueError(
+                f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}, or one of them with {MODERN} behind it."
+            )
+        form = _PAPER_FORM if name == size else _modern_form(**_PRESETS[size])
+        return cls.checked(**{**_PRESETS[size], **form, **overrides})
+
+
+_PAPER_FORM = dict(encoder_hidden_size=896, encoder_num_attention_heads=16, encoder_head_dim=64, position="relative")
+
+
+def _modern_form(hidden_size: int, head_dim: int, **_) -> dict:
+    return dict(
+        position="rotary",
+        num_attention_heads=hidden_size // head_dim,
+        encoder_num_layers=1,
+        encoder_shares_embeddings=True,
+        smeared_keys=True,
+        cca_init="induction",
+        cca_partial_rotary_factor=0.0,
+    )
 
 
 def default_cca_layers(num_layers: int) -> list[int]:

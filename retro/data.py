@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from retro.retrieval import NeighborTable, Store
 
 IGNORED = -100  # the label of a token that is not predicted
+_OF_DROPS = 1 << 16  # tells the draws of dropped neighbors from those of random ones
 Batch = dict[str, torch.Tensor]
 
 
@@ -206,6 +207,8 @@ class Loader:
     Iterating gives, for each step, the list of this rank's `accumulation` micro-batches of `batch_size` windows.
     `position` is where the next step starts, {"epoch": e, "window": i}: given to a new Loader it goes on exactly there,
     with any number of ranks. `prefetch` steps are read ahead by one background thread, which changes no result.
+    `drop_neighbors` is the probability with which a chunk comes without its neighbors, a pure function of the seed and
+    of the chunk's place in the stream.
     """
 
     def __init__(
@@ -219,6 +222,7 @@ class Loader:
         world_size: int = 1,
         position: dict[str, int] | None = None,
         prefetch: int = 2,
+        drop_neighbors: float = 0.0,
     ):
         if not len(windows):
             raise ValueError(
@@ -226,6 +230,7 @@ class Loader:
             )
         self.windows, self.batch_size, self.seed, self.prefetch = windows, batch_size, seed, prefetch
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
+        self.drop_neighbors = drop_neighbors
         self.position = dict(position or {"epoch": 0, "window": 0})
         self._order: tuple[int, np.ndarray] = -1, np.empty(0, np.int64)
 
@@ -250,8 +255,19 @@ class Loader:
     def step(self, position: dict[str, int]) -> list[Batch]:
         """This rank's micro-batches of the step that starts at a position."""
         windows = self.stream(position, self.windows_per_step)
-        shares = rearrange(windows, "(a w b) -> a w b", a=self.accumulation, w=self.world_size)[:, self.rank]
-        return [self.windows.batch(share) for share in shares]
+        places = position["epoch"] * len(self.windows) + position["window"] + np.arange(len(windows))
+        shares = rearrange([windows, places], "c (a w b) -> w a c b", a=self.accumulation, w=self.world_size)[self.rank]
+        return [self._batch(*share) for share in shares]
+
+    def _batch(self, windows: Int[np.ndarray, " b"], places: Int[np.ndarray, " b"]) -> Batch:
+        """The batch of the windows at these places of the stream, some of their chunks without neighbors."""
+        batch = self.windows.batch(windows)
+        if self.drop_neighbors and "neighbor_mask" in batch:
+            mask = batch["neighbor_mask"]
+            chunks = places[:, None] * mask.shape[1] + np.arange(mask.shape[1])  # [b, l]
+            kept = _hash64(chunks, self.seed, _OF_DROPS) / 2.0**64 >= self.drop_neighbors
+            batch["neighbor_mask"] = mask & torch.from_numpy(kept)[..., None, None]
+        return batch
 
     def __iter__(self) -> Iterator[list[Batch]]:
         ahead, reads = self.position, deque()

@@ -1,5 +1,6 @@
 """RetroForCausalLM: a decoder that attends to the neighbors of every chunk, as a Hugging Face model."""
 
+import math
 from functools import partial
 
 import torch
@@ -26,6 +27,12 @@ from retro.modules.norm import RMSNorm
 from retro.modules.positions import RelativePositions, turns
 from retro.padding import align_left, align_right
 
+# The induction-ready start, see RetroPreTrainedModel
+SMEAR = 0.7  # share of the token before in a key
+MATCH_MARGIN = 4.5  # nats by which the right key outweighs all others
+NOISE = 0.15  # of W_q and W_k, relative to their scale
+COPY_LOGIT = 8.0
+
 
 class RetroPreTrainedModel(PreTrainedModel):
     """Saving, loading and the one place where weights get their start.
@@ -33,10 +40,18 @@ class RetroPreTrainedModel(PreTrainedModel):
     Random start: normal with standard deviation `initializer_range` (0.02); the matrices that write into the residual
     stream (W_o, W_down) are divided by sqrt(2 x layers) as in GPT-2; norms are 1, the relative biases u and v 0.
 
-    Induction-ready start of CCA (`cca_init="induction"`, ours): W_q and W_k are 1.5 I plus noise of 0.02, W_v is I,
-    W_o is 0.05 I, and the smeared keys take 0.7 of the token before. A query then finds the place in a neighbor that
-    follows the token it has just read, and writes what stands there, small against embeddings of 0.02. Sources:
-    Olsson et al. 2022 for the circuit.
+    Induction-ready start (`cca_init="induction"`, ours; the circuit is that of Olsson et al. 2022): a query of CCA
+    finds the place in a neighbor that follows the token it has just read, and writes what stands there. It reads the
+    same at every width, since nothing stands between the embeddings and CCA at the start and nothing drowns them later:
+
+        W_o, W_down = 0             of everything but CCA, so that both streams are the embeddings themselves
+        W_q = W_k = a I + noise     of CCA, sd of the noise 0.15 a / sqrt(d), a^2 = beta / (0.7 sqrt(head_dim)); the
+                                    right key scores beta = ln(k r) + 4.5, so that it weighs e^4.5 times as much as k r
+                                    keys of score 0 together
+        smear = 0.7, W_v = I        keys see the token before theirs; values are the tokens
+        W_o = sigma mu I            of CCA: what is written is as large as an embedding; mu is `embedding_multiplier`,
+                                    sqrt(d), which keeps Adam's first steps small beside the embeddings
+        final norm = 8 / (sigma d)  the logit of a token that the stream holds is about 8
     """
 
     config_class = RetroConfig
@@ -48,26 +63,39 @@ class RetroPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std, layers = self.config.initializer_range, self.config.num_hidden_layers
+        induction = self.config.cca_init == "induction"
         if isinstance(module, ResidualLinear):
-            init.normal_(module.weight, std=std / (2 * layers) ** 0.5)
+            init.normal_(module.weight, std=0.0 if induction else std / (2 * layers) ** 0.5)
         elif isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, std=std)
+        elif isinstance(module, FinalNorm) and induction:
+            init.constant_(module.weight, COPY_LOGIT / (std * self.config.hidden_size))
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, RelativePositions):
             init.zeros_(module.content_bias)
             init.zeros_(module.position_bias)
-        elif isinstance(module, ChunkedCrossAttention) and module.smear is not None:
-            init.constant_(module.smear, 0.7)
-            if self.config.cca_init == "induction":
-                _start_as_induction_head(module.attention)
+        elif isinstance(module, ChunkedCrossAttention):
+            if module.smear is not None:
+                init.constant_(module.smear, SMEAR)
+            if induction:
+                _start_as_induction_head(module.attention, self.config)
 
 
-def _start_as_induction_head(attention: Attention) -> None:
-    identity = torch.eye(attention.q_proj.weight.shape[0])
-    for projection, scale, noise in (("q", 1.5, 0.02), ("k", 1.5, 0.02), ("v", 1.0, 0.0), ("o", 0.05, 0.0)):
+def _start_as_induction_head(attention: Attention, config: RetroConfig) -> None:
+    """W_q = W_k = a I + noise, W_v = I, W_o = sigma mu I; see RetroPreTrainedModel."""
+    d = config.hidden_size
+    beta = math.log(config.num_neighbors * config.retrieved_len) + MATCH_MARGIN
+    a = (beta / (SMEAR * config.head_dim**0.5)) ** 0.5
+    written = config.initializer_range * config.embedding_multiplier
+    for projection, scale, noise in (("q", a, NOISE * a), ("k", a, NOISE * a), ("v", 1.0, 0.0), ("o", written, 0.0)):
         weight = getattr(attention, f"{projection}_proj").weight
-        init.copy_(weight, scale * identity.to(weight) + noise * torch.randn_like(weight))
+        identity = torch.eye(d, dtype=weight.dtype, device=weight.device)
+        init.copy_(weight, scale * identity + noise / d**0.5 * torch.randn_like(weight))
+
+
+class FinalNorm(RMSNorm):
+    """The norm before the output embeddings. A class of its own, so that it can be given a start of its own."""
 
 
 class RetroModel(RetroPreTrainedModel):
@@ -77,7 +105,7 @@ class RetroModel(RetroPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_decoder_block(config, i + 1) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.cca_layers:
             self.encoder = _neighbor_encoder(config)
             self.encoder_embedding = _encoder_embedding(config)
@@ -101,7 +129,7 @@ class RetroModel(RetroPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if neighbor_ids is not None and not self.config.cca_layers:
             raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
-        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        h = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if past_key_values is not None:
             call = past_key_values.begin(*h.shape[:2], attention_mask)
             past_key_values.bring(call, neighbor_ids, neighbor_mask)
@@ -187,8 +215,15 @@ class RetroModel(RetroPreTrainedModel):
         return self._run(self.encoder, embedded, mask, conditions, condition_mask)[0]
 
     def _embedded(self, neighbor_ids: Int[Tensor, "b l k r"]) -> Float[Tensor, "b l k r c"]:
-        embedded = self.embed_tokens(neighbor_ids) if self.config.encoder_shares_embeddings else neighbor_ids
+        if not self.config.encoder_shares_embeddings:
+            return self._scaled(self.encoder_embedding(neighbor_ids))
+        embedded = self._scaled(self.embed_tokens(neighbor_ids))
         return embedded if self.encoder_embedding is None else self.encoder_embedding(embedded)
+
+    def _scaled(self, embedded: Float[Tensor, "*s d"]) -> Float[Tensor, "*s d"]:
+        """Embeddings as decoder and encoder read them."""
+        multiplier = self.config.embedding_multiplier
+        return embedded if multiplier == 1 else embedded * multiplier
 
     def _run(self, function, *args):
         if self.gradient_checkpointing and self.training:

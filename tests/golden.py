@@ -78,12 +78,13 @@ def feed_forward(p, prefix, x):
 
 def encode_neighbor(p, c, ids, mask, h_u):
     """E_u^j: one neighbor's r tokens, given the m activations of its chunk."""
+    multiplier = c.embedding_multiplier
     if c.encoder_shares_embeddings:
-        e = p["model.embed_tokens.weight"][ids]
+        e = multiplier * p["model.embed_tokens.weight"][ids]
         if "model.encoder_embedding.weight" in p:
             e = e @ p["model.encoder_embedding.weight"].T
     else:
-        e = p["model.encoder_embedding.weight"][ids]
+        e = multiplier * p["model.encoder_embedding.weight"][ids]
     heads = (c.encoder_num_attention_heads, c.encoder_num_attention_heads, c.encoder_head_dim, c.rope_theta)
     for number in range(1, c.encoder_num_layers + 1):
         prefix = f"model.encoder.layers.{number - 1}"
@@ -138,7 +139,7 @@ def chunked_cross_attention(p, c, prefix, h, encoded, mask):
 
 def logits(p, c, ids, neighbor_ids=None, neighbor_mask=None):
     """Algorithm 1 for one sequence: ids [n], neighbor_ids and neighbor_mask [l, k, r] -> logits [n, vocabulary]."""
-    h = p["model.embed_tokens.weight"][ids]
+    h = c.embedding_multiplier * p["model.embed_tokens.weight"][ids]
     heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope_theta)
     encoded = None
     for number in range(1, c.num_hidden_layers + 1):

@@ -20,6 +20,7 @@ VARIANTS = {
     "chunks of one token": {"chunk_len": 1},
     "chunks of seven": {"chunk_len": 7, "cca_layers": [1, 3]},
     "unconditioned encoder": {"encoder_cross_attention_layers": []},
+    "scaled embeddings": {"embedding_multiplier": 5.5, "encoder_shares_embeddings": True},
 }
 
 

@@ -281,6 +281,59 @@ def test_a_loader_goes_on_exactly_from_a_saved_position(num_windows, batch_size,
     assert before + after == undisturbed
 
 
+def kept_of(windows: Windows, drop: float, steps: int) -> np.ndarray:
+    """Which of the chunks that have neighbors keep them, in the order of the stream; all else is as without drops."""
+    found = []
+    dropping, whole = (iter(Loader(windows, 2, seed=3, drop_neighbors=p)) for p in (drop, 0.0))
+    for (batch,), (undropped,) in islice(zip(dropping, whole, strict=True), steps):
+        mask = undropped.pop("neighbor_mask")
+        kept = batch["neighbor_mask"].flatten(2).any(-1)  # [b, l]
+        assert torch.equal(batch.pop("neighbor_mask"), mask & kept[..., None, None])
+        assert batch.keys() == undropped.keys() and all(torch.equal(batch[name], undropped[name]) for name in batch)
+        found.append(kept[mask.flatten(2).any(-1)].numpy())
+    return np.concatenate(found)
+
+
+def test_dropped_neighbors_are_of_whole_chunks_as_often_as_asked():
+    store = make_store([M * 4] * 40)
+    windows = Windows(store, make_table(store), window_len=2 * M)
+    kept = kept_of(windows, 0.3, steps=400)
+    deviation = (0.3 * 0.7 / len(kept)) ** 0.5
+    assert abs((~kept).mean() - 0.3) < 4 * deviation
+
+
+def _masks_by_window(batches: list[dict]) -> list[tuple]:
+    """Tokens of a window, and whether it keeps its neighbors."""
+    return [
+        (tuple(ids.tolist()), bool(m.any()))
+        for b in batches
+        for ids, m in zip(b["input_ids"], b["neighbor_mask"], strict=True)
+    ]
+
+
+def test_each_epoch_drops_anew():
+    store = make_store([M * 4] * 3)
+    windows = Windows(store, make_table(store, missing=0.0), window_len=M)
+    masks = [
+        {row: mask for batch in islice(iter(loader), 12) for row, mask in _masks_by_window(batch)}
+        for loader in (
+            Loader(windows, 1, seed=3, drop_neighbors=0.5, position={"epoch": epoch, "window": 0}) for epoch in (0, 1)
+        )
+    ]
+    assert masks[0].keys() == masks[1].keys() and masks[0] != masks[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_dropped_depends_on_the_place_in_the_stream_alone(world_size):
+    store = make_store([M * 4] * 40)
+    windows = Windows(store, make_table(store), window_len=2 * M)
+    position = {"epoch": 1, "window": 6}
+    given = dict(seed=3, drop_neighbors=0.5, world_size=world_size)
+    (alone,) = Loader(windows, 4, seed=3, drop_neighbors=0.5).step(position)
+    ranks = [Loader(windows, 4 // world_size, rank=rank, **given).step(position)[0] for rank in range(world_size)]
+    assert torch.equal(torch.cat([batch["neighbor_mask"] for batch in ranks]), alone["neighbor_mask"])
+
+
 def test_the_order_depends_on_seed_and_epoch():
     orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9

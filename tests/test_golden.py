@@ -13,6 +13,8 @@ VARIANTS = {
     "wide inner width, one encoder layer": {"head_dim": 12, "encoder_num_layers": 1},
     "content keys": {"cca_partial_rotary_factor": 0.5},
     "unconditioned encoder": {"encoder_cross_attention_layers": []},
+    "scaled embeddings": {"embedding_multiplier": 5.5},
+    "scaled embeddings, shared": {"embedding_multiplier": 0.3, "encoder_shares_embeddings": True},
 }
 
 

@@ -24,6 +24,8 @@ class TrainSettings:
         the chunk length come from the store.
     retrieval: false trains the same decoder as a plain language model: no CCA, no encoder, no neighbors.
     random_neighbors: replace each neighbor by a random chunk of another document: a control.
+    drop_neighbors: the probability with which a chunk loses all its neighbors, drawn anew whenever it is read; without
+        it the decoder leans on them, and RETRO[OFF] ends behind a plain language model. Not in the paper.
     num_neighbors: k in training, at most what the neighbor table holds.
     index: the kind of index whose neighbor table is read ("tfidf" ...); any, the exact one first, if null.
     window_len: n, tokens in a window; a multiple of the store's chunk length m.
@@ -31,6 +33,9 @@ class TrainSettings:
         gradient_accumulation_steps * processes windows.
     max_steps, max_tokens: the length of the run; exactly one of them.
     lr, min_lr_ratio, warmup_steps: see `learning_rate`.
+    lr_width: the width d at which `lr` was found. Matrices of a model of another width learn at lr * lr_width / d, so
+        that one `lr` serves all widths; embeddings, norms and other vectors learn at `lr`, and the share of a weight
+        that decays in a step stays. null: one rate for all.
     lr_ratios: parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
         A key that fits none is refused, unless `retrieval` is false: the parts it names may then be left out.
     weight_decay: of matrices; embeddings, norms, biases and other vectors do not decay.
@@ -50,6 +55,7 @@ class TrainSettings:
     model: dict[str, Any] = field(default_factory=dict)
     retrieval: bool = True
     random_neighbors: bool = False
+    drop_neighbors: float = 0.0
     num_neighbors: int = 2
     index: str | None = None
     window_len: int = 2048
@@ -58,6 +64,7 @@ class TrainSettings:
     max_steps: int | None = None
     max_tokens: int | None = None
     lr: float = 2e-4
+    lr_width: int | None = None
     min_lr_ratio: float = 0.1
     warmup_steps: int = 750
     lr_ratios: dict[str, float] = field(default_factory=dict)
@@ -88,6 +95,10 @@ class TrainSettings:
         for name in ("warmup_steps", "weight_decay", "seed", "min_lr_ratio"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 0; give 0 or more")
+        if not 0 <= self.drop_neighbors < 1:
+            raise ValueError(f"drop_neighbors: {self.drop_neighbors} is no probability below 1; give for example 0.2")
+        if self.drop_neighbors and not self.retrieval:
+            self.drop_neighbors = 0.0  # a recipe's: a plain model has none to drop
         if self.seed >= 2**32:
             raise ValueError(f"seed: {self.seed} is not below 2^32; give a smaller one")
 
@@ -103,8 +114,8 @@ class TrainSettings:
 
 
 _POSITIVE = (
-    "num_neighbors", "window_len", "batch_size", "gradient_accumulation_steps", "max_steps", "max_tokens", "lr",
-    "max_grad_norm", "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every",
+    "num_neighbors", "lr_width", "window_len", "batch_size", "gradient_accumulation_steps", "max_steps", "max_tokens",
+    "lr", "max_grad_norm", "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every",
 )  # fmt: skip
 
 

@@ -165,17 +165,20 @@ def _sampled(args: argparse.Namespace) -> tuple[Any, int]:
 
 
 def _training(args: argparse.Namespace, corpus: Any, vocab_size: int) -> dict[str, Any]:
-    from retro.config import PRESETS, RetroConfig
+    from retro.config import MODERN, PRESETS, RetroConfig
     from retro.retrieval.building.parts import token_dtype
     from retro.retrieval.planning.plan import parse_bytes, parse_count
     from retro.scaling import Cluster, training_plan
 
-    if args.model in PRESETS:
+    if args.model.removesuffix(MODERN) in PRESETS:
         config = RetroConfig.from_preset(args.model, vocab_size=vocab_size, num_neighbors=args.k or 2)
     elif (Path(args.model) / "config.json").is_file():
         config = RetroConfig.from_pretrained(args.model)
     else:
-        raise ValueError(f"--model is {args.model!r}; give one of {', '.join(PRESETS)} or a folder with config.json")
+        raise ValueError(
+            f"--model is {args.model!r}; give one of {', '.join(PRESETS)}, alone or with {MODERN} behind it, or a "
+            "folder with config.json"
+        )
     memory = parse_bytes(args.gpu_memory, "--gpu-memory")
     cluster = Cluster(args.gpus, args.gpu_tflops, memory, args.mfu, args.gpus_per_node)
     tokens = parse_count(args.train_tokens, "--train-tokens") if args.train_tokens else corpus.tokens

@@ -272,6 +272,29 @@ def test_parameters_with_a_learning_rate_of_their_own(prepare, make_settings):
         prepare(make_settings("other", lr_ratios={"encodr": 0.1}))
 
 
+def test_one_rate_serves_every_width(prepare, make_settings):
+    """At twice the width it was found at, matrices take half of the rate and twice the decay, all else stays."""
+    run = prepare(make_settings(lr=0.01, lr_width=16, warmup_steps=0, weight_decay=0.5))
+    before = {name: parameter.detach().clone() for name, parameter in run.state.model.named_parameters()}
+    batch = next(iter(run.loader))
+    loop.train_step(run, batch, sum(loop.count_targets(part) for part in batch))
+    for name, parameter in run.state.model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in name
+        moved = parameter - before[name] * (1 - 0.01 * 0.5 if is_matrix else 1)
+        assert moved.abs().max().item() == pytest.approx(0.005 if is_matrix else 0.01, rel=0.25), name
+
+
+def test_a_run_that_drops_neighbors_resumes_to_the_same_bits(prepare, make_settings, monkeypatch, tmp_path):
+    assert fit(prepare(make_settings("whole", drop_neighbors=0.5)))
+    stop_after(monkeypatch, 3)
+    assert not fit(prepare(make_settings("parts", drop_neighbors=0.5)))
+    monkeypatch.undo()
+    assert fit(prepare(make_settings("parts", drop_neighbors=0.5)))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert fit(prepare(make_settings("none")))
+    assert metrics(tmp_path / "none") != metrics(tmp_path / "whole")
+
+
 @pytest.fixture
 def fresh_accelerate():
     """accelerate keeps one precision a process; the next Accelerator may take another."""
