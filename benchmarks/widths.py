@@ -79,7 +79,7 @@ GAINS = {  # how far the first is below the second
     "ON below random": ("retro_on", "retro_on_random"),
     "OFF below its LM": ("retro_off", "lm"),
 }
-PER_CHUNK = ("tokens", "lens", "num_bytes", "scored", "documents", "rows", "leak_rows", "overlap")
+PER_CHUNK = ("tokens", "lens", "num_bytes", "scored", "rows", "leak_rows", "overlap")
 PROBE_STEPS, PROBE_SECONDS, PROBE_TOKENS = 2, 10.0, 2048  # steps that do not count, seconds of those that do, scored
 SPARE = 0.05  # of the time
 
@@ -153,7 +153,10 @@ def part_of(data: EvaluationData, window_len: int, num_tokens: int) -> tuple[Eva
     chunks = np.concatenate([np.arange(start, stop) for start, stop, _ in chosen])
     is_new = np.concatenate([np.arange(start, stop) >= first_new for start, stop, first_new in chosen])
     values = {name: getattr(data, name)[chunks] for name in PER_CHUNK}
-    part = replace(data, **{**values, "scored": values["scored"] & is_new[:, None]})
+    values["scored"] = values["scored"] & is_new[:, None]
+    kept, values["documents"] = np.unique(data.documents[chunks], return_inverse=True)
+    values |= {"words": data.words[kept], "line_ends": data.line_ends[kept]}
+    part = replace(data, **values, document_ids=[data.document_ids[number] for number in kept])
     return part, replace(part, documents=np.repeat(np.arange(count), [stop - start for start, stop, _ in chosen]))
 
 
@@ -466,7 +469,7 @@ def by_overlap(data: EvaluationData) -> dict[str, EvaluationData]:
 
 def described(data: EvaluationData) -> dict[str, int]:
     counted, little = data.scored.any(-1), data.overlap_ratio <= bits.LITTLE_OVERLAP
-    sizes = {"documents": len(np.unique(data.documents)), "bytes": int(data.bytes_of_chunk.sum())}
+    sizes = {"documents": data.num_documents, "bytes": int(data.bytes_of_chunk.sum())}
     sizes |= {"tokens": int(data.scored.sum()), "chunks": int(counted.sum()), "little": int((counted & little).sum())}
     return {**sizes, "overlap_neighbors": data.leak_rows.shape[1]}
 

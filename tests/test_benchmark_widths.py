@@ -119,7 +119,8 @@ def test_a_validation_store_is_scored_as_its_documents_are(widths, stores, make_
         found.setdefault((data.documents[number], data.tokens[number].tobytes()), []).append(bits_of_chunk)
     assert 0 < counted.sum() < len(data.tokens)
     for number in np.flatnonzero(counted):
-        expected = found[part.documents[number], part.tokens[number].tobytes()]
+        document = int(part.document_ids[part.documents[number]])
+        expected = found[document, part.tokens[number].tobytes()]
         assert any(np.isclose(some[number], one, rtol=1e-4) for one in expected)
 
 

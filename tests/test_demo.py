@@ -45,8 +45,13 @@ def test_plot_and_closing_page(tmp_path):
     result = {"bpb": columns, "bpb_little_overlap": columns, "documents": 3, "chunks": 9, "chunks_little_overlap": 4}
     result |= {"gain": {"lm": [0.25, 0.125, 0.5], "retro_off": [0.4, -0.1, 0.6]}}
     result |= {"bytes": 1000, "num_neighbors": 2, "seconds": 120.0, "near_copies_removed": 5}
+    result |= {"gain_little_overlap": {"lm": [0.01, -0.02, 0.03], "retro_off": [0.0, -0.01, 0.01]}}
+    result |= {"off_below_lm": [-0.25, -0.5, 0.125]}
     page = closing_page(tmp_path, result, "a sample")
-    assert "25.0% below LM (95%: 12.5 to 50.0)" in page and "40.0% below RETRO[OFF] (95%: -10.0 to 60.0)" in page
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    assert "RETRO[ON] below LM 25.0 (12.5 to 50.0) 1.0 (-2.0 to 3.0)" in lines
+    assert "RETRO[ON] below RETRO[OFF] 40.0 (-10.0 to 60.0) 0.0 (-1.0 to 1.0)" in lines
+    assert "RETRO[OFF] below LM -25.0 (-50.0 to 12.5)" in lines
     assert "removed from the datastore: 5" in page and str(tmp_path / "results.json") in page
 
 

@@ -254,7 +254,8 @@ def bits_per_byte(
 
     Gives {"bpb": {"lm", "retro_off", "retro_on", "retro_on_random"}, "interval": [low, high] of each,
     "bpb_little_overlap": bpb over the chunks with r(C) <= 12.5%, "perplexity": {"token", "word", "word_with_line_ends"}
-    of each, "gain": how far RETRO[ON] is below each other column with its interval, "documents", "chunks",
+    of each, "gain": how far RETRO[ON] is below each other column with its interval, "gain_little_overlap": the same over
+    the chunks with r(C) <= 12.5%, "off_below_lm": how far RETRO[OFF] is below the baseline, "documents", "chunks",
     "chunks_little_overlap", "chunks_without_neighbors", "bytes", "tokens", "words", "line_ends", "num_neighbors",
     "window_len", "stride", "seed", "seconds" of each, and what it was measured with (`measured_with`)}.
     """
@@ -271,6 +272,10 @@ def bits_per_byte(
         "bpb_little_overlap": {column: s.bits_per_byte(data, little) for column, s in scores.items()},
         "perplexity": {column: perplexity(s, data) for column, s in scores.items()},
         "gain": gains_of(scores, data, seed),
+        "gain_little_overlap": gains_of(scores, data, seed, little),
+        **(
+            {"off_below_lm": gain(scores["retro_off"], scores["lm"], data, seed)} if len(scores) == len(COLUMNS) else {}
+        ),
         "documents": data.num_documents,
         "chunks": len(data.tokens),
         "chunks_little_overlap": int(little.sum()),
@@ -315,18 +320,33 @@ def bpb_interval(scores: ChunkScores, data: EvaluationData, seed: int = 0) -> li
     return [float(end) for end in interval(ratio(drawn[:, 0], drawn[:, 1]))]
 
 
-def gain(scores: ChunkScores, other: ChunkScores, data: EvaluationData, seed: int = 0) -> list[float]:
-    """By which share `scores` costs fewer bits than `other`, with the low and high end over documents drawn anew."""
-    sums = _per_document(data, scores.bits, other.bits)
+def gain(
+    scores: ChunkScores,
+    other: ChunkScores,
+    data: EvaluationData,
+    seed: int = 0,
+    chunks: Bool[np.ndarray, " c"] | None = None,
+) -> list[float]:
+    """By which share `scores` costs fewer bits than `other`, with the low and high end over documents drawn anew.
+
+    chunks: those that count; default all.
+    """
+    counted = 1 if chunks is None else chunks
+    sums = _per_document(data, scores.bits * counted, other.bits * counted)
     drawn, total = resampled_sums(sums, seed=seed), sums.sum(0, keepdims=True)
     saved = lambda x: 1 - ratio(x[:, 0], x[:, 1])  # noqa: E731
     return [float(saved(total)[0]), *map(float, interval(saved(drawn)))]
 
 
-def gains_of(scores: dict[str, ChunkScores], data: EvaluationData, seed: int = 0) -> dict[str, list[float]]:
+def gains_of(
+    scores: dict[str, ChunkScores],
+    data: EvaluationData,
+    seed: int = 0,
+    chunks: Bool[np.ndarray, " c"] | None = None,
+) -> dict[str, list[float]]:
     """How far RETRO[ON] is below each other column, see `gain`; nothing of a plain LM alone."""
     on = scores.get("retro_on")
-    return {name: gain(on, other, data, seed) for name, other in scores.items() if on and other is not on}
+    return {name: gain(on, other, data, seed, chunks) for name, other in scores.items() if on and other is not on}
 
 
 def _per_document(data: EvaluationData, *values: np.ndarray) -> Float[np.ndarray, "d v"]:
@@ -353,11 +373,19 @@ def bits_table(result: dict[str, Any]) -> str:
     ]
     lines += [f"{COLUMNS[key]:20}{value:12.4f}{little[key]:14.4f}" for key, value in result["bpb"].items()]
     lines.append(f"{'chunks':20}{result['chunks']:12,}{result['chunks_little_overlap']:14,}")
-    for column, (value, low, high) in result["gain"].items():
-        ends = f"{100 * low:.1f} to {100 * high:.1f}"
-        lines.append(f"RETRO[ON] is {100 * value:.1f}% below {COLUMNS[column]} (95%: {ends})")
+    lines.append(f"{'below it, in % (95%)':32}{'all chunks':>24}{'r <= 12.5%':>24}")
+    for column, found in result["gain"].items():
+        cells = f"{_percent(found):>24}{_percent(result['gain_little_overlap'][column]):>24}"
+        lines.append(f"{f'RETRO[ON] below {COLUMNS[column]}':32}{cells}")
+    if "off_below_lm" in result:
+        lines.append(f"{'RETRO[OFF] below LM':32}{_percent(result['off_below_lm']):>24}")
     lines.append("r <= 12.5%: at most an eighth of the chunk in one run in common with any of its 10 nearest neighbors")
     return "\n".join(lines)
+
+
+def _percent(gain: Sequence[float]) -> str:
+    value, low, high = (100 * one for one in gain)
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def perplexity_table(result: dict[str, Any]) -> str:

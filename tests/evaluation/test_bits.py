@@ -65,6 +65,9 @@ def test_gain_by_hand(words_tokenizer):
     """6 bits a token instead of 7 everywhere: a seventh less in every draw of documents."""
     data = prepare(DOCUMENTS, words_tokenizer, 4)
     assert gain(score(Uniform(64), data), score(Uniform(128), data), data) == pytest.approx([1 / 7] * 3)
+    few, many = score(Uniform(64), data), score(Uniform(128), data)
+    many.bits[0] *= 100  # of a chunk that does not count
+    assert gain(few, many, data, chunks=np.arange(len(few.bits)) > 0) == pytest.approx([1 / 7] * 3)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (3, 2), (4, 4), (99, 50)])
@@ -147,6 +150,9 @@ def test_the_whole_result(words_store, words_tokenizer, words_retriever, make_mo
     assert result["words"] == 10 + 2 + 45 and result["line_ends"] == 0
     assert result["stride"] == 16 and result["store_fingerprint"] == words_store.fingerprint
     assert all(low <= result["bpb"][column] <= high for column, (low, high) in result["interval"].items())
+    assert result["off_below_lm"][0] == pytest.approx(1 - result["bpb"]["retro_off"] / result["bpb"]["lm"])
+    little = result["bpb_little_overlap"]
+    assert result["gain_little_overlap"]["lm"][0] == pytest.approx(1 - little["retro_on"] / little["lm"], nan_ok=True)
     assert f"{result['perplexity']['retro_on']['word']:.3f}" in perplexity_table(result)
 
 
