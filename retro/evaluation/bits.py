@@ -254,8 +254,8 @@ def bits_per_byte(
 
     Gives {"bpb": {"lm", "retro_off", "retro_on", "retro_on_random"}, "interval": [low, high] of each,
     "bpb_little_overlap": bpb over the chunks with r(C) <= 12.5%, "perplexity": {"token", "word", "word_with_line_ends"}
-    of each, "gain": how far RETRO[ON] is below each other column with its interval, "gain_little_overlap": the same over
-    the chunks with r(C) <= 12.5%, "off_below_lm": how far RETRO[OFF] is below the baseline, "documents", "chunks",
+    of each, "gain": how far RETRO[ON] is below each other column with its interval, "gain_little_overlap": the same
+    over the chunks with r(C) <= 12.5%, "off_below_lm": how far RETRO[OFF] is below the baseline, "documents", "chunks",
     "chunks_little_overlap", "chunks_without_neighbors", "bytes", "tokens", "words", "line_ends", "num_neighbors",
     "window_len", "stride", "seed", "seconds" of each, and what it was measured with (`measured_with`)}.
     """
