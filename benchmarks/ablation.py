@@ -1,4 +1,4 @@
-"""What the parts of the small recipe are worth: smeared keys, the induction-ready start, the positions of CCA.
+"""What the parts of the small recipe are worth: its start, smeared keys, the positions of CCA, dropped neighbors.
 
 Trains each variant on the same tokens of a demo's datastore (`retro demo` first) and measures it on what is held out.
 
@@ -25,6 +25,9 @@ ONE_RATE = "lr_ratios={}"  # a random start has nothing to protect
 VARIANTS = {
     "plain LM": ["retrieval=false"],
     "the recipe": [],
+    "plain LM, random start": ["retrieval=false", "model.cca_init=random"],
+    "the recipe, no neighbors dropped": ["drop_neighbors=0"],
+    "the recipe, embeddings not multiplied": ["model.embedding_multiplier=1"],
     "the recipe, positions in CCA": ["model.cca_partial_rotary_factor=1.0"],
     "identity start, plain keys": ["lr_ratios={cross_attention.attention: 0.3}"],
     "smeared keys, random start": ["model.cca_init=random", ONE_RATE],

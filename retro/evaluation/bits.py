@@ -265,7 +265,8 @@ def bits_per_byte(
     window_len, stride = window_of(models, data.chunk_len, window_len, stride)
     given = dict(window_len=window_len, stride=stride, seed=seed, progress=progress)
     scores = score_columns(model, data, store, k, baseline, **given)
-    little = data.overlap_ratio <= LITTLE_OVERLAP
+    little, pair = data.overlap_ratio <= LITTLE_OVERLAP, [scores.get("retro_off"), scores.get("lm")]
+    off_below_lm = {"off_below_lm": gain(*pair, data, seed)} if all(pair) else {}
     return {
         "bpb": {column: s.bits_per_byte(data) for column, s in scores.items()},
         "interval": {column: bpb_interval(s, data, seed) for column, s in scores.items()},
@@ -273,9 +274,7 @@ def bits_per_byte(
         "perplexity": {column: perplexity(s, data) for column, s in scores.items()},
         "gain": gains_of(scores, data, seed),
         "gain_little_overlap": gains_of(scores, data, seed, little),
-        **(
-            {"off_below_lm": gain(scores["retro_off"], scores["lm"], data, seed)} if len(scores) == len(COLUMNS) else {}
-        ),
+        **off_below_lm,
         "documents": data.num_documents,
         "chunks": len(data.tokens),
         "chunks_little_overlap": int(little.sum()),
