@@ -8,7 +8,7 @@ import torch
 from retro.config import RetroConfig
 from retro.model import RetroForCausalLM
 from retro.settings import find_config, read_yaml
-from retro.train.loop import parameter_groups
+from retro.train.optimizer import parameter_groups
 
 RECIPE = read_yaml(find_config("train_small", "train"))
 
@@ -71,7 +71,7 @@ def logit_gain(model: RetroForCausalLM, ids, neighbors, places) -> float:
 def train(model: RetroForCausalLM, steps: int) -> None:
     """Steps of the recipe, at its full learning rate, on text that is new at each."""
     ratio = RECIPE["lr_width"] / model.config.hidden_size
-    groups = parameter_groups(model, RECIPE["weight_decay"], RECIPE.get("lr_ratios", {}), matrix_ratio=ratio)
+    groups = parameter_groups(model, RECIPE["weight_decay"], RECIPE.get("lr_ratios", {}), width_ratio=ratio)
     groups = [{**group, "lr": RECIPE["lr"] * group["lr_ratio"]} for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     model.train()

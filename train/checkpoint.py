@@ -4,7 +4,7 @@
       config.json  model.safetensors       the model, as save_pretrained writes it
       tokenizer.json ...  retro.json       the tokenizer, and which store the model was trained on
       config.yaml                          the resolved settings of the run
-      optimizer.safetensors                the moments of AdamW, by parameter name
+      optimizer.safetensors                the moments of the optimizer, by parameter name
       state.json                           step, position of the loader, counters, and what tells this run from others
       rng-0.json  rng-1.json ...           random states of Python, NumPy and torch, one file per process
 

@@ -47,6 +47,7 @@ from retro.train.checkpoint import (
     sync_files,
 )
 from retro.train.memory import keep_freed_memory
+from retro.train.optimizer import make_optimizer
 from retro.train.settings import FREE_FIELDS, TrainSettings, learning_rate
 from retro.train.sharding import shard, whole, whole_weights
 
@@ -187,58 +188,6 @@ def run_identity(settings: TrainSettings, windows: Windows, world_size: int) -> 
         "neighbor_table": table and {name: table[name] for name in ("exclude", "index")},
         "windows_per_step": settings.windows_per_step(world_size),
     }
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained, grouped by weight decay and by learning rate."""
-    groups = parameter_groups(
-        model, settings.weight_decay, settings.lr_ratios, settings.retrieval, matrix_ratio(model, settings.lr_width)
-    )
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
-
-
-def matrix_ratio(model: nn.Module, lr_width: int | None) -> float:
-    """What the learning rate of matrices is multiplied by, so that one found at width `lr_width` serves: lr_width / d.
-
-    A step of Adam moves every weight by about the learning rate, and so the d products that make up an output together
-    d times as far. Embeddings, norms and biases add up over nothing. Source: Yang et al. 2022 (muP), Table 8.
-    """
-    return 1.0 if lr_width is None else lr_width / model.config.get_text_config().hidden_size
-
-
-def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    lr_ratios: dict[str, float],
-    all_fit: bool = True,
-    matrix_ratio: float = 1.0,
-) -> list[dict[str, Any]]:
-    """Trained parameters by weight decay and ratio to the learning rate (`lr_ratio`, which `train_step` reads).
-
-    Only matrices decay: not biases, what has one axis, nor embeddings, whose rows get a gradient only when their token
-    occurs, but would shrink at every step. The learning rate of matrices takes `matrix_ratio` besides; the decay of a
-    step, learning rate x weight decay, stays. Raises ValueError for a ratio that names no parameter if `all_fit`.
-    """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    unused = set(lr_ratios)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        pattern = next((pattern for pattern in lr_ratios if pattern in name), None)
-        unused.discard(pattern)
-        decays = parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in embeddings
-        ratio = lr_ratios.get(pattern, 1.0) * (matrix_ratio if decays else 1.0)
-        key = (weight_decay / matrix_ratio if decays else 0.0, ratio)
-        groups.setdefault(key, []).append(parameter)
-    if unused and all_fit:
-        raise ValueError(
-            f"lr_ratios: {sorted(unused)[0]!r} is in no trained parameter's name; see model.named_parameters()"
-        )
-    return [
-        {"params": groups[decay, ratio], "weight_decay": decay, "lr_ratio": ratio}
-        for decay, ratio in sorted(groups, reverse=True)
-    ]
 
 
 def training_windows(settings: TrainSettings, store: Store, retrieved_len: int) -> Windows:

@@ -36,6 +36,7 @@ class TrainSettings:
     lr_width: the width d at which `lr` was found. Matrices of a model of another width learn at lr * lr_width / d, so
         that one `lr` serves all widths; embeddings, norms and other vectors learn at `lr`, and the share of a weight
         that decays in a step stays. null: one rate for all.
+    optimizer: "adamw", or "muon": torch's Muon for the matrices that `lr_ratios` does not name, AdamW for the rest.
     lr_ratios: parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
         A key that fits none is refused, unless `retrieval` is false: the parts it names may then be left out.
     weight_decay: of matrices; embeddings, norms, biases and other vectors do not decay.
@@ -65,6 +66,7 @@ class TrainSettings:
     max_tokens: int | None = None
     lr: float = 2e-4
     lr_width: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     min_lr_ratio: float = 0.1
     warmup_steps: int = 750
     lr_ratios: dict[str, float] = field(default_factory=dict)

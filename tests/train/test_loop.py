@@ -26,7 +26,8 @@ from retro.retrieval import Store
 from retro.settings import save_settings
 from retro.train import loop, pretrain
 from retro.train.checkpoint import last_checkpoint, random_states, restore_random_states
-from retro.train.loop import fit, make_optimizer, parameter_groups, validate
+from retro.train.loop import fit, validate
+from retro.train.optimizer import make_optimizer, parameter_groups
 
 PRETRAIN = Path(pretrain.__file__)
 UNTIMED = ("elapsed_seconds", "tokens_per_second")
@@ -77,8 +78,12 @@ def poison_before(monkeypatch, step: int) -> None:
 # Resume
 
 
-def test_an_interrupted_run_is_the_undisturbed_run_bit_for_bit(make_settings, prepare, monkeypatch, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_is_the_undisturbed_run_bit_for_bit(
+    optimizer, make_settings, prepare, monkeypatch, tmp_path
+):
     changes = dict(max_steps=20, gradient_accumulation_steps=2, log_every=3, eval_every=8, save_every=7)
+    changes |= {"optimizer": optimizer}
     assert fit(prepare(make_settings("whole", **changes)))
     settings, parts = make_settings("parts", **changes), tmp_path / "parts"
     for step in (1, 5, 19):
@@ -282,6 +287,32 @@ def test_one_rate_serves_every_width(prepare, make_settings):
         is_matrix = parameter.ndim == 2 and "embed" not in name
         moved = parameter - before[name] * (1 - 0.01 * 0.5 if is_matrix else 1)
         assert moved.abs().max().item() == pytest.approx(0.005 if is_matrix else 0.01, rel=0.25), name
+
+
+def test_muon_moves_the_matrices_without_a_rate_of_their_own(prepare, make_settings):
+    """By an orthogonal update, 0.2 sqrt(longer side) times the rate; AdamW moves all else."""
+    ratios = {"cross_attention.attention": 0.5}
+    run = prepare(
+        make_settings(lr=0.01, lr_width=8, warmup_steps=0, weight_decay=0.0, optimizer="muon", lr_ratios=ratios)
+    )
+    before = {name: parameter.detach().clone() for name, parameter in run.state.model.named_parameters()}
+    batch = next(iter(run.loader))
+    loop.train_step(run, batch, sum(loop.count_targets(part) for part in batch))
+    for name, parameter in run.state.model.named_parameters():
+        moved = (parameter - before[name]).detach()
+        if parameter.ndim == 2 and "embed" not in name and "cross_attention.attention" not in name:
+            rate = 0.01 * (8 / 32) ** 0.5 * 0.2 * max(parameter.shape) ** 0.5
+            largest = torch.linalg.svdvals(moved)[: min(parameter.shape) // 2]  # those of noise stay below
+            assert ((largest / rate > 0.5) & (largest / rate < 1.4)).all(), name
+        else:
+            ratio = (0.5 * 8 / 32) if parameter.ndim == 2 and "embed" not in name else 1.0
+            assert moved.abs().max().item() == pytest.approx(0.01 * ratio, rel=0.25), name
+
+
+def test_muon_does_not_take_matrices_apart(make_settings, prepare):
+    model = prepare(make_settings()).state.model
+    with pytest.raises(ValueError, match="optimizer: muon takes whole matrices, which fsdp spreads"):
+        make_optimizer(model, make_settings(optimizer="muon", fsdp=True))
 
 
 def test_a_run_that_drops_neighbors_resumes_to_the_same_bits(prepare, make_settings, monkeypatch, tmp_path):
