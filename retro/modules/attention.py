@@ -106,6 +106,13 @@ class Attention(nn.Module):
         k, v = (_split(x, self.num_key_value_heads) for x in (self.k_proj(keys), self.v_proj(values)))
         return k if self.relative is not None else self._rotated(k, positions), v
 
+    def queries(
+        self, x: Float[Tensor, "b i d"], positions: Int[Tensor, "*#b i"] | tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "b h i dh"]:
+        """Projected, and turned where positions are rotary; positions as for `keys_and_values`."""
+        q = _split(self.q_proj(x), self.num_heads)
+        return q if self.relative is not None else self._rotated(q, positions)
+
     def attend(
         self,
         x: Float[Tensor, "b i d"],
@@ -122,9 +129,7 @@ class Attention(nn.Module):
 
         Each query of `mask` has a key that it may attend, see `attendable`; for `lengths` see `forward`.
         """
-        q = _split(self.q_proj(x), self.num_heads)
-        if self.relative is None:
-            q = self._rotated(q, query_positions)
+        q = self.queries(x, query_positions)
         if lengths is None:
             out = self._kernel(q, k, v, query_positions, key_positions, mask, is_causal, tables)
         else:
