@@ -23,7 +23,7 @@ RECIPE = read_yaml(find_config("train_small", "train"))
 STARTS = {
     "induction": {},
     "induction, multiplier 1": {"embedding_multiplier": 1},
-    "random": {"cca_init": "random"},
+    "random, keys smeared": {"cca_init": "random"},
 }
 
 
@@ -39,7 +39,8 @@ def train(model: RetroForCausalLM, steps: int) -> None:
     """Steps of the recipe on copying text."""
     ratio = RECIPE["lr_width"] / model.config.hidden_size
     groups = parameter_groups(model, RECIPE["weight_decay"], RECIPE["lr_ratios"], width_ratio=ratio)
-    optimizer = torch.optim.AdamW([{**group, "lr": RECIPE["lr"] * group["lr_ratio"]} for group in groups])
+    groups = [{**group, "lr": RECIPE["lr"] * group["lr_ratio"]} for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     model.train()
     for step in range(steps):
         ids, neighbors, _ = copying_text(model.config, seed=1 + step)

@@ -6,7 +6,9 @@ RETRO[ON] with random neighbors, over all chunks and over those with r(C) <= 12.
 documents, 95%. Sizes other than width, heads, layers and CCA layers are those of the recipe. Starts:
 
     induction       the recipe's
-    random          the paper's: random weights, plain keys, positions in every channel of CCA, one learning rate
+    random          the paper's: random weights, plain keys, positions in every channel of CCA. All weights learn at the
+                    recipe's rate x 128 / d, since the rates of single weights are made for the other start; encoder,
+                    dropped neighbors and all else are the recipe's
     no-multiplier   the recipe's, with token embeddings that are not multiplied
 
     python benchmarks/widths.py --store docs --valid held-out --widths 128 256 512 --minutes 30 --json widths.json
@@ -68,6 +70,7 @@ STARTS: dict[str, dict[str, Any]] = {
         "model.smeared_keys": False,
         "model.cca_partial_rotary_factor": 1.0,
         "lr_ratios": {},  # a random start has nothing to protect
+        "lr_width": None,
     },
     "no-multiplier": {"model.embedding_multiplier": 1},
 }
@@ -98,6 +101,8 @@ def settings_of(given: argparse.Namespace, width: int, start: str, retrieval: bo
     changes |= {"model.num_hidden_layers": given.layers, "model.cca_layers": given.cca_layers, **STARTS[start]}
     changes = {name: value for name, value in changes.items() if value is not None} | dict(given.set)
     values = {**read_yaml(find_config(given.config, "train")), "max_steps": None}
+    if start == "random" and values.get("lr_width") and "lr" not in changes:
+        changes["lr"] = values["lr"] * values["lr_width"] / width
     for name, value in changes.items():
         *path, last = name.split(".")
         inner = values

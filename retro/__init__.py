@@ -8,7 +8,7 @@ from importlib import import_module
 
 try:
     from wrapt import when_imported
-except ImportError:  # then at once
+except ImportError:  # without wrapt, register at import, which is slower
     when_imported = lambda name: lambda hook: hook(import_module(name))  # noqa: E731
 
 __version__ = "0.1.0"

@@ -1,14 +1,11 @@
 """RetroConfig: the sizes of a RETRO and the paper's presets."""
 
-import logging
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from retro.settings import unknown_name
-
-logger = logging.getLogger(__name__)
 
 # Tables 2 and 10: width, feed-forward width, heads, head size, layers, learning rate's preset aside. CCA every third
 # layer from 6 (Table 2's parameter counts; Table 10's "from 9" contradicts them), an encoder of 2 x 896 everywhere.
@@ -61,7 +58,8 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
         smeared_keys: CCA's keys see the token before theirs (see ChunkedCrossAttention). Differs: not in the paper.
         cca_init: "random", or "induction" to start CCA as an induction head that copies what followed the current
             token in a neighbor (see RetroPreTrainedModel). Ours; it needs smeared keys, an encoder of the decoder's
-            width that shares its embeddings, tied output embeddings, heads x size = d and heads of at least 32.
+            width that shares its embeddings, tied output embeddings and heads x size = d, and wants heads of 32
+            channels or more, to tell tokens apart.
         embedding_multiplier: Token embeddings are multiplied by this on their way into decoder and encoder, not in the
             output embeddings. Default: 1, and sqrt(d) with the induction start, whose embeddings would otherwise drown
             in what training writes beside them (see RetroPreTrainedModel). Differs: the paper has none.
@@ -130,9 +128,10 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
         self.encoder_cross_attention_layers = sorted(self.encoder_cross_attention_layers)
         super().__post_init__(**kwargs)
 
-    def to_diff_dict(self) -> dict:
-        """What differs from the defaults, and the multiplier, whose default is another with the induction start."""
-        return {**super().to_diff_dict(), "embedding_multiplier": self.embedding_multiplier}
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "RetroConfig":
+        """As Hugging Face's. A saved model that names no multiplier was trained without one, whatever its start."""
+        return super().from_dict({"embedding_multiplier": 1.0, **config_dict}, **kwargs)
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
@@ -167,11 +166,6 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
         for name, (value, needed) in wanted.items():
             if value != needed:
                 raise ValueError(f"cca_init is 'induction' and {name} is {value}; the induction start needs {needed}.")
-        if self.head_dim < 32:
-            logger.warning(
-                "cca_init is 'induction' and head_dim is %d; with heads below 32 channels it tells fewer tokens apart.",
-                self.head_dim,
-            )
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "RetroConfig":

@@ -12,6 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from retro.cache import Call, GrowingLayer, RetroCache, require_retro_cache
@@ -26,6 +27,8 @@ from retro.modules.loss import linear_cross_entropy
 from retro.modules.norm import RMSNorm
 from retro.modules.positions import RelativePositions, turns
 from retro.padding import align_left, align_right
+
+logger = logging.get_logger(__name__)
 
 # The induction-ready start, see RetroPreTrainedModel
 SMEAR = 0.7  # share of the token before in a key
@@ -65,7 +68,10 @@ class RetroPreTrainedModel(PreTrainedModel):
         std, layers = self.config.initializer_range, self.config.num_hidden_layers
         induction = self.config.cca_init == "induction"
         if isinstance(module, ResidualLinear):
-            init.normal_(module.weight, std=0.0 if induction else std / (2 * layers) ** 0.5)
+            if induction:
+                init.zeros_(module.weight)
+            else:
+                init.normal_(module.weight, std=std / (2 * layers) ** 0.5)
         elif isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, std=std)
         elif isinstance(module, FinalNorm) and induction:
@@ -85,6 +91,11 @@ class RetroPreTrainedModel(PreTrainedModel):
 def _start_as_induction_head(attention: Attention, config: RetroConfig) -> None:
     """W_q = W_k = a I + noise, W_v = I, W_o = sigma mu I; see RetroPreTrainedModel."""
     d = config.hidden_size
+    if config.head_dim < 32:
+        logger.warning_once(
+            f"cca_init is 'induction' and head_dim is {config.head_dim}; with heads below 32 channels it tells fewer "
+            "tokens apart."
+        )
     beta = math.log(config.num_neighbors * config.retrieved_len) + MATCH_MARGIN
     a = (beta / (SMEAR * config.head_dim**0.5)) ** 0.5
     written = config.initializer_range * config.embedding_multiplier

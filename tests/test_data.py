@@ -297,6 +297,9 @@ def kept_of(windows: Windows, drop: float, steps: int) -> np.ndarray:
 def test_dropped_neighbors_are_of_whole_chunks_as_often_as_asked():
     store = make_store([M * 4] * 40)
     windows = Windows(store, make_table(store), window_len=2 * M)
+    batch = Loader(windows, 20, seed=3, drop_neighbors=0.5).step({"epoch": 0, "window": 0})[0]
+    of_window = batch["neighbor_mask"].flatten(2).any(-1)  # [b, l]
+    assert (of_window.any(-1) & ~of_window.all(-1)).any(), "single chunks, not windows"
     kept = kept_of(windows, 0.3, steps=400)
     deviation = (0.3 * 0.7 / len(kept)) ** 0.5
     assert abs((~kept).mean() - 0.3) < 4 * deviation

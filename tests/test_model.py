@@ -31,6 +31,17 @@ def test_presets_have_the_papers_parameter_counts(preset):
         assert counted == pytest.approx(expected * 1e6, rel=0.005)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_modern_presets_are_the_papers_sizes_with_the_induction_start(preset):
+    config, paper = (RetroConfig.from_preset(name, vocab_size=128) for name in (f"{preset}-modern", preset))
+    assert (config.cca_init, config.position, paper.cca_init, paper.position) == (
+        "induction", "rotary", "random", "relative",
+    )  # fmt: skip
+    same = ("hidden_size", "intermediate_size", "head_dim", "num_hidden_layers", "cca_layers")
+    assert all(getattr(config, name) == getattr(paper, name) for name in same)
+    assert config.embedding_multiplier == config.hidden_size**0.5 and paper.embedding_multiplier == 1
+
+
 def test_default_cca_layers():
     assert default_cca_layers(12) == [6, 9, 12]
     assert default_cca_layers(32) == [6, 9, 12, 15, 18, 21, 24, 27, 30]

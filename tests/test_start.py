@@ -1,5 +1,6 @@
 """The induction-ready start reads at every width: before training, and after its first noisy steps."""
 
+import json
 import math
 
 import pytest
@@ -73,12 +74,20 @@ def test_it_reads_in_twelve_layers():
     assert min(first, second) >= 0.6
 
 
-@pytest.mark.parametrize("d", [128, 256])
-def test_it_outlives_the_first_steps_of_training(d):
-    model = make(d)
-    train(model, 20)
+@pytest.mark.parametrize(
+    ("size", "steps", "least"),
+    [
+        (dict(hidden_size=128), 20, 0.6),
+        (dict(hidden_size=256), 20, 0.75),
+        (dict(hidden_size=512, heads=8), 12, 0.75),
+        (dict(hidden_size=128, layers=12, cca_layers=(6, 9, 12)), 12, 0.5),
+    ],
+)
+def test_it_outlives_the_first_steps_of_training(size, steps, least):
+    model = make(**size)
+    train(model, steps)
     text = copying_text(model.config)
-    assert min(attention_on_copies(model, text)) >= 0.6
+    assert min(attention_on_copies(model, text)[:2]) >= least
     assert logit_gain(model, text) >= 3
 
 
@@ -152,6 +161,18 @@ def test_it_reads_in_bfloat16_and_compiled():
     assert logit_gain(model, text) >= 3
 
 
-def test_small_heads_are_warned_of(caplog):
+def test_small_heads_are_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr("retro.model.logger.warning_once", said.append)
     make(128, heads=8)
-    assert "head_dim is 16; with heads below 32" in caplog.text
+    assert "head_dim is 16; with heads below 32 channels" in said[0]
+
+
+def test_a_model_of_before_the_multiplier_is_read_without_one(tmp_path):
+    model = make(128, embedding_multiplier=1)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.pop("embedding_multiplier") == 1
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    ids, neighbors, _ = copying_text(model.config)
+    assert torch.equal(RetroForCausalLM.from_pretrained(tmp_path)(ids, neighbors).logits, model(ids, neighbors).logits)

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from retro.settings import differing
+from retro.train.optimizer import MuonAndAdamW
 from retro.train.sharding import gathered, spread_as
 
 
@@ -38,7 +39,7 @@ class TrainState:
     """All that a run needs to go on exactly: this object is the checkpoint."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | MuonAndAdamW
     step: int = 0  # steps done
     position: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "window": 0})
     tokens: int = 0  # input tokens of all processes

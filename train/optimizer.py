@@ -23,6 +23,8 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     ratio = 1.0 if settings.lr_width is None else settings.lr_width / model.config.get_text_config().hidden_size
     groups = parameter_groups(model, settings.weight_decay, settings.lr_ratios, settings.retrieval, ratio, muon)
     if muon:
+        if not any(group["is_muons"] for group in groups):
+            raise ValueError("optimizer: muon finds no matrix that lr_ratios does not name; take adamw")
         return MuonAndAdamW(groups, settings)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
@@ -41,11 +43,12 @@ def parameter_groups(
     occurs, but would shrink at every step. With `muon` the matrices that `lr_ratios` does not name are Muon's
     (`is_muons`), but for output embeddings.
 
-    width_ratio: the width at which the learning rate was found, over that of the model. A step of Adam moves every
+    width_ratio: the width at which the learning rate was found, over that of the decoder. A step of Adam moves every
         weight by about the learning rate, and so what a matrix gives by d times as much, since d products add up: the
         rate of matrices takes this ratio, and their weight decay its inverse, so that as much decays in a step. An
-        update of Muon is orthogonal, so that of the same size it moves that by sqrt(d): it takes the root. Embeddings,
-        norms and biases add up over nothing. Source: Yang et al. 2022 (muP), table 8.
+        update of Muon is orthogonal; at the same size it changes what a matrix gives sqrt(d) times as much, so its rate
+        takes the root. Embeddings and norms keep the rate; the final norm of the induction start falls as 1 / d, and
+        stands for muP's output multiplier. Source: Yang et al. 2022 (muP), table 8.
 
     Raises ValueError for a ratio that names no parameter if `all_fit`.
     """
@@ -59,7 +62,7 @@ def parameter_groups(
         pattern = next((pattern for pattern in lr_ratios if pattern in name), None)
         unused.discard(pattern)
         is_matrix = parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in embeddings
-        is_muons = muon and is_matrix and pattern is None and parameter is not output
+        is_muons = muon and is_matrix and parameter.ndim == 2 and pattern is None and parameter is not output
         groups.setdefault((is_muons, is_matrix, lr_ratios.get(pattern, 1.0)), []).append(parameter)
     if unused and all_fit:
         raise ValueError(
@@ -84,6 +87,7 @@ class MuonAndAdamW:
     """
 
     def __init__(self, groups: list[dict[str, Any]], settings: TrainSettings):
+        assert any(group["is_muons"] for group in groups) and not all(group["is_muons"] for group in groups)
         own, rest = ([group for group in groups if group["is_muons"] == wanted] for wanted in (True, False))
         adamw = torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, fused=True)
         self.parts = (torch.optim.Muon(own, lr=settings.lr, adjust_lr_fn="match_rms_adamw"), adamw)

@@ -25,7 +25,8 @@ class TrainSettings:
     retrieval: false trains the same decoder as a plain language model: no CCA, no encoder, no neighbors.
     random_neighbors: replace each neighbor by a random chunk of another document: a control.
     drop_neighbors: the probability with which a chunk loses all its neighbors, drawn anew whenever it is read; without
-        it the decoder leans on them, and RETRO[OFF] ends behind a plain language model. Not in the paper.
+        it the decoder leans on them, and RETRO[OFF] ends behind a plain language model. Not in the paper. Of a
+        plain model, `retrieval` false, it takes nothing.
     num_neighbors: k in training, at most what the neighbor table holds.
     index: the kind of index whose neighbor table is read ("tfidf" ...); any, the exact one first, if null.
     window_len: n, tokens in a window; a multiple of the store's chunk length m.
@@ -34,8 +35,8 @@ class TrainSettings:
     max_steps, max_tokens: the length of the run; exactly one of them.
     lr, min_lr_ratio, warmup_steps: see `learning_rate`.
     lr_width: the width d at which `lr` was found. Matrices of a model of another width learn at lr * lr_width / d, so
-        that one `lr` serves all widths; embeddings, norms and other vectors learn at `lr`, and the share of a weight
-        that decays in a step stays. null: one rate for all.
+        that one `lr` serves all widths, the encoder's taking d of the decoder too; embeddings, norms and other vectors
+        learn at `lr`, and the share of a weight that decays in a step stays. null: one rate for all.
     optimizer: "adamw", or "muon": torch's Muon for the matrices that `lr_ratios` does not name, AdamW for the rest.
     lr_ratios: parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
         A key that fits none is refused, unless `retrieval` is false: the parts it names may then be left out.

@@ -52,7 +52,11 @@ def _add_workers(group: Any) -> None:
 
 
 def _add_training(group: Any) -> None:
-    group.add_argument("--model", metavar="PRESET", help="172m, 425m, 1.5b or 7.5b, or a folder with config.json")
+    group.add_argument(
+        "--model",
+        metavar="PRESET",
+        help="172m, 425m, 1.5b or 7.5b, each alone or with -modern behind it, or a folder with config.json",
+    )
     group.add_argument("--train-tokens", metavar="N", help=f"default: those of the corpus; {NUMBERS}")
     group.add_argument("--gpu-memory", metavar="SIZE", help=f"of one GPU; {SIZES}")
     group.add_argument("--gpus-per-node", type=int, default=8, metavar="N")

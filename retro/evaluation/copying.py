@@ -22,12 +22,19 @@ class CopyingText(NamedTuple):
     neighbor_ids: Int[Tensor, "b l k r"]
     places: Int[Tensor, "b n"]
 
+    def to(self, device: torch.device) -> CopyingText:
+        """The same on another device."""
+        return CopyingText(*(tensor.to(device) for tensor in self))
+
 
 def copying_text(config: Any, batch_size: int = 2, num_chunks: int = 4, seed: int = 0) -> CopyingText:
     """Text for a model of `config` with k = num_neighbors.
 
     One neighbor of each chunk but the last holds, somewhere, the last token of the chunk and the half chunk after it.
+    Raises ValueError for chunks of one token, of which half is nothing.
     """
+    if config.chunk_len < 2:
+        raise ValueError("chunk_len is 1; text to copy from needs chunks of 2 tokens or more")
     generator = torch.Generator().manual_seed(seed)
     m, k, r = config.chunk_len, config.num_neighbors, config.retrieved_len
     draw = lambda high, *shape: torch.randint(0, high, shape, generator=generator)  # noqa: E731
@@ -50,7 +57,7 @@ def attention_on_copies(model: Any, text: CopyingText) -> list[float]:
     """
     if model.config.position != "rotary":
         raise ValueError(f"position is {model.config.position!r}; attention is told for rotary positions only")
-    read = []
+    read, text = [], text.to(model.device)
     ccas = [layer.cross_attention for layer in model.model.layers if layer.cross_attention is not None]
     handles = [cca.register_forward_pre_hook(lambda cca, given: read.append((cca, *given[:2]))) for cca in ccas]
     try:
@@ -64,9 +71,10 @@ def attention_on_copies(model: Any, text: CopyingText) -> list[float]:
 def _on_copies(cca: Any, h: Float[Tensor, "b n d"], encoded: Float[Tensor, "c k r e"], places: Tensor) -> float:
     """The weights of all pairs, which no kernel keeps, from what went into CCA."""
     m = cca.chunk_len
-    positions, _ = cca_positions(m, encoded.shape[2])
+    positions, _ = cca_positions(m, encoded.shape[2], device=h.device)
     queries = cca.attention.queries(attending_chunks(h, m).flatten(0, 1), positions)  # [c, h, m, dh]
-    keys = cca.keys_and_values(encoded)[0].flatten(2, 3)  # [c, h, kr, dh]
+    keys = cca.keys_and_values(encoded)[0].flatten(2, 3)  # [c, g, kr, dh]
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)  # [c, h, kr, dh]
     weights = (queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5).softmax(-1).mean(1)  # [c, m, kr]
     place = attending_chunks(places[..., None] + 1, m).flatten(0, 1) - 1  # [c, m, 1]
     return weights.gather(-1, place.clamp(min=0))[place >= 0].mean().item()
@@ -75,6 +83,7 @@ def _on_copies(cca: Any, h: Float[Tensor, "b n d"], encoded: Float[Tensor, "c k 
 @torch.no_grad()
 def logit_gain(model: Any, text: CopyingText) -> float:
     """How far neighbors raise the logit of the token to copy above those of all tokens, in nats."""
+    text = text.to(model.device)
     ids = text.input_ids
     moved = (model(ids, text.neighbor_ids).logits - model(ids).logits)[:, :-1]
     followed = moved.gather(-1, ids[:, 1:, None])[..., 0] - moved.mean(-1)

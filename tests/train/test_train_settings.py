@@ -3,10 +3,13 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retro.model import RetroForCausalLM
 from retro.settings import find_config, load_settings
+from retro.train.pretrain import model_config
 from retro.train.settings import FREE_FIELDS, TrainSettings, learning_rate
 
 
@@ -69,6 +72,15 @@ def test_packaged_configurations_load():
     assert len(files) >= 2
     for file in files:
         assert load_settings(TrainSettings, file, ["output=o", "store=s"]).retrieval
+
+
+@pytest.mark.parametrize("file", sorted(find_config("train_small").parent.glob("train_*.yaml")), ids=lambda f: f.stem)
+def test_every_recipe_makes_a_model(file, words_store):
+    with torch.device("meta"):
+        model = RetroForCausalLM(model_config(load_settings(TrainSettings, file, ["output=o", "store=s"]), words_store))
+    assert model.config.cca_layers
+    modern = "induction" if "modern" in file.stem or file.stem in ("train_small", "train_medium") else "random"
+    assert model.config.cca_init == modern
 
 
 def test_the_paper_recipe():

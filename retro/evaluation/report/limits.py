@@ -35,7 +35,9 @@ def _of_bits(value: dict[str, Any]) -> Iterator[str]:
         return
     for other in (column for column in ("lm", "retro_off") if column in bpb):
         yield from _copying(bpb, little, other, value["chunks_little_overlap"], value["chunks"])
-        if _overlap(ends.get("retro_on"), ends.get(other)):
+        if other in value.get("gain", {}):
+            yield from _unsure(f"What RETRO[ON] saves against {COLUMNS[other]}", value["gain"][other])
+        elif _overlap(ends.get("retro_on"), ends.get(other)):
             yield (
                 f"The 95% intervals of RETRO[ON] and {COLUMNS[other]} overlap. They are of each figure alone; "
                 "whether the difference is sure is what the intervals of retro leakage say."

@@ -181,7 +181,8 @@ def _store(store: Any) -> dict[str, Any]:
 
 def _settings(value: dict[str, Any]) -> list[tuple[str, str]]:
     """Everything of a result that is no figure: its single values, and those of its settings and versions."""
-    return _flat({name: one for name, one in value.items() if name not in ("interval", "bpb", "bpb_little_overlap")})
+    figures = ("interval", "bpb", "bpb_little_overlap", "gain", "gain_little_overlap", "off_below_lm")
+    return _flat({name: one for name, one in value.items() if name not in figures})
 
 
 def _flat(record: dict[str, Any]) -> list[tuple[str, str]]:

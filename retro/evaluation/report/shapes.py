@@ -124,6 +124,8 @@ SHAPES = {
         "bpb_little_overlap": by_column(float),
         "interval?": by_column(ENDS),
         "gain?": by_column((float, float, float)),
+        "gain_little_overlap?": by_column((float, float, float)),
+        "off_below_lm?": (float, float, float),
         "perplexity?": by_column(Each(float)),
         "chunks": int,
         "chunks_little_overlap": int,

@@ -115,8 +115,18 @@ def gains_line(value: dict[str, Any]) -> str:
     others = [column for column in bpb if column != "retro_on"]
     if "retro_on" not in bpb or not others:
         return ""
-    said = [f"{change(gain_over(bpb['retro_on'], bpb[one]))} {COLUMNS[one]}" for one in others]
+    said = [f"{change(gain_over(bpb['retro_on'], bpb[one]))} {COLUMNS[one]}{_surely(value, one)}" for one in others]
     return f"RETRO[ON] is {', '.join(said)}."
+
+
+def _surely(value: dict[str, Any], column: str) -> str:
+    """The interval of a gain, and the gain over chunks with little overlap with its own, where they are known."""
+    found = [value.get(name, {}).get(column) for name in ("gain", "gain_little_overlap")]
+    told = ["" if one is None else ends(one[1:], percent) for one in found]
+    if found[1] is not None and told[1] not in ("", NOTHING):
+        told[1] = f"r(C) ≤ 12.5%: {percent(found[1][0])}, {told[1]}"
+    kept = [one for one in told if one not in ("", NOTHING)]
+    return f" ({'; '.join(kept)})" if kept else ""
 
 
 def _leakage(value: dict[str, Any]) -> list[Table]:
