@@ -158,7 +158,8 @@ def plot_losses(output: Path) -> None:
     from retro.evaluation.plots import picture
 
     with picture(output / "loss.png") as axes:
-        for name, label in (("lm", "LM, no retrieval"), ("retro", "RETRO[ON]")):
+        dropped = read_yaml(find_config(RECIPE))["drop_neighbors"]
+        for name, label in (("lm", "LM, no retrieval"), ("retro", f"RETRO, {dropped:.0%} of chunks without neighbors")):
             lines = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
             lines = [line for line in lines if "loss" in line]
             axes.plot([line["tokens"] / 1e6 for line in lines], [line["loss"] for line in lines], label=label)

@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "retro.attribution",
         "retro.corpus",
         "retro.data",
+        "retro.modules",
         "retro.padding",
         "retro.products",
         "retro.provenance",

@@ -152,13 +152,9 @@ def test_a_resized_vocabulary_reads_on():
 
 
 @torch.no_grad()
-def test_it_reads_in_bfloat16_and_compiled():
-    model = make(128)
-    text = copying_text(model.config)
-    plain = model(*text[:2]).logits
-    torch.testing.assert_close(torch.compile(model)(*text[:2]).logits, plain, rtol=1e-4, atol=1e-4)
-    model.to(torch.bfloat16)
-    assert logit_gain(model, text) >= 3
+def test_it_reads_in_bfloat16():
+    model = make(128).to(torch.bfloat16)
+    assert logit_gain(model, copying_text(model.config)) >= 3
 
 
 def test_small_heads_are_warned_of(monkeypatch):
