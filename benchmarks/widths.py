@@ -98,10 +98,10 @@ def settings_of(given: argparse.Namespace, width: int, start: str, retrieval: bo
     changes = {"num_neighbors": given.k, "mixed_precision": given.precision, "max_tokens": given.tokens or 1}
     changes |= {name: getattr(given, name) for name in ("batch_size", "window_len", "index", "lr", "seed")}
     changes |= {"model.hidden_size": width, "model.num_attention_heads": width // head_dim}
-    changes |= {"model.num_hidden_layers": given.layers, "model.cca_layers": given.cca_layers, **STARTS[start]}
-    changes = {name: value for name, value in changes.items() if value is not None} | dict(given.set)
+    changes |= {"model.num_hidden_layers": given.layers, "model.cca_layers": given.cca_layers}
+    changes = {name: value for name, value in changes.items() if value is not None} | STARTS[start] | dict(given.set)
     values = {**read_yaml(find_config(given.config, "train")), "max_steps": None}
-    if start == "random" and values.get("lr_width") and "lr" not in changes:
+    if start == "random" and values.get("lr_width") and "lr" not in changes and changes["lr_width"] is None:
         changes["lr"] = values["lr"] * values["lr_width"] / width
     for name, value in changes.items():
         *path, last = name.split(".")

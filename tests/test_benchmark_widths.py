@@ -91,8 +91,8 @@ def test_starts_and_settings(widths, parse):
     assert recipe.model["num_attention_heads"] == 8 and recipe.model["cca_init"] == "induction"
     assert widths.settings_of(given, 128, "induction", True).model["num_attention_heads"] == 4
     assert (recipe.weight_decay, recipe.lr_width, recipe.seed) == (1e-3, 64, 1)
-    paper = widths.settings_of(given, 512, "random", True)
-    assert paper.lr_width is None and paper.lr == recipe.lr * recipe.lr_width / 512, "one rate for all its weights"
+    paper = widths.settings_of(parse("--starts", "random"), 512, "random", True)
+    assert paper.lr_width is None and paper.lr == recipe.lr * 128 / 512, "one rate for all its weights"
     assert paper.model["cca_init"] == "random" and not paper.model["smeared_keys"] and paper.lr_ratios == {}
     assert widths.settings_of(given, 512, "no-multiplier", False).model["embedding_multiplier"] == 1
     with pytest.raises(ValueError, match="no multiple of its head size 32"):
