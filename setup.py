@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (HERE / "retro" / "__init__.py").read_text().splitlines() if "__version__ =" in line
+    line.split('"')[1] for line in (HERE / "retro" / "version.py").read_text().splitlines() if "__version__ =" in line
 )
 
 EXTRAS = {
@@ -35,11 +35,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["retro", "retro.*"]), "retro.train", "retro.configs"],
-    package_dir={"retro.train": "train", "retro.configs": "configs"},
+    packages=[*find_packages(include=["retro", "retro.*"]), "retro.configs"],
+    package_dir={"retro.configs": "configs"},  # data alone: see retro.common.settings.find_config
     package_data={
         "retro.configs": ["*.yaml"],
-        "retro.attribution": ["*.html", "*.css", "*.js"],
+        "retro.sampling": ["*.html", "*.css", "*.js"],
         "retro.evaluation.report": ["*.html", "*.css"],
         "retro.serve": ["static/*"],
     },

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from retro.corpus import read_documents
+from retro.common.settings import find_config, load_settings
 from retro.evaluation import bits_per_byte, prepare, score
 from retro.model import RetroForCausalLM
 from retro.retrieval import Retriever, Store
-from retro.settings import find_config, load_settings
-from retro.train.loop import fit, setup
-from retro.train.pretrain import model_config
-from retro.train.settings import TrainSettings
+from retro.text.corpus import read_documents
+from retro.training.loop import fit
+from retro.training.pretrain import model_config
+from retro.training.settings import TrainSettings
+from retro.training.setup import setup
 
 ONE_RATE = "lr_ratios={}"  # a random start has nothing to protect
 VARIANTS = {

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -30,15 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from training import Contestant, Shape
+from contestants import Contestant, Shape
 
-from retro.corpus import read_documents
+from retro.common.settings import find_config, read_yaml
 from retro.evaluation.plots import picture
 from retro.retrieval import BuildSettings, Store, build_index, build_neighbors, build_store
 from retro.retrieval.planning.calibration import machine
-from retro.settings import find_config, read_yaml
-from retro.tokenizer import train_tokenizer
-from retro.train.memory import keep_freed_memory
+from retro.text.corpus import read_documents
+from retro.text.tokenizer import train_tokenizer
+from retro.training.memory import keep_freed_memory
 
 Seconds = dict[str, float]
 DATASTORE = ("read, tokenize, embed", "index", "neighbors")
@@ -90,6 +89,8 @@ def tokenizer_of(arguments: argparse.Namespace, texts: Path, folder: Path) -> st
 
 def stages(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Seconds by stage, and the sizes of what was made."""
+    from retro.training.pretrain import main as pretrain
+
     if arguments.demo:
         return recorded(arguments.demo)
     seconds: Seconds = {}
@@ -102,7 +103,7 @@ def stages(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     seconds |= of_datastore
     given = [f"store={work / 'store'}", f"output={work / 'model'}", f"max_tokens={arguments.tokens}"]
     with timed(seconds, "training"):
-        import_module("retro.train.pretrain").main(arguments.config, given)
+        pretrain(arguments.config, given)
     found = {"bytes": num_bytes, "chunks": store.num_chunks, "tokens_trained": arguments.tokens}
     if arguments.held_out:
         with timed(seconds, "bits per byte"):

@@ -27,11 +27,10 @@ import torch
 import transformers
 
 import retro
-from retro.config import RetroConfig
-from retro.model import RetroForCausalLM
+from retro.common.settings import find_config, read_yaml
+from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import Neighbors, Retriever
 from retro.retrofit import RetrofitForCausalLM, retrofit
-from retro.settings import find_config, read_yaml
 
 VOCAB_SIZE = 8192
 LLAMA = dict(

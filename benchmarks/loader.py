@@ -24,14 +24,13 @@ from statistics import median
 import numpy as np
 import torch
 
-from retro.config import RetroConfig
-from retro.data import Loader, Windows
-from retro.model import RetroForCausalLM
+from retro.common.settings import find_config, read_yaml
+from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import NeighborTable, Store, open_neighbors
-from retro.retrieval.building.synthetic import write_synthetic_store
 from retro.retrieval.planning.calibration import machine
-from retro.settings import find_config, read_yaml
-from retro.train.memory import keep_freed_memory
+from retro.retrieval.planning.synthetic import write_synthetic_store
+from retro.training.memory import keep_freed_memory
+from retro.training.windows import Loader, Windows
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 
-from retro.evaluation.overlap import common_runs
+from retro.text.overlap import common_runs
 
 
 def made_pairs(chunks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +33,7 @@ def made_pairs(chunks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def vectorised(text: np.ndarray, neighbors: np.ndarray) -> list[int]:
-    """retro.evaluation.overlap"""
+    """retro.text.overlap"""
     masks = np.ones(text.shape, bool), np.ones(neighbors.shape, bool)
     return common_runs(text, neighbors, *masks).lengths.ravel().tolist()
 

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from retro.corpus import read_documents
-from retro.data import Loader, Windows, random_rows
+from retro.common.products import fast_products
+from retro.common.settings import load_settings
 from retro.evaluation import EvaluationData, prepare
 from retro.evaluation.sweeps import checkpoints_of
-from retro.products import fast_products
 from retro.provenance import versions
 from retro.retrieval import Retriever, Store
+from retro.retrieval.store.random_rows import random_rows
 from retro.retrofit import open_base
-from retro.settings import load_settings
-from retro.train.retrofit import RetrofitSettings
-from retro.train.settings import learning_rate
+from retro.text.corpus import read_documents
+from retro.training.retrofit import RetrofitSettings
+from retro.training.settings import learning_rate
+from retro.training.windows import Loader, Windows
 
 LORA_MODULES = ("q_proj", "v_proj")
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from retro.config import RetroConfig
+from retro.common.settings import find_config, read_yaml
 from retro.evaluation.copying import attention_on_copies, copying_text, logit_gain
-from retro.model import RetroForCausalLM
-from retro.settings import find_config, read_yaml
-from retro.train.optimizer import parameter_groups
+from retro.model import RetroConfig, RetroForCausalLM
+from retro.training.optimizer import parameter_groups
 
 RECIPE = read_yaml(find_config("train_small", "train"))
 STARTS = {

@@ -6,24 +6,24 @@ After `import retro`, transformers' AutoConfig and AutoModelForCausalLM know the
 
 from importlib import import_module
 
+from retro.version import __version__
+
 try:
     from wrapt import when_imported
 except ImportError:  # without wrapt, register at import, which is slower
     when_imported = lambda name: lambda hook: hook(import_module(name))  # noqa: E731
 
-__version__ = "0.1.0"
-
 _HOME = {
-    "RetroConfig": "retro.config",
-    "RetroForCausalLM": "retro.model",
-    "RetroModel": "retro.model",
+    "RetroConfig": "retro.model.config",
+    "RetroForCausalLM": "retro.model.causal_lm",
+    "RetroModel": "retro.model.causal_lm",
     "RetrofitConfig": "retro.retrofit",
     "RetrofitForCausalLM": "retro.retrofit",
     "retrofit": "retro.retrofit",
-    "RetroCache": "retro.cache",
-    "RetrievalError": "retro.generation",
-    "Document": "retro.corpus",
-    "read_documents": "retro.corpus",
+    "RetroCache": "retro.model.cache",
+    "RetrievalError": "retro.model.generation",
+    "Document": "retro.text.documents",
+    "read_documents": "retro.text.corpus",
     "BuildSettings": "retro.retrieval",
     "build_store": "retro.retrieval",
     "Store": "retro.retrieval",
@@ -49,7 +49,7 @@ def __dir__() -> list[str]:
 
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_config(auto) -> None:
-    from retro.config import RetroConfig
+    from retro.model import RetroConfig
     from retro.retrofit.config import RetrofitConfig
 
     auto.AutoConfig.register(RetroConfig.model_type, RetroConfig)
@@ -58,8 +58,7 @@ def _register_config(auto) -> None:
 
 @when_imported("transformers.models.auto.modeling_auto")
 def _register_model(auto) -> None:
-    from retro.config import RetroConfig
-    from retro.model import RetroForCausalLM, RetroModel
+    from retro.model import RetroConfig, RetroForCausalLM, RetroModel
     from retro.retrofit.config import RetrofitConfig
     from retro.retrofit.model import RetrofitForCausalLM
 

@@ -17,12 +17,12 @@ import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from retro.corpus import Document, package_documents
-from retro.settings import find_config, read_yaml
+from retro.common.settings import find_config, read_yaml
+from retro.text.documents import Document
+from retro.text.packages import package_documents
 
 PACKAGE = "transformers"
 CORPUS_BYTES = 5_000_000
@@ -92,7 +92,7 @@ def _write_jsonl(path: Path, documents: Iterable[Document]) -> None:
 
 
 def _train_tokenizer(output: Path) -> None:
-    from retro.tokenizer import train_tokenizer
+    from retro.text.tokenizer import train_tokenizer
 
     train_tokenizer(output / "tokenizer", [str(output / "train.jsonl")], vocab_size=VOCAB_SIZE)
 
@@ -116,16 +116,18 @@ def _find_neighbors(store) -> None:
 
 
 def _train(output: Path, name: str, seed: int) -> None:
+    from retro.training.pretrain import main as pretrain
+
     given = [f"store={output / 'store'}", f"output={output / name}", f"seed={seed}"]
-    import_module("retro.train.pretrain").main(RECIPE, [*given, f"retrieval={str(name == 'retro').lower()}"])
+    pretrain(RECIPE, [*given, f"retrieval={str(name == 'retro').lower()}"])
 
 
 def _measure(output: Path, store, seed: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    from retro.corpus import read_documents
     from retro.evaluation import bits_per_byte
     from retro.retrieval import Retriever
+    from retro.text.corpus import read_documents
 
     lm, model = (AutoModelForCausalLM.from_pretrained(output / name) for name in ("lm", "retro"))
     documents = list(read_documents([str(output / "valid.jsonl")]))
@@ -136,9 +138,9 @@ def _sample(output: Path, store) -> str:
     """Continue the opening of the first held-out document; the text and its sources."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from retro.attribution import as_json, html_page, sample, terminal_text
-    from retro.corpus import read_documents
     from retro.retrieval import Retriever
+    from retro.sampling import as_json, html_page, sample, terminal_text
+    from retro.text.corpus import read_documents
 
     tokenizer = AutoTokenizer.from_pretrained(output / "retro")
     model = AutoModelForCausalLM.from_pretrained(output / "retro")

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import retro
+from retro.version import __version__
 
 if TYPE_CHECKING:
     from retro.retrieval import Store
@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    return {"retro": retro.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"retro": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def describe(store: Store, index: str | None = None) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def describe(store: Store, index: str | None = None) -> dict[str, Any]:
     index: the kind of search that found the neighbors it was trained with; None if it had none.
     """
     return {
-        "library_version": retro.__version__,
+        "library_version": __version__,
         "store": Path(store.path).name,
         "store_fingerprint": store.fingerprint,
         "tokenizer": store.manifest["tokenizer"]["name"],
@@ -69,8 +69,8 @@ def own_index(model_folder: str | Path, store: Store, index: str = "auto") -> st
     Kinds that go by keys find the same neighbors, each as far as it is tuned to: there the store's best stays "auto".
     In a store without keys only what goes by words is kept.
     """
-    from retro.retrieval.indexing.lexical import KINDS
-    from retro.retrieval.indexing.search import is_keyless
+    from retro.retrieval.search.lexical import KINDS
+    from retro.retrieval.search.searchers import is_keyless
 
     trained = (read_provenance(model_folder) or {}).get("index") if index == "auto" else None
     kinds = (trained or "").split("+")

@@ -26,8 +26,7 @@ TINY = dict(
 def make_model():
     """make_model(seed=0, **overrides): a tiny RetroForCausalLM in evaluation mode, its weights spread out so that a
     wrong position or mask shows."""
-    from retro.config import RetroConfig
-    from retro.model import RetroForCausalLM
+    from retro.model import RetroConfig, RetroForCausalLM
 
     def make(seed: int = 0, **overrides) -> RetroForCausalLM:
         torch.manual_seed(seed)

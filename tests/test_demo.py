@@ -5,8 +5,8 @@ import json
 import pytest
 
 from retro import demo
-from retro.corpus import Document
 from retro.demo import closing_page, plot_losses, run_demo, write_corpus
+from retro.text.documents import Document
 
 
 @pytest.fixture

@@ -1,84 +1,207 @@
-"""Imports flow one way, and `import retro` is quick."""
+"""The rooms of the house: imports flow one way, no circles, no long files, and `import retro` is quick."""
 
 import ast
+import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# what each room of the house may import of the house; a room is the longest prefix that matches
+# The rooms from the ground up, and what each may import of the house; a room is the longest prefix that matches.
 MAY_IMPORT = {
-    "retro.corpus": set(),
-    "retro.config": {"retro.settings"},
-    "retro.settings": set(),
-    "retro.padding": set(),
-    "retro.pretrained": set(),
-    "retro.products": set(),
-    "retro.modules": set(),
-    "retro.tokenizer": {"retro.corpus"},
-    "retro.retrieval": {"retro.corpus", "retro.tokenizer", "retro.pretrained", "retro.products"},
-    "retro.cache": {"retro.modules"},
-    "retro.model": {"retro.cache", "retro.config", "retro.modules", "retro.padding", "retro.generation"},
-    "retro.generation": {"retro.cache", "retro.retrieval"},
-    "retro.retrofit": {
-        "retro.cache",
-        "retro.config",
+    "retro.version": (),
+    "retro.common": (),
+    "retro.web": (),
+    "retro.modules": (),
+    "retro.text": ("retro.common",),
+    "retro.retrieval.neighbors": (),
+    "retro.retrieval.store": ("retro.common", "retro.text"),
+    "retro.retrieval.embedding": ("retro.common", "retro.text"),
+    "retro.retrieval.filters": ("retro.common", "retro.text"),
+    "retro.retrieval.search": ("retro.common", "retro.text", "retro.retrieval.store", "retro.retrieval.embedding"),
+    "retro.retrieval.executors": ("retro.common",),
+    "retro.retrieval.building": (
+        "retro.version",
+        "retro.common",
+        "retro.text",
+        "retro.retrieval.store",
+        "retro.retrieval.embedding",
+        "retro.retrieval.filters",
+        "retro.retrieval.search",
+        "retro.retrieval.executors",
+    ),
+    "retro.retrieval.planning": (
+        "retro.common",
+        "retro.text",
+        "retro.retrieval.store",
+        "retro.retrieval.embedding",
+        "retro.retrieval.search",
+        "retro.retrieval.executors",
+        "retro.retrieval.building",
+    ),
+    "retro.retrieval.retriever": (
+        "retro.text",
+        "retro.retrieval.neighbors",
+        "retro.retrieval.store",
+        "retro.retrieval.embedding",
+        "retro.retrieval.filters",
+        "retro.retrieval.search",
+    ),
+    "retro.retrieval.remote": (
+        "retro.version",
+        "retro.web",
+        "retro.text",
+        "retro.retrieval.neighbors",
+        "retro.retrieval.store",
+        "retro.retrieval.search",
+        "retro.retrieval.retriever",
+    ),
+    "retro.retrieval": ("retro.text", "retro.retrieval"),
+    "retro.model": ("retro.common", "retro.modules", "retro.retrieval.neighbors"),
+    "retro.retrofit": ("retro.common", "retro.modules", "retro.model"),
+    "retro.provenance": ("retro.version", "retro.retrieval"),
+    "retro.sampling": ("retro.text", "retro.retrieval", "retro.model"),
+    "retro.evaluation": (
+        "retro.version",
+        "retro.common",
         "retro.modules",
-        "retro.padding",
-        "retro.pretrained",
-        "retro.generation",
-    },
-    "retro.data": {"retro.retrieval"},
-    "retro.prompts": set(),
-    "retro.scaling": {"retro.evaluation", "retro.model"},
-    "retro.attribution": {"retro.retrieval", "retro.evaluation", "retro.generation", "retro.padding"},
-    "retro.evaluation": {
-        "retro.attribution",
-        "retro.corpus",
-        "retro.data",
-        "retro.modules",
-        "retro.padding",
-        "retro.products",
-        "retro.provenance",
+        "retro.text",
         "retro.retrieval",
+        "retro.model",
         "retro.retrofit",
-        "retro.settings",
-    },
-    "retro.provenance": {"retro.retrieval"},
-    "retro.serve": {"retro.attribution", "retro.padding", "retro.provenance", "retro.retrieval"},
+        "retro.provenance",
+        "retro.sampling",
+    ),
+    "retro.training": (
+        "retro.common",
+        "retro.retrieval",
+        "retro.model",
+        "retro.retrofit",
+        "retro.provenance",
+        "retro.evaluation",
+    ),
+    "retro.serve": (
+        "retro.version",
+        "retro.web",
+        "retro.text",
+        "retro.retrieval",
+        "retro.model",
+        "retro.provenance",
+        "retro.sampling",
+    ),
+    "retro.demo": (
+        "retro.common",
+        "retro.text",
+        "retro.retrieval",
+        "retro.sampling",
+        "retro.evaluation",
+        "retro.training",
+    ),
+    "retro.cli": (
+        "retro.version",
+        "retro.common",
+        "retro.web",
+        "retro.text",
+        "retro.retrieval",
+        "retro.model",
+        "retro.retrofit",
+        "retro.provenance",
+        "retro.sampling",
+        "retro.evaluation",
+        "retro.training",
+        "retro.serve",
+        "retro.demo",
+    ),
+    "retro": ("retro.version", "retro.text", "retro.retrieval", "retro.model", "retro.retrofit", "retro.evaluation"),
 }
+ROOMS = list(MAY_IMPORT)
 HEAVY = {"torch", "transformers", "scann", "faiss", "datasets", "pyarrow", "accelerate"}
-
-
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module)
-    return found
+# Where names are given as text: the tables of names that load on demand, which `imports` reads, and tasks, of which
+# each is made beside its function.
+BY_NAME = {"retro/retrieval/executors/tasks.py"}
+MOST_LINES = 450
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+LIBRARY = sorted((ROOT / "retro").rglob("*.py"))
+MODULES = {module_name(path): path for path in LIBRARY}
+SCRIPTS = sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """The modules that a file imports, wherever it does, and those of its table of names that load on demand."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inner if name in MODULES} or {node.module}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME" and not top_level_only:
+            found |= set(ast.literal_eval(node.value).values())
+    return found
+
+
 def room(module: str) -> str:
-    return max((r for r in MAY_IMPORT if (module + ".").startswith(r + ".")), key=len, default=module)
+    return max((r for r in ROOMS if f"{module}.".startswith(f"{r}.")), key=len)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "retro").rglob("*.py")), ids=module_name)
+def test_no_room_imports_one_above_it():
+    for number, (here, names) in enumerate(MAY_IMPORT.items()):
+        for name in set(names) - {here}:
+            assert ROOMS.index(name) < number, f"{here} may import {name}, above it"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
 def test_imports_flow_one_way(path):
     here = room(module_name(path))
     for name in imports(path):
-        assert not name.startswith(("train", "retro.train", "retro.configs")), "the library never imports its recipes"
-        if name.startswith("retro.") and here in MAY_IMPORT:
-            assert room(name) in MAY_IMPORT[here] | {here}, f"{module_name(path)} imports {name}"
+        assert not name.startswith(("train.", "benchmarks.", "tests.")), "the library never imports its scripts"
+        if name.split(".")[0] == "retro":
+            assert name in MODULES, f"{module_name(path)} imports {name}, which is no file"
+            there = room(name)
+            allowed = (here, *MAY_IMPORT[here])
+            assert any(f"{there}.".startswith(f"{a}.") for a in allowed), f"{module_name(path)} imports {name}"
+            assert ROOMS.index(there) <= ROOMS.index(here), f"{module_name(path)} imports {name}, above it"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: {other for other in imports(path) if other in MODULES} for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_nothing_is_imported_by_a_name_that_this_test_does_not_read():
+    for path in LIBRARY:
+        by_name = {"import_module", "__import__"} & {
+            node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)
+        }
+        own = path.name == "__init__.py" or path.relative_to(ROOT).as_posix() in BY_NAME
+        assert not by_name or own, f"{path} imports by name"
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_is_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_no_part_of_retrieval_is_large():
+    def num_lines(folder: Path) -> int:
+        return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.rglob("*.py"))
+
+    total = num_lines(ROOT / "retro")
+    for folder in (ROOT / "retro" / "retrieval").iterdir():
+        assert num_lines(folder) < 0.15 * total, folder.name
 
 
 def test_the_command_line_imports_nothing_heavy():
@@ -91,3 +214,24 @@ def test_import_retro_is_light():
     code = f"import sys, retro; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_one_checkout_is_all_of_the_library(tmp_path):
+    """Whatever else is installed: modules and configurations come from the folder of `retro` itself."""
+    code = """
+import sys
+from pathlib import Path
+import retro, retro.cli, retro.evaluation.bits
+import retro.training.finetune, retro.training.pretrain, retro.training.retrofit
+from retro.common.settings import find_config
+
+root = Path(retro.__file__).parents[1]
+files = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.split(".")[0] == "retro"]
+assert all(root in Path(file).parents for file in files if file), files
+assert find_config("train_small", "train").parent == root / "configs"
+print(root)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT

@@ -132,7 +132,7 @@ def add_tokenizer(verbs: Any) -> None:
 
 def tokenizer(args: argparse.Namespace) -> int:
     """Train a byte-pair tokenizer with byte fallback that gives back every text as it was."""
-    from retro.tokenizer import train_tokenizer
+    from retro.text.tokenizer import train_tokenizer
 
     trained = train_tokenizer(args.out, args.inputs, args.vocab_size, args.text_field)
     print(f"{args.out}: {len(trained)} pieces")
@@ -161,7 +161,7 @@ def neighbors(args: argparse.Namespace) -> int:
     One that was killed is taken up again by the same command.
     """
     from retro.retrieval import Store, build_neighbors
-    from retro.retrieval.indexing.search import is_keyless
+    from retro.retrieval.search.searchers import is_keyless
 
     store = Store.open(args.store)
     queries = Store.open(args.queries) if args.queries else None

@@ -215,9 +215,9 @@ def add_baselines(verbs: Any) -> None:
 def baselines(args: argparse.Namespace) -> int:
     """Bits per byte and cost of a plain LM, RETRO with several kinds of neighbors, text in front of the text, REPLUG,
     RAG and kNN-LM, with the same store over identical target tokens."""
-    from retro.corpus import read_documents
     from retro.evaluation.baselines import BaselineSettings, baselines_rows, baselines_table, measure_baselines
     from retro.retrieval import Store
+    from retro.text.corpus import read_documents
 
     check_files(args)
     chosen = ("prompt_neighbors", "retrieval_stride", "query_len", "stride", "knn_tokens", "seed")

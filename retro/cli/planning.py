@@ -154,7 +154,7 @@ def _planned(args: argparse.Namespace, numbers: list[str], constants: Any) -> di
 
 def _sampled(args: argparse.Namespace) -> tuple[Any, int]:
     """The corpus that the inputs hold, and the size of the tokenizer's vocabulary."""
-    from retro.retrieval.building.parts import load_tokenizer
+    from retro.retrieval.building.tasks import load_tokenizer
     from retro.retrieval.embedding.embedder import NO_EMBEDDER, load_embedder
     from retro.retrieval.planning.sampling import sample_corpus
 
@@ -169,10 +169,11 @@ def _sampled(args: argparse.Namespace) -> tuple[Any, int]:
 
 
 def _training(args: argparse.Namespace, corpus: Any, vocab_size: int) -> dict[str, Any]:
-    from retro.config import MODERN, PRESETS, RetroConfig
-    from retro.retrieval.building.parts import token_dtype
+    from retro.model import RetroConfig
+    from retro.model.config import MODERN, PRESETS
+    from retro.retrieval.building.tasks import token_dtype
     from retro.retrieval.planning.plan import parse_bytes, parse_count
-    from retro.scaling import Cluster, training_plan
+    from retro.training.scaling import Cluster, training_plan
 
     if args.model.removesuffix(MODERN) in PRESETS:
         config = RetroConfig.from_preset(args.model, vocab_size=vocab_size, num_neighbors=args.k or 2)

@@ -62,7 +62,7 @@ def generate(args: argparse.Namespace) -> int:
 
     One prompt streams. Standard input is one prompt, whatever its lines.
     """
-    from retro.prompts import read_prompts
+    from retro.text.prompts import read_prompts
 
     options = _generation_options(args)
     prompts = read_prompts(args.prompts, args.prompt_file, sys.stdin)
@@ -71,7 +71,7 @@ def generate(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoTokenizer
 
-    from retro.attribution import as_json, html_page, sample, terminal_stream, terminal_text, wants_color
+    from retro.sampling import as_json, html_page, sample, terminal_stream, terminal_text, wants_color
 
     tokenizer, color = AutoTokenizer.from_pretrained(args.model), wants_color(sys.stdout)
     streams = len(prompts) == (args.num_beams or 1) == (args.num_return_sequences or 1) == 1
@@ -147,7 +147,8 @@ def serve(args: argparse.Namespace) -> int:
 
     limits = given_limits(args, Limits)
     try:
-        from retro.serve.server import open_stores, read_api_key, run, serve_app, url_of
+        from retro.serve.server import open_stores, serve_app
+        from retro.web.listening import read_api_key, run, url_of
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
     from transformers import AutoTokenizer

@@ -19,7 +19,7 @@ from retro.cli.shared import (
 
 
 def add_serve_store(verbs: Any) -> None:
-    from retro.serve.limits import RetrievalLimits
+    from retro.retrieval.remote.limits import RetrievalLimits
 
     parser = verb(verbs, "serve-store", serve_store, "a retrieval server, for trainers and samplers on other machines")
     parser.add_argument("store", metavar="STORE", help="datastore to search")
@@ -44,15 +44,15 @@ def serve_store(args: argparse.Namespace) -> int:
 
     From Python: RemoteRetriever(address), in place of a Retriever.
     """
-    from retro.serve.limits import RetrievalLimits
+    from retro.retrieval.remote.limits import RetrievalLimits
 
     for name in ("ray_address", "partial"):
         if args.shards is None and getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing without --shards; give the number of shards.")
     limits = given_limits(args, RetrievalLimits)
     try:
-        from retro.serve.retrieval import create_retrieval_app
-        from retro.serve.server import listen, names_of, read_api_key, run, url_of
+        from retro.retrieval.remote.server import create_retrieval_app
+        from retro.web.listening import listen, names_of, read_api_key, run, url_of
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
     api_key = read_api_key(args.api_key_file)
@@ -69,14 +69,14 @@ def serve_store(args: argparse.Namespace) -> int:
 def _searched(args: argparse.Namespace, limits: Any, opened: ExitStack) -> tuple[Any, Any]:
     """The store and its index: a kind, or a search over shards."""
     from retro.retrieval import Store
-    from retro.retrieval.remote import is_url
+    from retro.retrieval.remote.client import is_url
 
     if is_url(args.store):
         raise ValueError(f"{args.store} is served already; give the folder of a store.")
     store = Store.open(args.store)
     if args.shards is None:
         return store, args.index
-    from retro.retrieval.indexing.sharded import open_sharded
+    from retro.retrieval.search.sharded import open_sharded
 
     seconds = 0.8 * limits.max_seconds  # so that an error that names shards comes before that of the request
     given = dict(timeout=seconds, partial=bool(args.partial), address=args.ray_address)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def open_model(folder: str, store: Any = None, index: str = "auto", **filters: A
 
     from retro.provenance import check_store
     from retro.retrieval import Store
-    from retro.retrieval.remote import is_url
+    from retro.retrieval.remote.client import is_url
 
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); give the folder of a trained model.")
@@ -110,7 +109,7 @@ def open_retriever(store: Any, index: str = "auto", model: str | None = None, **
     """
     from retro.provenance import own_index
     from retro.retrieval import Retriever, Store
-    from retro.retrieval.remote import RemoteRetriever, is_url
+    from retro.retrieval.remote.client import RemoteRetriever, is_url
 
     if not is_url(store):
         store = store if isinstance(store, Store) else Store.open(store)
@@ -221,7 +220,7 @@ def write_measured(
 def held_out(args: argparse.Namespace) -> list:
     from itertools import islice
 
-    from retro.corpus import read_documents
+    from retro.text.corpus import read_documents
 
     if args.documents is not None and args.documents < 1:
         raise ValueError(f"--documents is {args.documents}; give at least 1.")
@@ -248,7 +247,7 @@ def open_lm(name: str | Path | None, store: Any) -> Any:
 
 def only_documents(records: Any) -> Any:
     """Documents with text; the first record that is no document is an error."""
-    from retro.corpus import Document
+    from retro.text.documents import Document
 
     for record in records:
         if not isinstance(record, Document):
@@ -262,7 +261,7 @@ def add_recipe(parser: argparse.ArgumentParser, packaged: str, example: str) -> 
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=f"e.g. {example}")
 
 
-def run_recipe(module: str, args: argparse.Namespace) -> int:
-    if not import_module(module).main(args.config, args.overrides):
+def run_recipe(main: Callable[[str, Sequence[str]], bool], args: argparse.Namespace) -> int:
+    if not main(args.config, args.overrides):
         print("stopped; the same command goes on from the last checkpoint")
     return 0

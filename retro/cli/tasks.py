@@ -163,7 +163,9 @@ def task_lm_eval(args: argparse.Namespace) -> int:
 
 def task_finetune(args: argparse.Namespace) -> int:
     """Train on answers only, as CONFIG and key=value say. The same command goes on from the last checkpoint."""
-    return run_recipe("retro.train.finetune", args)
+    from retro.training.finetune import main
+
+    return run_recipe(main, args)
 
 
 def _task_reader(args: argparse.Namespace, **options: Any) -> Any:

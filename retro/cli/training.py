@@ -17,7 +17,9 @@ def add_train(verbs: Any) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Train as CONFIG and key=value say. The same command goes on from the last checkpoint in `output`."""
-    return run_recipe("retro.train.pretrain", args)
+    from retro.training.pretrain import main
+
+    return run_recipe(main, args)
 
 
 # retrofit
@@ -30,4 +32,6 @@ def add_retrofit(verbs: Any) -> None:
 
 def retrofit(args: argparse.Namespace) -> int:
     """RETRO-fit as CONFIG and key=value say. The same command goes on from the last checkpoint in `output`."""
-    return run_recipe("retro.train.retrofit", args)
+    from retro.training.retrofit import main
+
+    return run_recipe(main, args)

@@ -130,10 +130,10 @@ def add_verify(verbs: Any) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Compare a datastore's files with its manifest and with each other; the first that differs is named."""
-    from retro.retrieval import Store
+    from retro.retrieval import Store, verify_store
 
     store = Store.open(args.store)
-    checked = store.verify("full" if args.full else "quick", args.embed, args.seed)
+    checked = verify_store(store, "full" if args.full else "quick", args.embed, args.seed)
     counts = f"{checked['documents']} documents, {checked['chunks']} chunks"
     print(f"{store.path}: generation {store.generation} is whole: {counts}")
     if args.full:

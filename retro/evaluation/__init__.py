@@ -3,25 +3,25 @@
 from importlib import import_module
 
 _HOME = {
-    "BaselineSettings": "baselines",
-    "measure_baselines": "baselines",
-    "baselines_table": "baselines",
-    "ChunkScores": "bits",
-    "EvaluationData": "bits",
-    "bits_per_byte": "bits",
-    "bits_table": "bits",
-    "perplexity_table": "bits",
-    "prepare": "bits",
-    "score": "bits",
-    "leakage_table": "leakage",
-    "measure_leakage": "leakage",
-    "longest_common_run": "overlap",
-    "Reading": "sweeps",
-    "sweep_datastore": "sweeps",
-    "sweep_models": "sweeps",
-    "sweep_neighbors": "sweeps",
-    "sweep_table": "sweeps",
-    "sweep_tokens": "sweeps",
+    "BaselineSettings": "retro.evaluation.baselines",
+    "measure_baselines": "retro.evaluation.baselines",
+    "baselines_table": "retro.evaluation.baselines",
+    "ChunkScores": "retro.evaluation.scorer",
+    "EvaluationData": "retro.evaluation.scorer",
+    "bits_per_byte": "retro.evaluation.bits",
+    "bits_table": "retro.evaluation.bits",
+    "perplexity_table": "retro.evaluation.bits",
+    "prepare": "retro.evaluation.scorer",
+    "score": "retro.evaluation.scorer",
+    "leakage_table": "retro.evaluation.leakage",
+    "measure_leakage": "retro.evaluation.leakage",
+    "longest_common_run": "retro.text.overlap",
+    "Reading": "retro.evaluation.sweeps",
+    "sweep_datastore": "retro.evaluation.sweeps",
+    "sweep_models": "retro.evaluation.sweeps",
+    "sweep_neighbors": "retro.evaluation.sweeps",
+    "sweep_table": "retro.evaluation.sweeps",
+    "sweep_tokens": "retro.evaluation.sweeps",
 }
 __all__ = list(_HOME)
 
@@ -29,4 +29,4 @@ __all__ = list(_HOME)
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -27,13 +27,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-import retro
-from retro.evaluation.bits import neighbors_of, reads_neighbors
-from retro.evaluation.tasks.reading import Example, Reader, Scored, open_reader
+from retro.common.files import stable_hash
+from retro.evaluation.bits import neighbors_of
+from retro.evaluation.scorer import reads_neighbors
+from retro.evaluation.tasks.examples import Example, Scored
+from retro.evaluation.tasks.reading import Reader, open_reader
 from retro.evaluation.tasks.results import about
-from retro.retrieval.chunks import tokenizer_fingerprint
-from retro.retrieval.files import stable_hash
 from retro.retrieval.filters import shares_run
+from retro.text.chunks import tokenizer_fingerprint
+from retro.version import __version__
 
 READING = ("neighbors", "prompt")
 logger = logging.getLogger(__name__)
@@ -269,7 +271,7 @@ class RetroLM(TemplateLM):
             "align": reader.align,
             "max_length": self.max_length,
             "seed": reader.seed,
-            "library_version": retro.__version__,
+            "library_version": __version__,
         }
 
     def cache_file(self, folder: str | Path) -> str:

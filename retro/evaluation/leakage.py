@@ -22,18 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from retro.corpus import Document
-from retro.evaluation.bits import (
-    COLUMNS,
-    EvaluationData,
-    measured_with,
-    neighbors_of,
-    prepare,
-    score_columns,
-    window_of,
-)
+from retro.evaluation.bits import COLUMNS, measured_with, neighbors_of, score_columns
 from retro.evaluation.intervals import interval, ratio, resampled_sums
-from retro.evaluation.overlap import common_runs
+from retro.evaluation.scorer import EvaluationData, prepare, window_of
+from retro.text.documents import Document
+from retro.text.overlap import common_runs
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
@@ -190,7 +183,7 @@ def _example(data: EvaluationData, retriever: Retriever, bits: dict[str, np.ndar
 
 def marked(tokenizer: Any, ids: Int[np.ndarray, " t"], start: int, length: int) -> list[str]:
     """The text of tokens in three parts: before a run, the run, after it."""
-    from retro.retrieval.chunks import decode_chunks
+    from retro.text.chunks import decode_chunks
 
     *cuts, whole = decode_chunks(tokenizer, [ids[:start], ids[: start + length], ids])
     first, last = map(len, cuts)

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 from tqdm.auto import tqdm
 
-import retro
-from retro.retrieval.files import check_files, file_record, load_json, open_npy, save_json, save_npy, stable_hash
+from retro.common.files import check_files, file_record, load_json, open_npy, save_json, save_npy, stable_hash
 from retro.retrieval.filters.hits import FilteredSearcher
-from retro.retrieval.indexing.sharded import ShardedSearcher
-from retro.retrieval.remote import RemoteIndex
+from retro.retrieval.remote.client import RemoteIndex
+from retro.retrieval.search.sharded import ShardedSearcher
+from retro.version import __version__
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
@@ -56,7 +56,7 @@ def neighbor_rows(
         "k": num_neighbors,
         "store": retriever.store.fingerprint,
         "search": _search_name(retriever.index),
-        "library_version": retro.__version__,
+        "library_version": __version__,
     }
     folder = (retriever.store.path / "neighbors" if cache is True else Path(cache)) / stable_hash(asked)[:16]
     if (folder / "queries.json").is_file():

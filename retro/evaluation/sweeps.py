@@ -18,26 +18,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retro.corpus import Document
+from retro.common.files import stable_hash
 from retro.evaluation.bits import (
     COLUMNS,
     LITTLE_OVERLAP,
-    ChunkScores,
-    EvaluationData,
     bpb_interval,
-    find_neighbors,
     gain,
     measured_with,
     neighbors_of,
+    score_columns,
+)
+from retro.evaluation.scorer import (
+    ChunkScores,
+    EvaluationData,
+    find_neighbors,
     prepare,
     reads_neighbors,
     score,
-    score_columns,
     window_of,
 )
 from retro.retrieval import Retriever, Store
-from retro.retrieval.files import stable_hash
 from retro.retrieval.filters import drawn
+from retro.text.documents import Document
 
 if TYPE_CHECKING:
     from retro.retrieval import Embedder
@@ -244,7 +246,7 @@ class _Remembered:
 
     @cached_property
     def _embedder(self) -> Embedder:
-        from retro.retrieval.indexing.search import embedder_of
+        from retro.retrieval.search.searchers import embedder_of
 
         return embedder_of(self._store, self._given)
 

@@ -6,30 +6,30 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "BuildSettings": "building.build",
-    "build_store": "building.build",
-    "TokenizedDocument": "chunks",
-    "tokenize_document": "chunks",
-    "tokenizer_fingerprint": "chunks",
-    "Embedder": "embedding.embedder",
-    "load_embedder": "embedding.embedder",
-    "near_copies": "filters",
-    "Index": "indexing.index",
-    "build_index": "indexing.index",
-    "open_index": "indexing.index",
-    "NeighborTable": "neighbors",
-    "build_neighbors": "neighbors",
-    "open_neighbors": "neighbors",
-    "RemoteRetriever": "remote",
-    "Neighbors": "retriever",
-    "Retriever": "retriever",
-    "Source": "retriever",
-    "open_sharded": "indexing.sharded",
-    "Store": "store",
-    "add_documents": "building.updates",
-    "compact": "building.updates",
-    "remove_documents": "building.updates",
-    "verify_store": "verifying",
+    "BuildSettings": "retro.retrieval.building.settings",
+    "build_store": "retro.retrieval.building.build",
+    "TokenizedDocument": "retro.text.chunks",
+    "tokenize_document": "retro.text.chunks",
+    "tokenizer_fingerprint": "retro.text.chunks",
+    "Embedder": "retro.retrieval.embedding.embedder",
+    "load_embedder": "retro.retrieval.embedding.embedder",
+    "near_copies": "retro.retrieval.filters",
+    "Index": "retro.retrieval.search.index",
+    "build_index": "retro.retrieval.search.index",
+    "open_index": "retro.retrieval.search.index",
+    "NeighborTable": "retro.retrieval.building.neighbors",
+    "build_neighbors": "retro.retrieval.building.neighbors",
+    "open_neighbors": "retro.retrieval.building.neighbors",
+    "RemoteRetriever": "retro.retrieval.remote.client",
+    "Neighbors": "retro.retrieval.neighbors",
+    "Retriever": "retro.retrieval.retriever",
+    "Source": "retro.retrieval.neighbors",
+    "open_sharded": "retro.retrieval.search.sharded",
+    "Store": "retro.retrieval.store.store",
+    "add_documents": "retro.retrieval.building.updates",
+    "compact": "retro.retrieval.building.compact",
+    "remove_documents": "retro.retrieval.building.updates",
+    "verify_store": "retro.retrieval.building.verify",
 }
 
 __all__ = list(_HOME)
@@ -38,7 +38,7 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

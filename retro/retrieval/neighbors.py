@@ -1,462 +1,76 @@
-"""The neighbors of every chunk, computed ahead: a table of rows and distances beside the store it points into.
+"""What a search gives: neighbors with their tokens, scores and sources.
 
-neighbors/<hash>/    rows.npy int64 [chunks, k], -1 = none    distances.npy float32 [chunks, k]    neighbors.json
-neighbors/<hash>/job/    what is done of a table that is not finished: a record of each task, blocks of hits
-
-The join is a job of tasks (retro.retrieval.building.executors): blocks of queries, each searched in the whole store or,
-by exact search where they are few, in ranges of its rows; then one that merges them into the table. How it is cut
-depends on the sizes of the stores alone, and exact distances on their two vectors alone, so the table's bytes do not
-depend on the executor, the number of workers or interruptions.
+Models and retrievers share this alone.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
-
-from retro.retrieval.building.executors import Task, await_leader, finished, open_executor
-from retro.retrieval.embedding.embedder import Embedder, embed_chunks, keys_are_queries
-from retro.retrieval.files import (
-    TEMPORARY_PREFIX,
-    check_files,
-    delete,
-    file_record,
-    load_json,
-    open_npy,
-    save_json,
-    save_npy,
-    stable_hash,
-    write_lock,
-    written_aside,
-)
-from retro.retrieval.indexing import lexical
-from retro.retrieval.indexing.exact import check_queries, exact_search, merge, no_hits
-from retro.retrieval.indexing.index import resolve_kind
-from retro.retrieval.indexing.queries import Queries
-from retro.retrieval.indexing.search import Searcher, embedder_of, is_keyless, open_searcher, parse_kind
-from retro.retrieval.store import Store
-
-log = logging.getLogger(__name__)
-
-EXCLUDE = ("same_document", "none")
-_QUERY_ROWS = 1024  # chunks searched at a time
-_TASK_QUERIES = 16_384, 65_536  # least and most of a task: the keys are read once for all of them
-_TASK_PAIRS = 1 << 32  # query-key pairs of a task, where the number of queries leaves a choice
-_TASKS = 16  # as many at least, by ranges of rows where the queries are few
-_HITS = np.dtype([("row", "<i8"), ("distance", "<f4")])
+from jaxtyping import Bool, Float32, Int64
 
 
 @dataclass(frozen=True)
-class NeighborTable:
-    """Neighbors of every chunk of a store, nearest first, memory-mapped; row -1 (distance inf) = none."""
+class Source:
+    """Where a neighbor came from; position is the chunk's index inside its document."""
 
-    rows: Int64[np.ndarray, "chunks k"]
-    distances: Float32[np.ndarray, "chunks k"]
-    record: dict[str, Any]
-    path: Path
-
-    def verify(self) -> None:
-        """Compare the files with their recorded checksums; ValueError names the one that differs."""
-        check_files(self.path, self.record["files"], checksums=True)
+    document_id: str
+    title: str
+    source: str
+    position: int
+    date: str | None = None
 
 
-def build_neighbors(
-    store: Store,
-    k: int,
-    queries: Store | None = None,
-    exclude: str = "same_document",
-    index: str = "exact",
-    embedder: Embedder | None = None,
-    progress: bool = False,
-    executor: str = "local",
-    workers: int | None = None,
-) -> NeighborTable:
-    """The k nearest chunks of `store` for every chunk of `queries` (None: of `store` itself).
-
-    Arguments:
-        exclude: "same_document" leaves out chunks of the query's own document (in another store: of the same document
-            id); "none" leaves out nothing, not even the chunk itself.
-        index: what to search through (see retro.retrieval.indexing.search): "exact" is a blocked matrix product over
-            the keys; of "auto", "scann" and "faiss" the over-fetch grows until k neighbors survive the exclusion or the
-            index is exhausted; "tfidf" and "bm25" go by shared words; "exact+tfidf" fuses both.
-        embedder: needed only if it embeds queries otherwise than keys; None loads the one the manifest names. One that
-            is given keeps the search in this process.
-        executor, workers: who does the work, see `retro.retrieval.building.executors.open_executor`.
-
-    Chunks with fewer neighbors are filled with -1, those of removed documents with nothing else. Distances are squared
-    L2, or -score where words decide. The same table is opened if it is there already; one that was interrupted is taken
-    up again.
-    Raises ValueError if k is larger than the store, or the two stores have different embedders or tokenizers.
-    """
-    queries = queries or store
-    index = _resolved(store, index)
-    _check(store, queries, k, exclude, uses_keys=_uses_keys(index))
-    settings = {"k": k, "exclude": exclude, "index": index}
-    folder = _folder(store, queries, settings)
-    if (folder / "neighbors.json").is_file():
-        try:
-            return _open(folder, k)
-        except ValueError as error:
-            log.warning("computing the table again: %s", error)
-    _check_on_disk(store, queries)
-    with _shared_with_tasks(embedder):
-        _run_job(_Job(store, queries, settings, folder, embedder), executor, workers, progress)
-    try:
-        _check_on_disk(store, queries)
-    except ValueError:
-        delete(folder)
-        raise
-    return _open(folder, k)
-
-
-def open_neighbors(
-    store: Store,
-    queries: Store | None = None,
-    k: int | None = None,
-    exclude: str | None = "same_document",
-    index: str | None = None,
-) -> NeighborTable:
-    """Open a table that `build_neighbors` wrote for these stores: the one with the fewest neighbors >= k, cut to k.
-
-    index: which kind it must have been searched through; None takes any, first one of exact search.
-    Raises ValueError if there is none.
-    """
-    wanted = (store.fingerprint, (queries or store).fingerprint)
-    index = None if index is None else _resolved(store, index)
-    found = []
-    for file in sorted((store.path / "neighbors").glob("*/neighbors.json")):
-        record = load_json(file)
-        same = (record["store"], record["queries"]) == wanted and exclude in (None, record["exclude"])
-        same = same and index in (None, record["index"])
-        if same and record["k"] >= (k or 1):
-            found.append((record["index"] != "exact", record["k"], file.parent))
-    if not found:
-        index = "tfidf" if index is None and is_keyless(store) else index
-        raise ValueError(
-            f"{store.path} has no neighbor table with k >= {k or 1} for {(queries or store).path}; "
-            f"write one with `retro neighbors {store.path} --k {k or 2}"
-            + (f" --queries {queries.path}" if queries else "")
-            + (f" --index {index}`" if index else "`")
-        )
-    best = min(found) if k else min(found, key=lambda item: (item[0], -item[1]))
-    return _open(best[2], k or best[1])
-
-
-def _resolved(store: Store, index: str) -> str:
-    """A kind of index with what "auto" stands for."""
-    kinds = parse_kind(index, is_keyless(store))
-    return "+".join(kind if kind in lexical.KINDS else resolve_kind(kind) for kind in kinds)
-
-
-def _uses_keys(index: str) -> bool:
-    return any(kind not in lexical.KINDS for kind in index.split("+"))
-
-
-def _check(store: Store, queries: Store, k: int, exclude: str, uses_keys: bool) -> None:
-    if exclude not in EXCLUDE:
-        raise ValueError(f"exclude must be one of {', '.join(EXCLUDE)}, not {exclude!r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
-    if k > store.num_searchable:
-        raise ValueError(
-            f"k = {k} is larger than the {store.num_searchable} searchable chunks of {store.path}; ask for fewer"
-        )
-    for name in ("embedder", "tokenizer") if uses_keys else ("tokenizer",):
-        mine, other = store.manifest[name], queries.manifest[name]
-        if mine["fingerprint"] != other["fingerprint"]:
-            raise ValueError(
-                f"{store.path} and {queries.path} were built with different {name}s: "
-                f"{mine['name']} ({mine['fingerprint'][:12]}) and {other['name']} ({other['fingerprint'][:12]}); "
-                "build both with the same"
-            )
-    if store.chunk_len != queries.chunk_len:
-        raise ValueError(
-            f"{store.path} has chunks of {store.chunk_len} tokens, {queries.path} of {queries.chunk_len}; "
-            "build both with the same chunk_len"
-        )
-
-
-def _check_on_disk(store: Store, queries: Store) -> None:
-    store.check_on_disk()
-    queries.check_on_disk()
-
-
-def _folder(store: Store, queries: Store, settings: dict[str, Any]) -> Path:
-    name = stable_hash({**settings, "store": store.fingerprint, "queries": queries.fingerprint})[:16]
-    return store.path / "neighbors" / name
-
-
-def _open(folder: Path, k: int) -> NeighborTable:
-    record = load_json(folder / "neighbors.json")
-    check_files(folder, record["files"], checksums=False)
-    rows, distances = open_npy(folder / "rows.npy"), open_npy(folder / "distances.npy")
-    return NeighborTable(rows[:, :k], distances[:, :k], record, folder)
-
-
-# The job
-
-
-class _Job:
-    """The tasks of one table, and how far they are."""
+class Sources(Sequence):
+    """Where the neighbors of each query come from, read of the store, all together, when one is first looked at."""
 
     def __init__(
-        self, store: Store, queries: Store, settings: dict[str, Any], folder: Path, embedder: Embedder | None
+        self, read: Callable[[Int64[np.ndarray, "q k"]], list[list[Source | None]]], rows: Int64[np.ndarray, "q k"]
     ) -> None:
-        self.folder = folder / "job"
-        self.here = embedder is not None
-        self.num_chunks = queries.num_chunks
-        self.spec = {
-            "job": str(self.folder.resolve()),
-            "stores": [[str(part.path.resolve()), part.fingerprint] for part in (store, queries)],
-            **settings,
-        }
-        self.blocks = cut(queries.num_chunks, store.num_chunks, in_ranges=settings["index"] == "exact")
-        self._left = {task.name: task.spec for task in self.searches()}
-        self.num_pairs = sum(map(_num_pairs, self._left.values()))
-        self.done_pairs = 0
-
-    def first(self) -> list[Task]:
-        """Exact search begins at once; an index is opened, or built, before any search."""
-        if self.spec["index"] == "exact":
-            return list(self.searches())
-        return [Task("index", f"{__name__}:prepare_index", self.spec, self.here)]
-
-    def searches(self) -> Iterator[Task]:
-        """One task of each block of queries and each range of rows."""
-        for (start, stop), ranges in self.blocks:
-            for low, high in ranges:
-                name = _hits_name((start, stop), (low, high))
-                spec = {**self.spec, "queries": [start, stop], "rows": [low, high], "file": f"{name}.npy"}
-                yield Task(name, f"{__name__}:search_block", spec, self.here, gpu=_uses_keys(self.spec["index"]))
-
-    def after(self, task: Task, record: dict[str, Any]) -> Iterable[Task]:
-        """What a finished task makes possible."""
-        if task.name == "index":
-            self.spec = {**self.spec, "recall": record["recall"]}
-            return self.searches()
-        if task.name in self._left:
-            self.done_pairs += _num_pairs(self._left.pop(task.name))
-            if not self._left:
-                blocks = [[list(block), [list(part) for part in ranges]] for block, ranges in self.blocks]
-                return [Task("table", f"{__name__}:write_table", {**self.spec, "blocks": blocks})]
-        return ()
-
-
-def _num_pairs(spec: dict[str, Any]) -> int:
-    (start, stop), (low, high) = spec["queries"], spec["rows"]
-    return (stop - start) * (high - low)
-
-
-Range = tuple[int, int]
-
-
-def cut(num_queries: int, num_rows: int, in_ranges: bool = True) -> list[tuple[Range, list[Range]]]:
-    """Blocks of queries, each with the ranges of rows that it is searched in: one, unless `in_ranges`."""
-    least, most = _TASK_QUERIES
-    size = min(max(_TASK_PAIRS // max(num_rows, 1), least), most)
-    blocks = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
-    wanted = -(-_TASKS // max(len(blocks), 1)) if in_ranges else 1
-    found = []
-    for start, stop in blocks:
-        ranges = max(min(wanted, (stop - start) * num_rows // (_TASK_PAIRS // 2), num_rows), 1)
-        borders = [number * num_rows // ranges for number in range(ranges + 1)]
-        found.append(((start, stop), list(zip(borders[:-1], borders[1:], strict=True))))
-    return found
-
-
-def _run_job(job: _Job, executor: str, workers: int | None, progress: bool) -> None:
-    """Do what is left of a table; its folder `job` is removed at the end."""
-    ready = job.folder.parent / "neighbors.json"
-    chosen = open_executor(executor, workers)
-    if chosen.leads:
-        ready.unlink(missing_ok=True)
-        job.folder.mkdir(parents=True, exist_ok=True)
-    await_leader(chosen, lambda: job.folder.is_dir() or ready.is_file(), "begun the table")
-    with write_lock(job.folder) if chosen.leads else nullcontext(), _bar(job, progress and chosen.leads) as bar:
-
-        def on_done(task: Task, record: dict[str, Any]) -> Iterable[Task]:
-            following = job.after(task, record)
-            bar.update(job.num_chunks * job.done_pairs // max(job.num_pairs, 1) - bar.n)
-            return following
-
-        chosen.run(job.folder, job.first(), on_done)
-        if chosen.leads:
-            save_json(ready, load_json(job.folder / "table.json")["table"])
-            delete(job.folder)
-    await_leader(chosen, ready.is_file, "written the table")
-
-
-def _bar(job: _Job, progress: bool) -> Any:
-    """Chunks done, their rate, and the time that is left; what an earlier run did is no part of the rate."""
-    from tqdm.auto import tqdm
-
-    done = sum(_num_pairs(task.spec) for task in job.searches() if finished(job.folder, task.name) is not None)
-    first = job.num_chunks * done // max(job.num_pairs, 1)
-    return tqdm(
-        total=job.num_chunks, initial=first, desc="neighbors", unit=" chunks", disable=not progress, smoothing=0.05
-    )
-
-
-@contextmanager
-def _shared_with_tasks(embedder: Embedder | None) -> Iterator[None]:
-    """Makes an embedder of the caller's known to tasks that run in this process, and forgets at the end what they
-    opened."""
-    global _own_embedder
-    _own_embedder = embedder
-    try:
-        yield
-    finally:
-        _own_embedder = None
-        _open_join.cache_clear()
-
-
-_own_embedder: Embedder | None = None
-
-
-# The tasks
-
-
-def prepare_index(spec: dict[str, Any]) -> dict[str, Any]:
-    """Task: open the index, or build it; its record holds the recall."""
-    return {"recall": _join_of(spec).searcher.recall}
-
-
-def search_block(spec: dict[str, Any]) -> dict[str, Any]:
-    """Task: the hits of one block of queries in one range of rows, nearest first, into a file."""
-    join, (start, stop) = _join_of(spec), spec["queries"]
-    hits = np.empty((stop - start, spec["k"]), _HITS)
-    hits["row"], hits["distance"] = join.search(np.arange(start, stop), spec["k"], tuple(spec["rows"]))
-    path = Path(spec["job"]) / spec["file"]
-    save_npy(path, hits)
-    return {"chunks": stop - start, "files": {path.name: file_record(path)}}
-
-
-def write_table(spec: dict[str, Any]) -> dict[str, Any]:
-    """Task: merge the hits into the table, block by block; its record is the table's."""
-    job, k = Path(spec["job"]), spec["k"]
-    folder, num_chunks = job.parent, spec["blocks"][-1][0][1] if spec["blocks"] else 0
-    for left in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of a run that was killed
-        left.unlink()
-    record = {name: spec[name] for name in ("k", "exclude", "index")}
-    record |= {"store": spec["stores"][0][1], "queries": spec["stores"][1][1], "chunks": num_chunks}
-    record |= {"missing": 0, "chunks_without_neighbors": 0, "recall": spec.get("recall", 1.0)}
-    with (
-        written_aside(folder / "rows.npy") as rows_file,
-        written_aside(folder / "distances.npy") as distances_file,
-    ):
-        table_rows = _new_npy(rows_file, (num_chunks, k), "<i8")
-        table_distances = _new_npy(distances_file, (num_chunks, k), "<f4")
-        for (start, stop), ranges in spec["blocks"]:
-            rows, distances = _merged(job, (start, stop), [(low, high) for low, high in ranges], k)
-            table_rows[start:stop], table_distances[start:stop] = rows, distances
-            record["missing"] += int((rows < 0).sum())
-            record["chunks_without_neighbors"] += int((rows[:, 0] < 0).sum())
-        for array in (table_rows, table_distances):
-            array.flush()
-    files = {name: file_record(folder / name) for name in ("rows.npy", "distances.npy")}
-    return {"table": {**record, "files": files}, "files": {f"../{name}": of_file for name, of_file in files.items()}}
-
-
-def _new_npy(file: Path, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """A new .npy to write into: memory-mapped, unless it holds nothing, which cannot be mapped."""
-    if 0 in shape:
-        np.save(file.open("wb"), np.zeros(shape, dtype), allow_pickle=False)
-        return np.zeros(shape, dtype)
-    return np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
-
-
-def _merged(job: Path, block: Range, ranges: list[Range], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of a block's lists: rows and distances [q, k]."""
-    rows, distances = no_hits(block[1] - block[0], k)
-    for part in ranges:
-        hits = open_npy(job / f"{_hits_name(block, part)}.npy")
-        rows, distances = merge(rows, distances, hits["row"], hits["distance"].astype(np.float64), k)
-    return rows, distances
-
-
-def _hits_name(block: Range, part: Range) -> str:
-    return "hits-{:012d}-{:012d}-{:012d}-{:012d}".format(*block, *part)
-
-
-class _Join:
-    """Both stores and the search, as the tasks of one process share them."""
-
-    def __init__(self, store: Store, queries: Store, index: str, exclude: str, embedder: Embedder | None) -> None:
-        self.store, self.queries, self.index = store, queries, index
-        self.excludes = exclude == "same_document"
-        self.given = embedder
+        self._read, self._rows = read, rows
 
     @cached_property
-    def searcher(self) -> Searcher:
-        return open_searcher(self.store, self.index, build=True)
+    def lines(self) -> list[list[Source | None]]:
+        """The sources of each query."""
+        return self._read(self._rows)
 
-    def search(
-        self, chunks: Int64[np.ndarray, " q"], k: int, rows: Range
-    ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
-        """Rows and distances of the k nearest of each chunk; nothing for chunks of removed documents."""
-        found, distances = no_hits(len(chunks), k)
-        alive = np.flatnonzero(self.queries.chunk_lens(chunks) > 0)
-        size = len(chunks) if self.index == "exact" else _QUERY_ROWS
-        for start in range(0, len(alive), size):
-            places = alive[start : start + size]
-            found[places], scores, _ = self._search(chunks[places], k, rows)
-            distances[places] = -scores
-        return found, distances
+    def __len__(self) -> int:
+        return len(self._rows)
 
-    def _search(self, chunks: np.ndarray, k: int, rows: Range) -> Any:
-        documents = self._own_documents(chunks) if self.excludes else None
-        keys = self._keys(chunks) if _uses_keys(self.index) else None
-        if self.index == "exact":
-            return exact_search(self.store, keys, k, documents, rows=rows)
-        excluded = None if documents is None else [{row} - {-1} for row in documents.tolist()]
-        asked = Queries(self.queries.tokenizer, None, self.queries.token_lists(chunks), keys)
-        return self.searcher.search(asked, k, excluded)
+    def __getitem__(self, place: int | slice) -> list[Source | None] | Sequence[list[Source | None]]:
+        if isinstance(place, slice) and "lines" not in vars(self):
+            return Sources(self._read, self._rows[place])
+        return self.lines[place]
 
-    def _own_documents(self, chunks: np.ndarray) -> Int64[np.ndarray, " q"]:
-        """For each chunk the document row of `store` that holds its own document, or -1."""
-        own = self.queries.document_rows(chunks)
-        if self.queries.fingerprint == self.store.fingerprint:
-            return own
-        unique, place = np.unique(own, return_inverse=True)
-        names = [self.queries.document(row).id for row in unique.tolist()]
-        row_of = self.store.find_documents(names)
-        return np.asarray([row_of.get(name, -1) for name in names], np.int64)[place]
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.lines == list(other)
 
-    @cached_property
-    def _embedder(self) -> Embedder | None:
-        """None where a chunk's stored key is also its query; else the embedder, checked against the store's."""
-        if keys_are_queries(self.queries.manifest["embedder"]):
-            return None
-        return embedder_of(self.queries, self.given)
+    __hash__ = None
 
-    def _keys(self, chunks: np.ndarray) -> Float32[np.ndarray, "q d"]:
-        if self._embedder is None:
-            return self.queries.keys(chunks)
-        lists = self.queries.token_lists(chunks)
-        return check_queries(embed_chunks(self._embedder, self.queries.tokenizer, lists, is_query=True), self.queries)
+    def __repr__(self) -> str:
+        return repr(self.lines)
+
+    def __reduce__(self) -> tuple[type, tuple[list]]:
+        return list, (self.lines,)
 
 
-def _join_of(spec: dict[str, Any]) -> _Join:
-    stores = tuple(map(tuple, spec["stores"]))
-    return _open_join(stores, spec["index"], spec["exclude"], None if _own_embedder is None else id(_own_embedder))
+@dataclass(frozen=True)
+class Neighbors:
+    """The neighbors of q queries, nearest first; a missing one has id -1, an all-False mask and no source.
 
+    Those of a `Retriever` read their sources from the store when they are first looked at.
+    """
 
-@lru_cache(maxsize=1)
-def _open_join(stores: tuple[tuple[str, str], ...], index: str, exclude: str, given: int | None) -> _Join:
-    store, queries = (_reopened(*stores[0]), None if stores[0] == stores[1] else _reopened(*stores[1]))
-    return _Join(store, queries or store, index, exclude, _own_embedder)
+    ids: Int64[np.ndarray, "q k"]
+    tokens: Int64[np.ndarray, "q k r"]
+    mask: Bool[np.ndarray, "q k r"]
+    scores: Float32[np.ndarray, "q k"]
+    sources: Sequence[list[Source | None]]
 
-
-def _reopened(path: str, fingerprint: str) -> Store:
-    store = Store.open(path)
-    if store.fingerprint != fingerprint:
-        raise ValueError(f"{path} was changed while its neighbors were computed; run the same command again")
-    return store
+    def __getitem__(self, queries: slice) -> Neighbors:
+        """The neighbors of some of the queries."""
+        arrays = (self.ids, self.tokens, self.mask, self.scores)
+        return Neighbors(*(array[queries] for array in arrays), self.sources[queries])

@@ -2,84 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from retro.retrieval.chunks import decode_chunks
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
-from retro.retrieval.indexing.queries import Queries, as_lists
-from retro.retrieval.indexing.search import Searcher, goes_by_words, open_searcher
-from retro.retrieval.store import Store
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a neighbor came from; position is the chunk's index inside its document."""
-
-    document_id: str
-    title: str
-    source: str
-    position: int
-    date: str | None = None
-
-
-class Sources(Sequence):
-    """Where the neighbors of each query come from, read of the store, all together, when one is first looked at."""
-
-    def __init__(
-        self, read: Callable[[Int64[np.ndarray, "q k"]], list[list[Source | None]]], rows: Int64[np.ndarray, "q k"]
-    ) -> None:
-        self._read, self._rows = read, rows
-
-    @cached_property
-    def lines(self) -> list[list[Source | None]]:
-        """The sources of each query."""
-        return self._read(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: int | slice) -> list[Source | None] | Sequence[list[Source | None]]:
-        if isinstance(place, slice) and "lines" not in vars(self):
-            return Sources(self._read, self._rows[place])
-        return self.lines[place]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and self.lines == list(other)
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return repr(self.lines)
-
-    def __reduce__(self) -> tuple[type, tuple[list]]:
-        return list, (self.lines,)
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """The neighbors of q queries, nearest first; a missing one has id -1, an all-False mask and no source.
-
-    Those of a `Retriever` read their sources from the store when they are first looked at.
-    """
-
-    ids: Int64[np.ndarray, "q k"]
-    tokens: Int64[np.ndarray, "q k r"]
-    mask: Bool[np.ndarray, "q k r"]
-    scores: Float32[np.ndarray, "q k"]
-    sources: Sequence[list[Source | None]]
-
-    def __getitem__(self, queries: slice) -> Neighbors:
-        """The neighbors of some of the queries."""
-        arrays = (self.ids, self.tokens, self.mask, self.scores)
-        return Neighbors(*(array[queries] for array in arrays), self.sources[queries])
+from retro.retrieval.neighbors import Neighbors, Source, Sources
+from retro.retrieval.search.queries import Queries, as_lists
+from retro.retrieval.search.searchers import Searcher, goes_by_words, open_searcher
+from retro.retrieval.store.store import Store
+from retro.text.chunks import decode_chunks
 
 
 class Retriever:
@@ -87,7 +24,7 @@ class Retriever:
 
     Arguments:
         index: "auto" (the best index of keys built, else exact search), "exact", "scann", "faiss", "tfidf", "bm25",
-            several joined by "+", "FIRST>SECOND" to re-rank (see retro.retrieval.indexing.search), or a `Searcher`.
+            several joined by "+", "FIRST>SECOND" to re-rank (see retro.retrieval.search.searchers), or a `Searcher`.
         embedder: None loads the one that the store's manifest names, if the index goes by keys; another one is refused.
         num_neighbors, retrieved_len: k and r where a call does not say otherwise.
         deduplicate: no two neighbors of a query are chunks of the same tokens, nor chunks whose sets of word 13-grams

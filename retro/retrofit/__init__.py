@@ -10,7 +10,7 @@ from types import ModuleType
 _HOME = {
     "RetrofitConfig": "retro.retrofit.config",
     "RetrofitForCausalLM": "retro.retrofit.model",
-    "retrofit": "retro.retrofit.model",
+    "retrofit": "retro.retrofit.fitting",
     "open_base": "retro.retrofit.bases",
     "base_tokenizer": "retro.retrofit.bases",
 }

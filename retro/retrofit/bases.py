@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from retro.pretrained import PACKAGE, pretrained_place
+from retro.common.pretrained import PACKAGE, pretrained_place
 
 
 def open_base(base: Any, **options) -> Any:

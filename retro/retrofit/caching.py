@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from retro.cache import Call
+from retro.model.call import Call
 from retro.retrofit.anatomy import evaluating
 
 NUM_TOKENS, NUM_PADDED = 8, 3

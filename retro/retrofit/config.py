@@ -6,7 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from retro.config import CheckedFields
+from retro.model.config import CheckedFields
 
 FORM_FIELDS = {
     "pointer": ("key_layer", "key_lags"),

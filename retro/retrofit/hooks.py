@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retro.cache import Call, RetroCache
+from retro.model import RetroCache
+from retro.model.call import Call
 from retro.retrofit.anatomy import Anatomy, entering, first_tensor, with_first
 
 

@@ -4,83 +4,36 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from retro.cache import Call, RetroCache, require_retro_cache
-from retro.generation import OPTIONS, RetrievalGeneration, refuse_assisted
+from retro.model import RetroCache
+from retro.model.cache import require_retro_cache
+from retro.model.call import Call
+from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
+from retro.model.padding import align_left, align_right
 from retro.modules.cross_attention import checked_neighbor_mask
 from retro.modules.encoder import chunks_of
-from retro.modules.loss import SLICE_TOKENS, linear_cross_entropy
-from retro.padding import align_left, align_right
-from retro.retrofit.anatomy import evaluating, find_anatomy, hidden_after, probe_tokens
-from retro.retrofit.bases import open_base, stored_name
+from retro.modules.loss import linear_cross_entropy
+from retro.retrofit.anatomy import find_anatomy, hidden_after
+from retro.retrofit.bases import open_base
 from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.hooks import Reading, active, add_hooks, bind_checkpoints
+from retro.retrofit.loss import before_head, head_is_plain, mixed_loss, plain_loss
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
 
 logger = logging.getLogger(__name__)
+
 BASE_PREFIX = "base."
-
-
-def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **options) -> RetrofitForCausalLM:
-    """Fit a pretrained causal LM for neighbors: it is frozen, and what reads them is added.
-
-    Without neighbors the result is the base, bit for bit; with neighbors it equals the base until it is trained.
-
-    Args:
-        base: A Hugging Face name, a folder, a GGUF file, "package:NAME" or a model in memory, which is taken over: its
-            weights stop asking for gradients, and hooks are put in that do nothing without neighbors.
-        dtype, revision: As in from_pretrained, for a base that is loaded here.
-        options: Fields of RetrofitConfig: form, chunk_len, retrieved_len ... The default form is "pointer", which
-            copies from the neighbors by the base's own features; "paper" adds the paper's encoder and CCA.
-
-    Raises ValueError, in one sentence, for a base that cannot be loaded or fitted and for unknown options.
-    """
-    loading = {name: value for name, value in (("dtype", dtype), ("revision", revision)) if value is not None}
-    if loading and not isinstance(base, (str, Path)):
-        raise ValueError(f"{', '.join(loading)} is for a base that is loaded here; {type(base).__name__} is a model.")
-    opened = open_base(base, **loading)
-    if not hasattr(opened, "config") or not hasattr(opened, "get_input_embeddings"):
-        raise ValueError(f"base is a {type(base).__name__}; give a Hugging Face causal LM, or where to load one.")
-    implied = {
-        "base_config": _config_to_keep(opened),
-        "base_name_or_path": stored_name(base),
-        "base_revision": revision or getattr(opened.config, "_commit_hash", None),
-        "base_dtype": str(opened.dtype).removeprefix("torch."),
-    }
-    return RetrofitForCausalLM(_checked_config({**implied, **options}), base=opened)
-
-
-def _config_to_keep(base: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of the base's configuration, without where its file lay."""
-    config = copy.deepcopy(base.config)
-    config.name_or_path = ""
-    if str(getattr(getattr(config, "quantization_config", None), "quant_method", "")).endswith(("gguf", "GGUF")):
-        del config.quantization_config  # the type of the file; the base is held unpacked
-    return config
-
-
-def _checked_config(fields: dict[str, Any]) -> RetrofitConfig:
-    try:
-        return RetrofitConfig.checked(**fields)
-    except ValueError:
-        raise
-    except Exception as error:  # a strict dataclass wraps what its checks raise
-        if type(error).__module__ != "huggingface_hub.errors":
-            raise
-        raise ValueError(str(error.__cause__ or error)) from None
 
 
 class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin):
@@ -112,7 +65,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         self._key = _Key()
         add_hooks(self.base, self.anatomy, self.form.places, self._key)
         self._packing_way = packing_way(self.base)
-        self._head_is_plain = _head_is_plain(self.base)
+        self._head_is_plain = head_is_plain(self.base)
         self.training = self.base.training
         self.form.train(self.training)
 
@@ -190,16 +143,16 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         kept = slice(-keep, None) if isinstance(keep, int) else keep
         if not return_logits and self._head_is_plain:
             with active(reading):
-                hidden, _ = _before_head(self.base, shorten=True, **inputs)
+                hidden, _ = before_head(self.base, shorten=True, **inputs)
             return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels, reading))
         alone = keep if isinstance(keep, int) and labels is None and padding is None else 0
         with active(reading):
             outputs = self.base(**inputs, **({"logits_to_keep": alone} if alone else {}))
         logits, mixture = outputs.logits, self._mixture(reading)
         if mixture is None:
-            loss = None if labels is None else _loss(logits, labels)
+            loss = None if labels is None else plain_loss(logits, labels)
         else:
-            loss = None if labels is None else _mixed_loss(mixture, labels, lambda part: logits[:, part])
+            loss = None if labels is None else mixed_loss(mixture, labels, lambda part: logits[:, part])
             logits = mixture.edit(logits) if return_logits else None
         if padding is not None and return_logits:
             logits = align_right(logits, padding)
@@ -237,9 +190,9 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         logits, mixture = outputs.logits if alone is None else outputs.logits[:, -alone:], self._mixture(reading)
         loss = None
         if labels is not None and mixture is not None:
-            loss = _mixed_loss(mixture, labels, lambda part: logits[:, part])
+            loss = mixed_loss(mixture, labels, lambda part: logits[:, part])
         elif labels is not None:
-            loss = _loss(logits, labels)
+            loss = plain_loss(logits, labels)
         cache.end(call, inputs.get("input_ids"))
         if return_logits is False:
             logits = None
@@ -262,7 +215,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
     ) -> Float[Tensor, ""]:
         head, mixture = self.base.get_output_embeddings(), self._mixture(reading)
         if mixture is not None:
-            return _mixed_loss(mixture, labels, lambda part: head(hidden[:, part]))
+            return mixed_loss(mixture, labels, lambda part: head(hidden[:, part]))
         weight = head.weight
         targets = labels[:, 1:].to(hidden.device).flatten()
         return linear_cross_entropy(hidden[:, :-1].flatten(0, 1).to(weight), weight, targets)
@@ -449,51 +402,3 @@ def _random_base(config: RetrofitConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(copy.deepcopy(config.base_config))
-
-
-def _before_head(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
-    """What the base's output embeddings are given, and its logits: with `shorten` those of the first token only."""
-    given: list[Tensor] = []
-
-    def keep(module, args):
-        given.append(args[0])
-        return (args[0][:, :1],) if shorten else None
-
-    handle = base.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        logits = base(**inputs).logits
-    finally:
-        handle.remove()
-    return given[-1], logits
-
-
-@torch.no_grad()
-def _head_is_plain(base: PreTrainedModel) -> bool:
-    """Whether logits are just hidden states times the output embeddings, as the loss in slices takes them."""
-    head = base.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return False
-    with evaluating(base):
-        hidden, logits = _before_head(base, shorten=False, input_ids=probe_tokens(base), use_cache=False)
-        return torch.equal(head(hidden), logits)
-
-
-def _loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
-    """Mean over the kept labels, 0 where there is none."""
-    targets = labels[:, 1:].to(logits.device).flatten()
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
-
-
-def _mixed_loss(
-    mixture: Mixture, labels: Int[Tensor, "b n"], logits_of: Callable[[slice], Float[Tensor, "b s v"]]
-) -> Float[Tensor, ""]:
-    """Mean over the kept labels, 0 where there is none; logits are asked for in slices of positions."""
-    b, n = labels.shape
-    step, totals = max(1, SLICE_TOKENS // b), []
-    for start in range(0, n - 1, step):
-        logits = logits_of(slice(start, min(start + step, n - 1)))
-        targets = labels[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
-        log_p = mixture.log_likelihood(logits, targets.clamp(min=0), start)
-        totals.append((log_p * (targets != -100)).sum())
-    return -sum(totals) / (labels[:, 1:] != -100).sum().clamp(min=1)

@@ -12,12 +12,12 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
-import retro
 from retro.serve.engine import Engine
-from retro.serve.errors import ApiError
 from retro.serve.requests import ChatRequest, CompletionRequest, RowMaker
 from retro.serve.responses import Answer, gather, stream, submit
-from retro.serve.web import Guard, answer_errors, unless_gone
+from retro.version import __version__
+from retro.web.errors import ApiError
+from retro.web.guard import Guard, answer_errors, unless_gone
 
 STATIC = Path(__file__).parent / "static"
 
@@ -37,7 +37,7 @@ def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Seq
         with engine:
             yield
 
-    app = FastAPI(title="retro serve", version=retro.__version__, lifespan=running, docs_url=None, redoc_url=None)
+    app = FastAPI(title="retro serve", version=__version__, lifespan=running, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, api_key=api_key, max_bytes=engine.limits.max_request_bytes, hosts=hosts)
     app.include_router(_openai_routes(engine, name), prefix="/v1")
     _add_page(app, engine)

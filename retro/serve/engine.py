@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from retro.padding import pad_left
-from retro.retrieval.chunks import pad_token_id
+from retro.model.padding import pad_left
 from retro.serve.limits import Limits
 from retro.serve.rows import Closed, DrawRows, FoundByChunk, PushRows, Row, RunningRow
-from retro.serve.worker import Worker
+from retro.text.chunks import pad_token_id
+from retro.web.worker import Worker
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from retro.attribution import prompt_tokens
+from retro.sampling import prompt_tokens
 from retro.serve.engine import Engine
-from retro.serve.errors import HALF, ApiError, shown
 from retro.serve.rows import Row
+from retro.web.errors import HALF, ApiError, shown
 
 bad = partial(ApiError, 400)
 _ANYTHING = object()

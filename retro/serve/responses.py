@@ -13,8 +13,8 @@ from typing import Any
 from uuid import uuid4
 
 from retro.serve.engine import Engine, Full
-from retro.serve.errors import ApiError
 from retro.serve.rows import Closed, Row
+from retro.web.errors import ApiError
 
 Event = tuple[int, str, Any]  # number of the row, kind and value as in `Row.send`
 

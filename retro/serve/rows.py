@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from retro.attribution import TextPieces, as_json, attribute
+from retro.sampling import TextPieces, as_json, attribute
 
 if TYPE_CHECKING:
     from retro.retrieval import Neighbors, Retriever
@@ -183,7 +183,7 @@ def chunks_json(
     chunk_len: int,
     first: int,
 ) -> list[dict[str, Any]]:
-    """The chunks from `first` on with what they could read, as `retro.attribution.as_json` gives them.
+    """The chunks from `first` on with what they could read, as `retro.sampling.as_json` gives them.
 
     found: what whole chunks found, by the chunk's number. Each chunk has its own `tokens` too.
     """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retro.corpus import Document
+from retro.text.documents import Document
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 PLANTED = Document("planted", words(60, seed=900, vocabulary=100))

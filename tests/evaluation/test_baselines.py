@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from retro.cli import main
-from retro.corpus import Document
 from retro.evaluation import prepare, score
 from retro.evaluation.baselines import METHODS, BaselineSettings, baselines_rows, baselines_table, measure_baselines
 from retro.evaluation.baselines.bench import Bench
 from retro.evaluation.baselines.methods import plan, resolved
 from retro.evaluation.baselines.sample import draw_sample
+from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT
 from tests.evaluation.test_commands import made  # noqa: F401 (a fixture)
 from tests.stand_ins import words, write_jsonl

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from retro.corpus import Document
 from retro.evaluation import bits_per_byte, perplexity_table, prepare, score
-from retro.evaluation.bits import gain, perplexity, windows_of
+from retro.evaluation.bits import gain, perplexity
+from retro.evaluation.scorer import windows_of
+from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT
 
 DOCUMENTS = [
@@ -126,7 +127,7 @@ def test_the_size_of_batches_changes_nothing(
     model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
     data = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
     expected, rows = score(model, data, "on", words_store, 16, window_len=16).bits, []
-    monkeypatch.setattr(f"retro.evaluation.bits.{limit}", 1)
+    monkeypatch.setattr(f"retro.evaluation.scorer.{limit}", 1)
     model.register_forward_pre_hook(lambda model, args, given: rows.append(len(given["input_ids"])), with_kwargs=True)
     np.testing.assert_allclose(score(model, data, "on", words_store, 16, window_len=16).bits, expected, rtol=1e-5)
     assert set(rows) == {1}

@@ -139,7 +139,7 @@ def test_a_model_reads_as_it_was_trained_to(made, tmp_path, monkeypatch, trained
     AutoTokenizer.from_pretrained(made["lm"]).save_pretrained(folder)
     write_provenance(folder, Store.open(made["store"]), trained)
     monkeypatch.setattr(
-        "retro.retrieval.indexing.index.find_spec", lambda name: None
+        "retro.retrieval.search.index.find_spec", lambda name: None
     )  # no engine: what "auto" takes is exact
     assert open_model(str(folder), made["store"], asked)[1].index.kind == expected
     assert open_reader(str(folder), made["store"], asked).retriever.index.kind == expected

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from retro.corpus import Document
 from retro.evaluation import bits_per_byte, measure_leakage, prepare
 from retro.evaluation.leakage import BANDS, examples_page, leakage_points, leakage_rows, leakage_table, marked
+from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT, PLANTED
 
 ON_AND_OFF = {"retro_off": np.array([10.0, 20, 30, 40]), "retro_on": np.array([10.0, 10, 30, 4])}

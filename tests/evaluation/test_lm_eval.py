@@ -24,7 +24,7 @@ def requests():
 @pytest.fixture
 def adapter(pointer, words_tokenizer, words_store, monkeypatch):
     """adapter(**options): the copying model with the store of words."""
-    monkeypatch.setattr("retro.retrieval.indexing.search.embedder_of", lambda store, embedder=None: HashingEmbedder())
+    monkeypatch.setattr("retro.retrieval.search.searchers.embedder_of", lambda store, embedder=None: HashingEmbedder())
     return lambda **options: RetroLM(pointer, words_store, index="tfidf", tokenizer=words_tokenizer, **options)
 
 

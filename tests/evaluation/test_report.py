@@ -9,9 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retro.attribution import as_json, sample
 from retro.cli import main
-from retro.corpus import Document
 from retro.evaluation import Reading, bits_per_byte, measure_leakage, sweep_neighbors
 from retro.evaluation.baselines import BaselineSettings, measure_baselines
 from retro.evaluation.plots import write_json
@@ -19,9 +17,11 @@ from retro.evaluation.report import read_runs, report_page
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.tasks import Passage, Question, Reader, measure_lambada, recall
 from retro.provenance import write_provenance
+from retro.sampling import as_json, sample
+from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT
+from tests.sampling.test_page import HOSTILE, Tree
 from tests.stand_ins import words
-from tests.test_attribution_page import HOSTILE, Tree
 
 KINDS = ("evaluate", "leakage", "sweep", "baselines", "task", "generate")
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from retro.cli import main
-from retro.corpus import Document
 from retro.evaluation.tasks import (
     Passage,
     Question,
@@ -26,6 +25,7 @@ from retro.evaluation.tasks.lambada import last_word
 from retro.evaluation.tasks.passages import passage_tokens
 from retro.evaluation.tasks.question_answering import in_context, prompt_tokens
 from retro.evaluation.tasks.summaries import Summary
+from retro.text.documents import Document
 from tests.stand_ins import make_store, words, write_jsonl
 
 

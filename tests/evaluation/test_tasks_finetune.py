@@ -43,7 +43,7 @@ def test_a_window_is_what_the_task_reads_and_an_answer(words_store, pointer, mad
     from retro.evaluation.tasks import Reader, read_questions
     from retro.evaluation.tasks.passages import passage_tokens
     from retro.evaluation.tasks.question_answering import PROMPT, prompt_tokens
-    from retro.train.finetune import QuestionWindows
+    from retro.training.finetune import QuestionWindows
 
     questions = read_questions(made / "fid.jsonl")
     reader = Reader(model=pointer, tokenizer=words_store.tokenizer, align="end")

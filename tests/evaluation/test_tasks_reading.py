@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from retro.evaluation.tasks.examples import Example, aligned
 from retro.evaluation.tasks.metrics import exact_match, f1, holds_answer, normalize_answer
-from retro.evaluation.tasks.reading import Example, Reader, aligned, open_reader
+from retro.evaluation.tasks.reading import Reader, open_reader
 from tests.stand_ins import words
 
 

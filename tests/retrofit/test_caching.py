@@ -6,12 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from retro.cache import RetroCache
-from retro.generation import RetrievalError
+from retro.model import RetrievalError, RetroCache
+from tests.model.test_cache import assert_same, in_pieces, left_padded, random_pieces
+from tests.retrofit.conftest import ARCHITECTURES
 from tests.searches import Failing, RandomNeighbors
-from tests.test_cache import assert_same, in_pieces, left_padded, random_pieces
-
-from .conftest import ARCHITECTURES
 
 forms = pytest.mark.parametrize("form", ["paper", "pointer"])
 LATE = "does not continue rows of different lengths given with padding in several calls"

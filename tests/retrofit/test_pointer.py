@@ -108,12 +108,12 @@ def test_logits_and_loss_are_the_formulas(documents, opened, make_neighbors):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gptj"])
 def test_the_loss_in_slices(name, opened, make_neighbors, monkeypatch):
     """Whatever the slices, for a plain output matrix and for others, with and without logits; and its gradients."""
-    from retro.retrofit import model as module
+    from retro.retrofit import loss as loss_module
     from retro.retrofit import pointer
 
     model, neighbors, results = opened(name), make_neighbors(2, 3), []
     for tokens in (1000, 6):
-        monkeypatch.setattr(module, "SLICE_TOKENS", tokens)
+        monkeypatch.setattr(loss_module, "SLICE_TOKENS", tokens)
         monkeypatch.setattr(pointer, "SLICE_TOKENS", tokens)
         for lean in (True, False):
             model.zero_grad()

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import retro
-from retro.retrieval.building import parts
-from retro.retrieval.building.parts import load_tokenizer
+from retro.retrieval.building import tasks
+from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
 from retro.retrofit.config import chosen_layers
 from retro.retrofit.hooks import Place
@@ -293,7 +293,7 @@ def test_generate_with_a_retriever(form, make_fitted, open_gates):
 
 
 def test_a_gguf_base_in_an_installed_package(monkeypatch, tmp_path):
-    from retro import pretrained
+    from retro.common import pretrained
     from retro.retrofit import bases
 
     file = tmp_path / "tiny.gguf"
@@ -375,7 +375,7 @@ def test_options_that_are_refused(name, options, words, make_fitted):
 
 def test_a_gguf_tokenizer_needs_gguf(monkeypatch, tmp_path):
     (tmp_path / "tiny.gguf").touch()
-    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="tiny.gguf is in a GGUF file, which needs gguf; pip install gguf"):
         load_tokenizer(str(tmp_path / "tiny.gguf"))
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from tests.stand_ins import make_words_tokenizer
-from tests.train.conftest import stores  # noqa: F401
+from tests.training.runs.conftest import stores  # noqa: F401
 
 forms = pytest.mark.parametrize("form", ["paper", "pointer"])
 
@@ -22,7 +22,7 @@ def base_folder(tmp_path, make_base):
 
 @pytest.fixture
 def make_settings(stores, tmp_path, base_folder):  # noqa: F811
-    from retro.train.retrofit import RetrofitSettings
+    from retro.training.retrofit import RetrofitSettings
 
     def make(output: str = "run", form: str = "pointer", **changes):
         model = {"form": form, "retrieved_len": 16} | ({"cca_layers": [2, 3]} if form == "paper" else {})
@@ -44,8 +44,8 @@ def metrics(output):
 @forms
 def test_only_what_is_new_is_trained_and_kept(form, make_settings, tmp_path, capsys):
     from retro.retrofit import RetrofitForCausalLM
-    from retro.train.loop import fit
-    from retro.train.retrofit import prepare
+    from retro.training.loop import fit
+    from retro.training.retrofit import prepare
 
     run = prepare(make_settings(form=form))
     assert "trainable%" in capsys.readouterr().out
@@ -64,8 +64,8 @@ def test_only_what_is_new_is_trained_and_kept(form, make_settings, tmp_path, cap
 
 @forms
 def test_a_run_in_two_parts_is_one_run(form, make_settings, tmp_path, monkeypatch):
-    from retro.train import loop
-    from retro.train.retrofit import prepare
+    from retro.training import loop
+    from retro.training.retrofit import prepare
 
     assert loop.fit(prepare(make_settings("whole", form)))
     cut = prepare(make_settings("cut", form))
@@ -92,7 +92,7 @@ class RunWeights:
 
 
 def test_refusals(make_settings, stores, make_base, tmp_path):  # noqa: F811
-    from retro.train.retrofit import prepare
+    from retro.training.retrofit import prepare
 
     with pytest.raises(ValueError, match="retrieval is false, so that nothing would be trained"):
         make_settings(retrieval=False)

@@ -10,13 +10,12 @@ import pytest
 import torch
 import uvicorn
 
-from retro.config import RetroConfig
-from retro.model import RetroForCausalLM
+from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import BuildSettings, Retriever, build_store
 from retro.serve.app import create_app
 from retro.serve.engine import Engine
 from retro.serve.limits import Limits
-from retro.serve.server import listen, url_of
+from retro.web.listening import listen, url_of
 from tests.conftest import TINY
 from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words, write_jsonl
 

@@ -16,11 +16,11 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from retro.cli import main
-from retro.config import RetroConfig
-from retro.model import RetroForCausalLM
+from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import BuildSettings, build_store
 from retro.retrieval.embedding.embedder import NoEmbedder
-from retro.serve.server import open_stores, read_api_key, serve_app
+from retro.serve.server import open_stores, serve_app
+from retro.web.listening import read_api_key
 from tests.conftest import TINY
 from tests.serve.conftest import serving, wait_until
 from tests.stand_ins import make_words_tokenizer, words, write_jsonl

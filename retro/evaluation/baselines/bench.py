@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from retro.data import random_rows
 from retro.evaluation.baselines import costs, ensembles, knn
 from retro.evaluation.baselines.methods import BaselineSettings, num_positions
 from retro.evaluation.baselines.oracle import oracle_rows
@@ -25,6 +24,7 @@ from retro.evaluation.baselines.prompting import (
 from retro.evaluation.baselines.readers import log_likelihoods, log_likelihoods_with_neighbors
 from retro.evaluation.baselines.sample import Sample
 from retro.retrieval import Retriever
+from retro.retrieval.store.random_rows import random_rows
 
 
 @dataclass(frozen=True)

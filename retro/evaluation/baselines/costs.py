@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from retro.retrieval.indexing.index import ExactIndex
-from retro.retrieval.indexing.search import DenseSearcher, FusedSearcher, RerankedSearcher
-from retro.retrieval.store import Store
+from retro.retrieval.search.index import ExactIndex
+from retro.retrieval.search.searchers import DenseSearcher, FusedSearcher, RerankedSearcher
+from retro.retrieval.store.store import Store
 
 
 def lm_flops(model: Any, length: int, num_logits: int) -> int:

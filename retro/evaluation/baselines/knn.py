@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from retro.evaluation.baselines.ensembles import log_sum_exp
 from retro.evaluation.baselines.readers import hidden_states
 from retro.evaluation.baselines.sample import Ids
-from retro.retrieval.indexing.index import FAISS_FLAT_ROWS
+from retro.retrieval.search.index import FAISS_FLAT_ROWS
 
 if TYPE_CHECKING:
     from retro.retrieval import Store

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from retro.corpus import Document
+from retro.common.settings import unknown_name
 from retro.evaluation.baselines.prompting import check_room
-from retro.settings import unknown_name
+from retro.text.documents import Document
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever

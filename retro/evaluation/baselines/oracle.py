@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from retro.evaluation.baselines.sample import Sample
-from retro.evaluation.overlap import common_runs
+from retro.text.overlap import common_runs
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from retro.common.products import fast_products
 from retro.evaluation.baselines.sample import Ids
-from retro.evaluation.bits import MAX_LOGITS, MAX_NEIGHBOR_TOKENS
-from retro.products import fast_products
+from retro.evaluation.scorer import MAX_LOGITS, MAX_NEIGHBOR_TOKENS
 
 MAX_TOKENS = 2**13  # of one batch
 Values = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # rows to ids and mask [.., r]

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from retro.evaluation.bits import ChunkScores, EvaluationData, windows_of
+from retro.evaluation.scorer import ChunkScores, EvaluationData, windows_of
 
 Ids = Int[np.ndarray, " _"]  # of a text, each of its own length
 

@@ -8,25 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from retro.corpus import Document
+from retro.common.settings import to_plain
 from retro.evaluation.baselines.bench import Bench, Scored
 from retro.evaluation.baselines.methods import METHODS, BaselineSettings, plan, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
-from retro.evaluation.bits import (
-    LEAKAGE_NEIGHBORS,
-    LITTLE_OVERLAP,
-    ChunkScores,
-    bpb_interval,
-    gain,
-    measured_with,
-    neighbors_of,
-    overlap_of,
-    prepare,
-    reads_neighbors,
-    window_of,
-)
+from retro.evaluation.bits import LITTLE_OVERLAP, bpb_interval, gain, measured_with, neighbors_of
+from retro.evaluation.scorer import LEAKAGE_NEIGHBORS, ChunkScores, overlap_of, prepare, reads_neighbors, window_of
 from retro.retrieval import Retriever
-from retro.settings import to_plain
+from retro.text.documents import Document
 
 
 def measure_baselines(

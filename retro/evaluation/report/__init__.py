@@ -2,11 +2,16 @@
 
 from importlib import import_module
 
-_HOME = {"Runs": "files", "read_runs": "files", "report_page": "page", "limits_of": "limits"}
+_HOME = {
+    "Runs": "retro.evaluation.report.files",
+    "read_runs": "retro.evaluation.report.files",
+    "report_page": "retro.evaluation.report.page",
+    "limits_of": "retro.evaluation.report.limits",
+}
 __all__ = list(_HOME)
 
 
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -14,7 +14,7 @@ from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.shapes import FIGURE, SHAPES, TEXT, VERBS, checked, kind_of
 from retro.provenance import FILE, read_provenance
 from retro.retrieval import Store
-from retro.retrieval.indexing.index import measured_recall
+from retro.retrieval.search.index import measured_recall
 
 _OF_MODELS = {"config.json", "generation_config.json", FILE} | {
     f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "vocab", "added_tokens")

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from retro.attribution.terminal import shown_runs
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.files import Result, StoreRecord, figures_of
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.report.tables import amount, change, figure, gain_over, percent, share
+from retro.sampling.terminal import shown_runs
 
 FEW_DOCUMENTS, FEW_CHUNKS, FEW_EXAMPLES = 10, 100, 100  # below these an interval says little
 _APPROXIMATE = {"scann", "faiss"}

@@ -16,9 +16,6 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-import retro
-from retro.attribution import html_fragment, visible
-from retro.attribution.page import content_policy, page_script, page_style, template_environment
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.files import Result, Runs, StoreRecord
 from retro.evaluation.report.limits import limits_of
@@ -37,6 +34,9 @@ from retro.evaluation.report.tables import (
     tables_of,
     title_of,
 )
+from retro.sampling import html_fragment, visible
+from retro.sampling.page import content_policy, page_script, page_style, template_environment
+from retro.version import __version__
 
 _FOLDER = Path(__file__).parent
 _LONGEST = 200  # characters of a setting
@@ -68,7 +68,7 @@ def report_page(runs: Runs, made_at: str | None = None) -> str:
         _environment()
         .get_template("report.html")
         .render(
-            version=retro.__version__,
+            version=__version__,
             made_at=made_at or datetime.now().astimezone().isoformat(" ", "minutes"),
             runs=runs,
             numbers=numbers,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retro.attribution import visible
 from retro.evaluation.baselines import baselines_rows
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.leakage import leakage_rows
@@ -20,6 +19,7 @@ from retro.evaluation.report.files import Result, TrainedModel, figures_of
 from retro.evaluation.report.tables import Table, records_table
 from retro.evaluation.sweeps import sweep_rows
 from retro.evaluation.tasks.results import TITLES as COLUMN_TITLES
+from retro.sampling import visible
 
 _MOST_LINES = 200  # of the metrics of one run
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from retro.attribution import Attribution, CopiedRun, ReadingChunk, ReadNeighbor
 from retro.retrieval import Source
+from retro.sampling import Attribution, CopiedRun, ReadingChunk, ReadNeighbor
 
 
 def attribution_from_json(value: dict[str, Any]) -> Attribution:
-    """What `retro.attribution.as_json` was given. The value has the shape `retro.evaluation.report.shapes.TEXT`."""
+    """What `retro.sampling.as_json` was given. The value has the shape `retro.evaluation.report.shapes.TEXT`."""
     chunks = [
         ReadingChunk(
             chunk["chunk"],

@@ -3,25 +3,25 @@
 from importlib import import_module
 
 _HOME = {
-    "lambada_table": "lambada",
-    "measure_lambada": "lambada",
-    "exact_match": "metrics",
-    "f1": "metrics",
-    "normalize_answer": "metrics",
-    "Passage": "passages",
-    "Question": "passages",
-    "find_passages": "passages",
-    "read_questions": "passages",
-    "recall": "passages",
-    "without_overlap": "passages",
-    "answers_table": "question_answering",
-    "measure_answers": "question_answering",
-    "recall_table": "question_answering",
-    "Reader": "reading",
-    "open_reader": "reading",
-    "read_summaries": "summaries",
-    "measure_summaries": "summaries",
-    "summaries_table": "summaries",
+    "lambada_table": "retro.evaluation.tasks.lambada",
+    "measure_lambada": "retro.evaluation.tasks.lambada",
+    "exact_match": "retro.evaluation.tasks.metrics",
+    "f1": "retro.evaluation.tasks.metrics",
+    "normalize_answer": "retro.evaluation.tasks.metrics",
+    "Passage": "retro.evaluation.tasks.passages",
+    "Question": "retro.evaluation.tasks.passages",
+    "find_passages": "retro.evaluation.tasks.passages",
+    "read_questions": "retro.evaluation.tasks.passages",
+    "recall": "retro.evaluation.tasks.passages",
+    "without_overlap": "retro.evaluation.tasks.passages",
+    "answers_table": "retro.evaluation.tasks.question_answering",
+    "measure_answers": "retro.evaluation.tasks.question_answering",
+    "recall_table": "retro.evaluation.tasks.question_answering",
+    "Reader": "retro.evaluation.tasks.reading",
+    "open_reader": "retro.evaluation.tasks.reading",
+    "read_summaries": "retro.evaluation.tasks.summaries",
+    "measure_summaries": "retro.evaluation.tasks.summaries",
+    "summaries_table": "retro.evaluation.tasks.summaries",
 }
 __all__ = list(_HOME)
 
@@ -29,4 +29,4 @@ __all__ = list(_HOME)
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

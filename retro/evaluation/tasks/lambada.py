@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from retro.corpus import Document
-from retro.evaluation.tasks.reading import Example, Reader, Scored
+from retro.evaluation.tasks.examples import Example, Scored
+from retro.evaluation.tasks.reading import Reader
 from retro.evaluation.tasks.results import about, figures_table, mean, with_intervals
+from retro.text.documents import Document
 
 _LAST_WORD = re.compile(r"(?P<context>.*\S)(?P<word>\s+\S+)\s*", re.DOTALL)
 

@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from tqdm.auto import tqdm
 
+from retro.evaluation.tasks.examples import encode, passage_texts
 from retro.evaluation.tasks.files import field_of, read_records
 from retro.evaluation.tasks.metrics import holds_answer
-from retro.evaluation.tasks.reading import encode, passage_texts
 from retro.evaluation.tasks.results import mean
-from retro.retrieval.chunks import pad_token_id
 from retro.retrieval.filters import shares_run
+from retro.text.chunks import pad_token_id
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever

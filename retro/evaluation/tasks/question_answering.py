@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from retro.evaluation.bits import reads_neighbors
+from retro.evaluation.scorer import reads_neighbors
+from retro.evaluation.tasks.examples import aligned
 from retro.evaluation.tasks.metrics import exact_match, f1
 from retro.evaluation.tasks.passages import Passage, Question, passage_tokens
-from retro.evaluation.tasks.reading import Reader, aligned
+from retro.evaluation.tasks.reading import Reader
 from retro.evaluation.tasks.results import about, figures_table, mean, with_intervals
 
 PROMPT = "question: {question} \n answer:"

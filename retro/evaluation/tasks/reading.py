@@ -22,16 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Int64
 from tqdm.auto import tqdm
 
-from retro.data import random_rows
-from retro.evaluation.bits import MAX_LOGITS, RETRIEVAL, neighbors_of, reads_neighbors
+from retro.common.products import fast_products
+from retro.evaluation.bits import neighbors_of
 from retro.evaluation.neighbors import neighbor_rows
-from retro.padding import pad_left
-from retro.products import fast_products
-from retro.retrieval.chunks import decode_chunks, pad_token_id, tokenize_ids
+from retro.evaluation.scorer import MAX_LOGITS, RETRIEVAL, reads_neighbors
+from retro.evaluation.tasks.examples import Example, Scored, aligned, encode, passage_texts
+from retro.model.padding import pad_left
 from retro.retrieval.filters import shares_run
+from retro.retrieval.store.random_rows import random_rows
+from retro.text.chunks import decode_chunks, pad_token_id
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
@@ -39,39 +41,6 @@ if TYPE_CHECKING:
 ALIGN = ("start", "end")
 CHUNK_LEN = 64  # of models that have none
 Passages = tuple[Int64[np.ndarray, "_ _"], Bool[np.ndarray, "_ _"]]  # [k, r]; "_": lists of them may differ
-
-
-@dataclass(frozen=True)
-class Example:
-    """A continuation to score after its context, in tokens.
-
-    name: id of a document that is no neighbor of it. text: what no neighbor may overlap with, if the reader
-    decontaminates.
-    """
-
-    context: Int64[np.ndarray, " s"]
-    continuation: Int64[np.ndarray, " t"]
-    name: str = ""
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Log-probability of each token of a continuation, in nats, whether it is the most likely one, and how many
-    neighbors its first token could read."""
-
-    log_probs: Float64[np.ndarray, " t"]
-    greedy: Bool[np.ndarray, " t"]
-    num_read: int
-
-    @property
-    def log_prob(self) -> float:
-        return float(self.log_probs.sum())
-
-    @property
-    def right(self) -> bool:
-        """Whether greedy decoding would write the whole continuation."""
-        return bool(self.greedy.all())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,23 +342,6 @@ class _Stop:
 
     def cut(self, text: str) -> str:
         return min((text.split(end)[0] for end in self.stop), key=len, default=text)
-
-
-def encode(tokenizer: Any, text: str) -> Int64[np.ndarray, " t"]:
-    """The ids of a text that may go on: with the tokenizer's bos, without an eos."""
-    ids = tokenize_ids(tokenizer, [text])[0]
-    return ids if tokenizer.eos_token_id is None else ids[:-1]
-
-
-def aligned(ids: Int64[np.ndarray, " s"], chunk_len: int, filler: int, align: str = "end") -> Int64[np.ndarray, " t"]:
-    """The ids, with "end" filled up in front so that the last one ends a chunk."""
-    return ids if align == "start" else np.pad(ids, (-len(ids) % chunk_len, 0), constant_values=filler)
-
-
-def passage_texts(store: Any, rows: Int64[np.ndarray, " p"], retrieved_len: int) -> list[str]:
-    """The texts of [N, F] of some rows of a store."""
-    ids, mask = store.values(rows, retrieved_len)
-    return decode_chunks(store.tokenizer, [own[real] for own, real in zip(ids, mask, strict=True)])
 
 
 def open_reader(

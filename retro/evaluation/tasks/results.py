@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from retro.evaluation.bits import COLUMNS, neighbors_of, reads_neighbors
+from retro.evaluation.bits import COLUMNS, neighbors_of
 from retro.evaluation.intervals import interval, ratio, resampled_sums
+from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.tasks.reading import Reader
 from retro.provenance import versions
 

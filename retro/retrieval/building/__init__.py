@@ -1,1 +1,1 @@
-"""Documents to stores: the tasks of a build, who does them, and the updates of a store that is there."""
+"""Stores made and changed: build, add, remove, compact, verify, and the neighbors of every chunk."""

@@ -12,21 +12,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retro.corpus import Piece, expand_inputs, split_input
-from retro.retrieval.building.executors import EXECUTORS, Executor, await_leader, open_executor
-from retro.retrieval.building.parts import load_tokenizer, saved_tokenizer, signature_column, token_dtype
-from retro.retrieval.building.settling import PARTS, Job, remove_parts, settle_shards
-from retro.retrieval.chunks import pad_token_id, tokenizer_fingerprint
-from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, load_embedder, portable
-from retro.retrieval.files import (
+from retro.common.files import (
     LOCK_FILE,
     TEMPORARY_PREFIX,
     check_files,
@@ -36,85 +30,27 @@ from retro.retrieval.files import (
     sync,
     write_lock,
 )
+from retro.retrieval.building.job import PARTS, Job
+from retro.retrieval.building.settings import EMBEDDER_CHOICES, LATER_CHOICES, BuildSettings, embedder_of_settings
+from retro.retrieval.building.shards import remove_parts, settle_shards
+from retro.retrieval.building.tasks import load_tokenizer, saved_tokenizer, signature_column, token_dtype
+from retro.retrieval.embedding.embedder import Embedder, portable
+from retro.retrieval.executors.opening import open_executor
+from retro.retrieval.executors.ranks import await_leader
+from retro.retrieval.executors.tasks import Executor
 from retro.retrieval.filters import Deduplicator, FilterSettings, deduplicator_of
-from retro.retrieval.indexing.search import open_searcher, parse_kind
-from retro.retrieval.store import FORMAT, FORMAT_VERSION, Store, read_manifest
+from retro.retrieval.search.searchers import open_searcher
+from retro.retrieval.store.format import FORMAT, FORMAT_VERSION, read_manifest
+from retro.retrieval.store.store import Store
+from retro.text.chunks import pad_token_id, tokenizer_fingerprint
+from retro.text.corpus import expand_inputs
+from retro.text.documents import Piece
+from retro.text.formats import split_input
 
 log = logging.getLogger(__name__)
 
-KEY_DTYPES = ("float32", "float16", "bfloat16")
 PIECE_BYTES = 8 << 20  # of an input, in a piece; of no effect on the store
 _OWN_NAMES = {"manifest.json", "shards", "tokenizer", "rejects", "index", "neighbors", "removed", PARTS, LOCK_FILE}
-_EMBEDDER_CHOICES = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
-_LATER_CHOICES = ("similarity", "query_encoder", "attention", "pool_prefix")  # in the fingerprint of the embedder
-
-
-@dataclass
-class BuildSettings(FilterSettings):
-    """What `retro build` needs to know: the one schema of a store's build. Of filters: see `FilterSettings`.
-
-    Arguments:
-        store: the folder to write.
-        inputs: see `retro.corpus.read_documents`.
-        tokenizer: Hugging Face name, folder, GGUF file, or "package:NAME" for the GGUF file of an installed package.
-        embedder, pooling, query_prefix, passage_prefix, max_length, normalize, similarity, query_encoder, attention,
-            pool_prefix: see `load_embedder`; the embedder "none" makes a store without keys, which is searched by its
-            words ("tfidf", "bm25").
-        key_dtype: "float32", "float16" or "bfloat16".
-        chunk_len: m, tokens of a chunk.
-        min_chunk_len: chunks with fewer tokens keep their row, but no search returns them.
-        text_field: field or column that holds the text.
-        on_bad: "error" stops at the first record that is no document; "reject" lists it in rejects/.
-        index: "none", or a kind of retro.retrieval.indexing.search: "auto", "exact", "scann", "faiss", "tfidf", "bm25",
-            or several joined by "+".
-        recall: share of the true nearest keys that an approximate index is tuned to find; None is its default.
-        shard_chunks: a shard is closed before the document that would take it beyond this many chunks.
-        batch_size: chunks per forward pass of the embedder; None suits the device.
-        executor, workers: who does the work, see `open_executor`; the store is the same.
-    """
-
-    store: str
-    inputs: list[str]
-    tokenizer: str
-    embedder: str = "minilm"
-    pooling: str | None = None
-    query_prefix: str | None = None
-    passage_prefix: str | None = None
-    max_length: int | None = None
-    normalize: bool | None = None
-    key_dtype: str = "float32"
-    chunk_len: int = 64
-    min_chunk_len: int = 8
-    text_field: str = "text"
-    on_bad: str = "error"
-    index: str = "auto"
-    recall: float | None = None
-    shard_chunks: int = 1_000_000
-    batch_size: int | None = None
-    similarity: str | None = None
-    query_encoder: str | None = None
-    attention: str | None = None
-    pool_prefix: bool | None = None
-    executor: str = "local"
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.store = os.fspath(self.store)
-        self.tokenizer, self.embedder = os.fspath(self.tokenizer), os.fspath(self.embedder)
-        self.inputs = [os.fspath(item) for item in self.inputs]
-        _one_of("key_dtype", self.key_dtype, KEY_DTYPES)
-        _one_of("on_bad", self.on_bad, ("error", "reject"))
-        _one_of("executor", self.executor, EXECUTORS)
-        if self.index != "none":
-            parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER)
-        if not 1 <= self.chunk_len <= 65535:
-            raise ValueError(f"chunk_len must be from 1 to 65535, not {self.chunk_len}")
-        if not 1 <= self.min_chunk_len <= self.chunk_len:
-            raise ValueError(f"min_chunk_len must be from 1 to chunk_len ({self.chunk_len}), not {self.min_chunk_len}")
-        for name in ("shard_chunks", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 def build_store(
@@ -134,7 +70,7 @@ def build_store(
     executor = open_executor(settings.executor, settings.workers)
     _check_folder(path, executor.leads)
     tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
-    embedder = embedder or _embedder(settings)
+    embedder = embedder or embedder_of_settings(settings)
     plan, pieces = _plan(settings, tokenizer, embedder)
     if not _is_complete(path, plan):
         _build(path, settings, plan, pieces, tokenizer, embedder, own_embedder, executor, progress)
@@ -172,7 +108,7 @@ def write_shards(
     records, pieces = _split(settings.inputs)
     if records != plan["inputs"]:
         raise ValueError("the inputs have changed since the plan was made; start again")
-    own = not (embedder.dim == 0 or all(name in embedder.description for name in _EMBEDDER_CHOICES))
+    own = not (embedder.dim == 0 or all(name in embedder.description for name in EMBEDDER_CHOICES))
     executor = open_executor(settings.executor, settings.workers)
     job, duplicates = _job(store.path, settings, plan, own), deduplicator_of(settings)
     if duplicates:
@@ -199,17 +135,6 @@ def _take_in(duplicates: Deduplicator, store: Store) -> None:
         )
 
 
-def _embedder(settings: BuildSettings) -> Embedder:
-    chosen = {name: getattr(settings, name) for name in _EMBEDDER_CHOICES + _LATER_CHOICES}
-    if settings.embedder != NO_EMBEDDER:
-        return load_embedder(settings.embedder, **chosen, batch_size=settings.batch_size)
-    chosen |= {"key_dtype": settings.key_dtype, "batch_size": settings.batch_size}
-    given = [name for name, value in chosen.items() if value != getattr(BuildSettings, name)]
-    if given:
-        raise ValueError(f"{given[0]} is given, but embedder is none; leave it out or name an embedder")
-    return NoEmbedder()
-
-
 def _job(path: Path, settings: BuildSettings, plan: dict[str, Any], own_embedder: bool) -> Job:
     filters = {field.name: getattr(settings, field.name) for field in fields(FilterSettings)}
     named = ("text_field", "on_bad", "shard_chunks", "min_chunk_len", "batch_size")
@@ -218,11 +143,6 @@ def _job(path: Path, settings: BuildSettings, plan: dict[str, Any], own_embedder
 
 
 # Plan
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def _check_folder(path: Path, will_write: bool) -> None:
@@ -256,10 +176,10 @@ def _remove_folders(created: list[Path]) -> None:
 
 def _plan(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> tuple[dict[str, Any], list[Piece]]:
     """The plan, and the pieces of the inputs that it freezes."""
-    from retro import __version__
+    from retro.version import __version__
 
     left_out = {"store", "inputs", "tokenizer", "embedder", "decontaminate", "index", "recall", "batch_size"}
-    left_out |= {"executor", "workers", *_LATER_CHOICES}
+    left_out |= {"executor", "workers", *LATER_CHOICES}
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in left_out}
     chosen = {name: embedder.description[name] for name in kept if name in embedder.description}
     records, pieces = _split(settings.inputs)

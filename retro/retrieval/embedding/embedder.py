@@ -22,18 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from retro.retrieval.chunks import TokenIds, decode_chunks, tokenizer_fingerprint
+from retro.common.files import stable_hash
 from retro.retrieval.embedding.layouts import Layout, check_own_code, read_layout
 from retro.retrieval.embedding.layouts import quiet_loading as quiet_loading
-from retro.retrieval.embedding.presets import (
-    ATTENTIONS,
-    MINILM,
-    POOLINGS,
-    SAME,
-    SIMILARITIES,
-    preset_of,
-)
-from retro.retrieval.files import stable_hash
+from retro.retrieval.embedding.presets import ATTENTIONS, MINILM, POOLINGS, SAME, SIMILARITIES, preset_of
+from retro.text.chunks import TokenIds, decode_chunks, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from retro.retrieval.embedding.encoder import Encoder

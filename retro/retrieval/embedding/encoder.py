@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from retro.products import fast_products
+from retro.common.products import fast_products
 from retro.retrieval.embedding.layouts import Dense, Layout, quiet_loading
 from retro.retrieval.embedding.presets import nearest_preset
 

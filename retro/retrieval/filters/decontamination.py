@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from retro.corpus import Document
 from retro.retrieval.filters.grams import NGRAM, jaccard, longest_run, ngrams, num_common, overlap, word_hashes
 from retro.retrieval.filters.records import removed
+from retro.text.documents import Document
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from retro.corpus import Document, read_documents
 from retro.retrieval.filters.dates import DateRange
 from retro.retrieval.filters.decontamination import Decontamination
 from retro.retrieval.filters.duplicates import THRESHOLD, Deduplicator
@@ -14,6 +13,8 @@ from retro.retrieval.filters.records import DocumentFilter, removed
 from retro.retrieval.filters.rules import parse_rule
 from retro.retrieval.filters.settings import FilterSettings
 from retro.retrieval.filters.subsampling import Share
+from retro.text.corpus import read_documents
+from retro.text.documents import Document
 
 
 @dataclass(frozen=True)

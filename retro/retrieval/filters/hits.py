@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt64
 
-from retro.corpus import Document
-from retro.retrieval.chunks import decode_chunks
-from retro.retrieval.files import stable_hash
+from retro.common.files import stable_hash
 from retro.retrieval.filters.dates import DateRange
 from retro.retrieval.filters.decontamination import Decontamination, parse_measures
 from retro.retrieval.filters.grams import text_ngrams, word_hashes
 from retro.retrieval.filters.records import DocumentFilter
 from retro.retrieval.filters.rules import parse_rule
 from retro.retrieval.filters.subsampling import Share, check_subsample
+from retro.text.chunks import decode_chunks
+from retro.text.documents import Document
 
 NEAR = 0.8  # two chunks of a greater Jaccard similarity are one
 _FETCHED_HITS = 1 << 20  # hits held at a time while the over-fetch grows

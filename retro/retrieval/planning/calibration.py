@@ -23,15 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from retro.corpus import Document, expand_inputs, read_input
-from retro.retrieval.building.executors import LocalExecutor, Task, default_workers
-from retro.retrieval.building.parts import load_tokenizer
-from retro.retrieval.building.synthetic import SyntheticKeys, write_synthetic_store
-from retro.retrieval.chunks import decode_chunks, tokenize_ids
+from retro.common.files import load_json, save_json, sha256_file, sync
+from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, embed_chunks, load_embedder
-from retro.retrieval.files import load_json, save_json, sha256_file, sync
-from retro.retrieval.indexing.index import build_index, exact_search, resolve_kind
+from retro.retrieval.executors.local import LocalExecutor, default_workers
+from retro.retrieval.executors.tasks import Task
 from retro.retrieval.planning.shapes import embedder_shape
+from retro.retrieval.planning.synthetic import SyntheticKeys, write_synthetic_store
+from retro.retrieval.search.index import build_index, exact_search, resolve_kind
+from retro.text.chunks import decode_chunks, tokenize_ids
+from retro.text.corpus import expand_inputs, read_input
+from retro.text.documents import Document
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +286,7 @@ def _embedding(
 
 def _start_seconds(tokenizer: Path) -> float:
     """Until a process that does not embed has loaded what it needs."""
-    code = "import sys; from retro.retrieval.building.parts import load_tokenizer; load_tokenizer(sys.argv[1])"
+    code = "import sys; from retro.retrieval.building.tasks import load_tokenizer; load_tokenizer(sys.argv[1])"
     return _seconds(lambda: subprocess.run([sys.executable, "-c", code, str(tokenizer)], check=True))
 
 

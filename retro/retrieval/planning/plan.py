@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from retro.retrieval.building.build import KEY_DTYPES
-from retro.retrieval.building.parts import token_dtype
-from retro.retrieval.indexing.engines import Layout, choose_layout
-from retro.retrieval.indexing.index import MAX_SEGMENT_ROWS, resolve_kind
+from retro.retrieval.building.settings import KEY_DTYPES
+from retro.retrieval.building.tasks import token_dtype
 from retro.retrieval.planning.calibration import INDEX_ROWS, Calibration
 from retro.retrieval.planning.shapes import EmbedderShape
-from retro.retrieval.store import CHUNK_DTYPE
+from retro.retrieval.search.engines import Layout, choose_layout
+from retro.retrieval.search.index import MAX_SEGMENT_ROWS, resolve_kind
+from retro.retrieval.store.format import CHUNK_DTYPE
 
 BYTES_PER_TOKEN = 4.0  # of English text, where a plan is not told
 TOKENS_PER_DOCUMENT = 1000

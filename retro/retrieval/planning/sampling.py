@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from retro.corpus import Document, Input, expand_inputs, read_input
-from retro.retrieval.chunks import decode_chunks, tokenize_ids
 from retro.retrieval.planning.plan import Corpus
+from retro.text.chunks import decode_chunks, tokenize_ids
+from retro.text.corpus import expand_inputs, read_input
+from retro.text.documents import Document, Input
 
 READ_BYTES = 256 << 20  # of files; beyond that, files are drawn, and large ones read from their beginning
 TOKENIZED_BYTES = 8 << 20

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retro.common.files import save_npy, sha256_file, write_lock
 from retro.retrieval import BuildSettings, Store, build_store, remove_documents
 from retro.retrieval.building import build as build_module
-from retro.retrieval.building import parts, settling
+from retro.retrieval.building import shards, tasks
 from retro.retrieval.building.build import plan_build
 from retro.retrieval.embedding.embedder import NoEmbedder
-from retro.retrieval.files import save_npy, sha256_file, write_lock
 from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words, write_jsonl
 
 
@@ -147,7 +147,7 @@ def test_work_in_progress_is_left_to_the_process_that_writes(settings, tokenizer
     left = store.path / "parts"
     left.mkdir()
     plan = plan_build(settings, tokenizer, HashingEmbedder())
-    (left / "job.json").write_text(json.dumps({"identity": settling._identity(plan, None)}))
+    (left / "job.json").write_text(json.dumps({"identity": shards._identity(plan, None)}))
     with write_lock(store.path):
         assert build(settings, tokenizer).fingerprint == store.fingerprint and left.exists()
     assert build(settings, tokenizer).fingerprint == store.fingerprint and not left.exists()
@@ -184,7 +184,7 @@ def test_an_error_of_the_disk_keeps_what_was_built(settings, tokenizer, monkeypa
     def broken(*args, **kwargs):
         raise OSError("input/output error")
 
-    monkeypatch.setattr(parts, "open_npy", broken)
+    monkeypatch.setattr(tasks, "open_npy", broken)
     with pytest.raises(OSError, match="input/output"):
         build(settings, tokenizer)
     assert files_of(settings.store) == before
@@ -193,7 +193,7 @@ def test_an_error_of_the_disk_keeps_what_was_built(settings, tokenizer, monkeypa
 def test_progress_counts_the_bytes_read_and_the_chunks_embedded(settings, tokenizer, monkeypatch):
     bars = []
 
-    class Bars(settling._Bars):
+    class Bars(shards._Bars):
         def __init__(self, shown, num_bytes, embeds):
             self.settled_parts, self.steps = [], []
             bars.append((num_bytes, self))
@@ -207,7 +207,7 @@ def test_progress_counts_the_bytes_read_and_the_chunks_embedded(settings, tokeni
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr(settling, "_Bars", Bars)
+    monkeypatch.setattr(shards, "_Bars", Bars)
     write_jsonl(Path(settings.inputs[0]), [{"text": words(4 * 2600, 1)}])
     store = build(settings, tokenizer)
     ((num_bytes, bar),) = bars
@@ -362,14 +362,14 @@ def test_another_embedder_on_one_machine_stops_the_build_and_keeps_the_work(tmp_
     from tests.retrieval.tiny_encoders import make_encoder
 
     settings = replace(settings, embedder=make_encoder(tmp_path / "encoder"))
-    parts._load_embedder.cache_clear()
+    tasks._load_embedder.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(settling, "embedder_at_hand", nullcontext)
-        patched.setattr(parts, "embedder_from", lambda *args, **kwargs: HashingEmbedder())
+        patched.setattr(shards, "embedder_at_hand", nullcontext)
+        patched.setattr(tasks, "embedder_from", lambda *args, **kwargs: HashingEmbedder())
         with pytest.raises(OSError, match="is another one here .* give every machine the same files"):
             build_store(settings, tokenizer=tokenizer)
-        parts._load_embedder.cache_clear()
-        patched.setattr(parts, "embedder_from", lambda *args, **kwargs: int("no weights"))
+        tasks._load_embedder.cache_clear()
+        patched.setattr(tasks, "embedder_from", lambda *args, **kwargs: int("no weights"))
         with pytest.raises(OSError, match="the embedder cannot be loaded here: .*no weights"):
             build_store(settings, tokenizer=tokenizer)
     assert list((Path(settings.store) / "parts").glob("tables-*.json"))
@@ -389,7 +389,7 @@ def test_more_blocks_of_keys_than_a_process_may_open(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, hard))
     try:
-        parts.join_keys(spec)
+        tasks.join_keys(spec)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     joined = np.load(tmp_path / "shards" / "00000" / "keys.npy")
@@ -428,7 +428,7 @@ def test_the_largest_id_of_a_vocabulary_survives(tmp_path, size):
 
 @pytest.mark.parametrize("group_rows", [1, 3, 4096])
 def test_document_tables_in_groups(tmp_path, tokenizer, monkeypatch, group_rows):
-    monkeypatch.setattr(parts, "_GROUP_ROWS", group_rows)
+    monkeypatch.setattr(tasks, "_GROUP_ROWS", group_rows)
     texts = [words(1 + n % 9, n) for n in range(11)]
     store = make_store(tmp_path, texts, tokenizer, shard_chunks=9)
     for n, text in enumerate(texts):

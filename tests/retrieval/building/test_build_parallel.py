@@ -18,12 +18,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from retro.corpus import Piece, expand_inputs, read_input, read_piece, split_input
+from retro.common.files import sha256_file
 from retro.retrieval import BuildSettings, Store, build_store
 from retro.retrieval.building import build as build_module
-from retro.retrieval.building import settling
+from retro.retrieval.building import job, shards
 from retro.retrieval.building.build import plan_build, write_shards
-from retro.retrieval.files import sha256_file
+from retro.text.corpus import expand_inputs, read_input
+from retro.text.documents import Piece
+from retro.text.formats import read_piece, split_input
 from tests.retrieval.tiny_encoders import make_encoder
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
@@ -59,14 +61,14 @@ def settings_for(tmp_path, name="store", **changes):
 def small_parts(monkeypatch):
     """Parts of a few documents and blocks of a few chunks, all worth a process."""
     split_into(monkeypatch, 900, 1100)
-    monkeypatch.setattr(settling, "KEY_ROWS", 16)
-    monkeypatch.setattr(settling, "LIGHT_BYTES", 0)
-    monkeypatch.setattr(settling, "_LIGHT_ROWS", 0)
+    monkeypatch.setattr(shards, "KEY_ROWS", 16)
+    monkeypatch.setattr(job, "LIGHT_BYTES", 0)
+    monkeypatch.setattr(job, "_LIGHT_ROWS", 0)
 
 
 def split_into(patched, piece_bytes, part_bytes):
     patched.setattr(build_module, "PIECE_BYTES", piece_bytes)
-    patched.setattr(settling, "PART_BYTES", part_bytes)
+    patched.setattr(shards, "PART_BYTES", part_bytes)
 
 
 def build(settings, tokenizer, embedder=None):
@@ -160,7 +162,7 @@ class Backwards:
     leads, shared = True, False
 
     def run(self, folder, tasks, on_done=None):
-        from retro.retrieval.building.executors import run_task
+        from retro.retrieval.executors.tasks import run_task
 
         waiting = list(tasks)
         while waiting:
@@ -186,7 +188,7 @@ def test_pieces_hold_every_record_once(tmp_path, kind, piece_bytes):
         path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
     (item,) = expand_inputs([str(path)])
     record, pieces = split_input(item, piece_bytes)
-    assert record == item.record() and len(pieces) > 1
+    assert record == split_input(item)[0] and len(pieces) > 1
     assert [one for piece in pieces for one in read_piece(piece)] == list(read_input(item))
     assert [found.text for found in read_input(item)] == [record["text"] for record in records]
     assert [piece.first for piece in pieces] == [
@@ -267,7 +269,7 @@ RANK = """
 import sys
 from tests.retrieval.building.test_build_parallel import *
 from tests.stand_ins import make_words_tokenizer
-settling.KEY_ROWS, build_module.PIECE_BYTES, settling.PART_BYTES = 16, 900, 1100
+shards.KEY_ROWS, build_module.PIECE_BYTES, shards.PART_BYTES = 16, 900, 1100
 build(settings_for(Path(sys.argv[1]), "ranks", executor="ranks", workers=None, **json.loads(sys.argv[2])),
       make_words_tokenizer())
 """
@@ -306,7 +308,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(tmp_path, tokenize
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     seen = Counter()
-    real = settling._Settling.on_done
+    real = shards._Settling.on_done
 
     def killing(self, task, record):
         seen[task.name.split("-")[0]] += 1
@@ -314,7 +316,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(tmp_path, tokenize
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         return real(self, task, record)
 
-    monkeypatch.setattr(settling._Settling, "on_done", killing)
+    monkeypatch.setattr(shards._Settling, "on_done", killing)
     try:
         settings = settings_for(tmp_path, "ray", embedder=encoder, executor="ray", workers=None)
         store = build_store(settings, tokenizer=tokenizer)
@@ -364,7 +366,7 @@ KILLED = """
 import sys
 from tests.retrieval.building.test_build_parallel import *
 from tests.stand_ins import make_words_tokenizer
-settling.KEY_ROWS, build_module.PIECE_BYTES, settling.PART_BYTES, settling.LIGHT_BYTES = 16, 900, 1100, 0
+shards.KEY_ROWS, build_module.PIECE_BYTES, shards.PART_BYTES, job.LIGHT_BYTES = 16, 900, 1100, 0
 settings = settings_for(Path(sys.argv[1]), embedder=sys.argv[2], workers=2)
 tokenizer = make_words_tokenizer()
 print("begins", flush=True)

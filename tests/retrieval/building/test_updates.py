@@ -14,12 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro.data import Windows
-from retro.retrieval import Retriever, Store, add_documents, build_neighbors, compact, open_neighbors, remove_documents
-from retro.retrieval.files import write_lock
-from retro.retrieval.indexing.postings import buckets
-from retro.retrieval.indexing.queries import Queries
-from retro.retrieval.indexing.search import open_searcher
+from retro.common.files import write_lock
+from retro.retrieval import (
+    Retriever,
+    Store,
+    add_documents,
+    build_neighbors,
+    compact,
+    open_neighbors,
+    remove_documents,
+    verify_store,
+)
+from retro.retrieval.search.postings import buckets
+from retro.retrieval.search.queries import Queries
+from retro.retrieval.search.searchers import open_searcher
+from retro.training.windows import Windows
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 TEXTS = {f"d{i}": words(5 + 7 * i % 23, seed=i) for i in range(8)}
@@ -75,7 +84,7 @@ def check_holds(store, texts):
     assert counts["bytes"] == sum(len(text.encode()) for text in texts.values())
     assert counts["read"] == sum(counts[name] for name in ("kept", "empty", "filtered", "rejected"))
     assert counts["kept"] - counts.get("removed", 0) == len(texts)
-    assert store.verify("full")["chunks"] == live.sum()
+    assert verify_store(store, "full")["chunks"] == live.sum()
 
 
 STEPS = st.lists(
@@ -237,7 +246,7 @@ def test_removed_text_is_in_no_file_after_compact(path):
 
 
 def test_removed_text_is_gone_though_an_index_cannot_be_built(path, monkeypatch):
-    from retro.retrieval.building import updates
+    from retro.retrieval.building import generations as generations_module
 
     store = secret_store(path)
     open_searcher(store, "tfidf", build=True)
@@ -248,7 +257,7 @@ def test_removed_text_is_gone_though_an_index_cannot_be_built(path, monkeypatch)
     def broken(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(updates, "build_lexical", broken)
+    monkeypatch.setattr(generations_module, "build_lexical", broken)
     with pytest.raises(OSError, match="no space left"):
         compact(path)
     assert not any(folder.exists() for folder in old) and Store.open(path).generation == 4
@@ -334,12 +343,12 @@ def test_compact_between_the_last_look_and_the_name_of_an_index(path, monkeypatc
 
 
 def test_compact_after_a_table_of_an_older_generation_was_written(path, monkeypatch):
-    from retro.retrieval import neighbors
+    from retro.retrieval.building import neighbors
 
-    store, run = Store.open(path), neighbors._run_job
+    store, run = Store.open(path), neighbors.run_join
     remove_documents(path, ["d0"])
     store = Store.open(path)
-    monkeypatch.setattr(neighbors, "_run_job", lambda *args: (run(*args), compact(path)))
+    monkeypatch.setattr(neighbors, "run_join", lambda *args: (run(*args), compact(path)))
     with pytest.raises(ValueError, match="was compacted or built again"):
         build_neighbors(store, 2)
     assert not list(path.glob("neighbors/*"))
@@ -429,7 +438,7 @@ def test_copies_of_what_the_store_holds_are_left_out(deduplicated, caplog):
     compact(deduplicated)
     store = add(deduplicated, {"again": words(40, seed=1), "copy3": words(40, seed=3), "copy9": words(40, seed=9)})
     assert list(store.find_documents(["again", "copy3", "copy9"])) == ["again"]
-    assert store.verify("full")["documents"] == 4
+    assert verify_store(store, "full")["documents"] == 4
 
 
 def test_documents_that_cannot_be_compared_are_counted_in_the_log(path, caplog):
@@ -561,7 +570,10 @@ def test_killed_at_any_moment(built, tmp_path, update):
         found = Store.open(path)
         seen.add(found.fingerprint)
         assert found.fingerprint in (old.fingerprint, new.fingerprint)
-        assert found.verify("quick")["chunks"] == (old if found.generation == old.generation else new).num_live_chunks
+        assert (
+            verify_store(found, "quick")["chunks"]
+            == (old if found.generation == old.generation else new).num_live_chunks
+        )
         assert action(path).fingerprint == new.fingerprint
         assert contents(path) == expected
     assert seen == {old.fingerprint, new.fingerprint}
@@ -625,7 +637,7 @@ def test_open_stores_are_undisturbed(path):
 
 def test_a_reader_that_opens_while_the_store_is_compacted(path, monkeypatch):
     """The manifest it has read names files that are gone: it reads the next one."""
-    from retro.retrieval import store as module
+    from retro.retrieval.store import store as module
 
     remove_documents(path, ["d1"])
     read, times = module.read_manifest, []
@@ -675,7 +687,7 @@ def test_neighbor_tables_are_of_one_generation(path):
 
 
 def test_the_first_format_is_taken_further(path):
-    from tests.retrieval.test_store import first_format
+    from tests.retrieval.store.test_store import first_format
 
     first_format(path)
     check_holds(remove_documents(path, ["d2"]), {name: text for name, text in TEXTS.items() if name != "d2"})
@@ -742,7 +754,7 @@ def page(number, year):
 
 def test_facts_that_changed(tmp_path):
     """The same questions find the new text once one year's pages are replaced, before and after `compact`."""
-    from tests.retrieval.test_chunks import byte_level
+    from tests.text.test_chunks import byte_level
 
     def edition(year):
         pages = [{"id": f"{year}/{name}", "text": page(number, year)} for number, name in enumerate(COUNTRIES)]

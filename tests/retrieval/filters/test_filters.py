@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro.corpus import Document
 from retro.retrieval import near_copies
 from retro.retrieval.filters import (
     DateRange,
@@ -24,6 +23,7 @@ from retro.retrieval.filters import (
     parse_rule,
     shares_run,
 )
+from retro.text.documents import Document
 from tests.stand_ins import words, write_jsonl
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from retro.corpus import Document
 from retro.retrieval.filters import Deduplicator, FilterSettings, deduplicator_of
 from retro.retrieval.filters.duplicates import bands
+from retro.text.documents import Document
 from tests.retrieval.filters.test_filters import gram_set
 
 

@@ -11,8 +11,8 @@ from retro.evaluation.neighbors import neighbor_rows
 from retro.retrieval import BuildSettings, Retriever, build_store
 from retro.retrieval.filters import DateRange, drawn
 from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
-from retro.retrieval.indexing.index import build_index
-from retro.retrieval.indexing.queries import Queries
+from retro.retrieval.search.index import build_index
+from retro.retrieval.search.queries import Queries
 from tests.retrieval.filters.test_filters import gram_set, measured
 from tests.stand_ins import HashingEmbedder, words, write_jsonl
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from retro.retrieval.indexing.engines import Layout
+from retro.retrieval import verify_store
 from retro.retrieval.planning.calibration import Calibration, calibration_file
 from retro.retrieval.planning.plan import (
     IndexPlan,
@@ -24,6 +24,7 @@ from retro.retrieval.planning.plan import (
 )
 from retro.retrieval.planning.sampling import sample_corpus
 from retro.retrieval.planning.shapes import EmbedderShape, embedder_shape, shape_of_config
+from retro.retrieval.search.engines import Layout
 from tests.stand_ins import make_store, words, write_jsonl
 
 COUNTS = {"1": 1, "10k": 10_000, "1.5M": 1_500_000, "28B": 28 * 10**9, "1.8T": 18 * 10**11, "2e9": 2 * 10**9}
@@ -263,7 +264,7 @@ def test_segments_are_whole_shards_that_fit():
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory):
-    from retro.retrieval.building.synthetic import write_synthetic_store
+    from retro.retrieval.planning.synthetic import write_synthetic_store
 
     return write_synthetic_store(tmp_path_factory.mktemp("made") / "store", 4000, 16, "float16", shard_chunks=1500)
 
@@ -283,9 +284,9 @@ def test_an_index_takes_what_was_planned(made_up, kind):
 
 def test_a_made_up_store_is_a_store(made_up):
     """Its shards are cut as asked, its keys do not depend on that, and its files are what a build would write."""
-    from retro.retrieval.building.synthetic import SyntheticKeys
+    from retro.retrieval.planning.synthetic import SyntheticKeys
 
-    made_up.verify()
+    verify_store(made_up, "full")
     keys = SyntheticKeys(4000, 16)
     assert [record["rows"] for record in made_up.manifest["shards"]] == [1500, 1500, 1000]
     assert np.abs(made_up.keys(np.arange(4000)) - keys.rows(0, 4000)).max() < 1e-3

@@ -1,0 +1,320 @@
+"""The cache of a RETRO: self-attention's own, and of the chunks only what later tokens need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from retro.model.call import Call, Parts
+from retro.modules.attention import attendable
+from retro.modules.cross_attention import ChunkedCrossAttention, cca_positions
+from retro.modules.positions import turns
+
+
+class RetroCache(Cache):
+    """What a RETRO keeps while it generates. It keeps no gradients, and is not for torch.compile.
+
+    attention: The cache of self-attention. Default: one that grows, or what a retrofitted base makes itself.
+    length: Columns so far, padding included; `padding` counts those before each row's first real token.
+    reading: The number (1-based) of the chunk whose neighbors each row reads; 0 = none.
+    rows: Under names of the model's, tensors with one row for each of the batch: the last m hidden states at the first
+        layer of P, what is read of the current neighbors, the last 2m tokens.
+    """
+
+    def __init__(self, chunk_len: int, attention: Cache | None = None):
+        self.chunk_len, self.attention = chunk_len, attention
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self.attention is not None:
+            self.attention.reset()
+        self.length = 0
+        self.padding: list[int] = []
+        self.reading: list[int] = []
+        self.rows: dict[str, Tensor] = {}
+        self.tables: dict = {}  # of positions; see `turns` and RelativePositions
+        self._furthest: list[int] = []  # how far each row had come before it was cropped
+        self._step_mask: tuple[Tensor | None] | None = None
+
+    # One call
+
+    def begin(self, batch_size: int, length: int, attention_mask: Any = None) -> Call:
+        """Where the next `length` tokens of each row stand.
+
+        attention_mask: [b, all columns so far], 0 only before a row's first real token; masks of other forms, which a
+            base's generate() makes for itself, say nothing new and are left alone.
+        """
+        if not self.padding:
+            self.padding, self.reading, self._furthest = ([0] * batch_size for _ in range(3))
+        if len(self.padding) != batch_size:
+            raise ValueError(f"the cache holds {len(self.padding)} rows, and {batch_size} are given.")
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            self.padding = self._padding(attention_mask, length)
+        first = [self.length - padding for padding in self.padding]
+        return Call(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))
+
+    def _padding(self, attention_mask: Tensor, length: int) -> list[int]:
+        columns = self.length + length
+        if attention_mask.shape[1] > columns and not attention_mask[:, columns:].any():
+            attention_mask = attention_mask[:, :columns]  # Bloom fills up to the size of a static cache
+        if attention_mask.shape != (len(self.padding), columns):
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}; with a cache it must be "
+                f"[{len(self.padding)}, {columns}], for all tokens so far."
+            )
+        real = attention_mask != 0
+        padding = (columns - real.sum(-1)).tolist()
+        for row, (now, before) in enumerate(zip(padding, self.padding, strict=True)):
+            if self.length > before != now or (length > 1 and not real[row, now:].all()):
+                raise ValueError(f"attention_mask of row {row} is 0 after a real token; pad on the left.")
+        return padding
+
+    def bring(self, call: Call, neighbor_ids: Int[Tensor, "b l k r"] | None, neighbor_mask: Tensor | None) -> None:
+        """Give a call its neighbors; None for none."""
+        call.bring(neighbor_ids, neighbor_mask)
+        if call.is_step and call.found:
+            self.hold("mask", call.neighbor_mask, call)
+
+    def end(self, call: Call, input_ids: Int[Tensor, "b s"] | None) -> None:
+        """Count the tokens of a call that is over."""
+        if input_ids is not None:
+            self.record("tokens", input_ids, call, 2 * self.chunk_len)
+        if call.found and not call.is_step:
+            self.hold("mask", call.neighbor_mask, call)
+        self.length += call.length
+        self.reading = call.reading
+
+    def turns(self, start: int, stop: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`turns` of columns start .. stop - 1, from a table that doubles."""
+        cos, sin = self.tables.get("turns", (None, None))
+        if cos is None or len(cos) < stop:
+            every = torch.arange(max(64, 1 << (stop - 1).bit_length()), device=device)
+            cos, sin = self.tables["turns"] = tuple(x[0] for x in turns(every, dim, theta))
+        return cos[start:stop], sin[start:stop]
+
+    # What is kept of every token
+
+    def record(self, name: str, x: Shaped[Tensor, "b s *d"], call: Call, size: int) -> None:
+        """Keep the last `size` values of each row; that of position p stands at p % size."""
+        x = x.detach()
+        if name not in self.rows:
+            self.rows[name] = x.new_zeros(x.shape[0], size, *x.shape[2:])
+        ring, kept = self.rows[name], min(call.length, size)
+        ends = [first + call.length for first in call.first]
+        if kept == 1 and len(set(ends)) == 1:
+            ring[:, (ends[0] - 1) % size] = x[:, -1]
+            return
+        positions = torch.tensor(ends, device=x.device)[:, None] + torch.arange(-kept, 0, device=x.device)
+        ring[torch.arange(x.shape[0], device=x.device)[:, None], positions % size] = x[:, -kept:]
+
+    def tokens(self, call: Call, input_ids: np.ndarray, row: int, start: int, stop: int) -> np.ndarray:
+        """Tokens of a row by position: among the last 2m and the call's own `input_ids` [b, s]."""
+        positions = np.arange(start, stop)
+        new, out = positions >= call.first[row], np.empty(stop - start, dtype=np.int64)
+        out[new] = input_ids[row, positions[new] - call.first[row]]
+        if not new.all():
+            if "tokens" not in self.rows:
+                raise ValueError("the cache was begun with embeddings; retrieval needs input_ids from the start.")
+            self._check_intact(row, start, 2 * self.chunk_len)
+            ring = self.rows["tokens"][row].cpu().numpy()
+            out[~new] = ring[positions[~new] % len(ring)]
+        return out
+
+    def conditions(self, h: Float[Tensor, "b s d"], call: Call) -> Float[Tensor, "c m d"] | None:
+        """H_u of each chunk of `call.found`, from the states held and the new ones, which are held from now on."""
+        m, device, conditions = self.chunk_len, h.device, None
+        if call.found:
+            for chunk in call.found:
+                self._check_intact(chunk.row, (chunk.number - 1) * m, m)
+            held = self.rows["hidden"].to(h) if "hidden" in self.rows else h.new_zeros(h.shape[0], m, h.shape[2])
+            where = [(chunk.row, call.first[chunk.row], chunk.number * m) for chunk in call.found]
+            rows, first, ends = torch.tensor(where, device=device).T[..., None]
+            positions = ends + torch.arange(-m, 0, device=device)
+            columns = torch.where(positions < first, positions % m, m + positions - first)
+            conditions = torch.cat([held, h], dim=1)[rows, columns]
+        self.record("hidden", h, call, m)
+        return conditions
+
+    def _check_intact(self, row: int, start: int, size: int) -> None:
+        if start < self._furthest[row] - size:
+            raise ValueError(
+                f"tokens of row {row} were taken back across the start of a chunk, which can no longer be encoded; "
+                "begin with a new cache."
+            )
+
+    # What is kept of the current neighbors
+
+    def hold(self, name: str, new: Shaped[Tensor, "c *s"], call: Call) -> None:
+        """Keep for each row what belongs to the last of its chunks in `call.found`."""
+        last = {chunk.row: i for i, chunk in enumerate(call.found)}
+        index = torch.tensor(list(last.values()), device=new.device)
+        new = new.detach()[index]
+        if len(last) < len(call.first):
+            held = self.rows.get(name)
+            held = new.new_zeros(len(call.first), *new.shape[1:]) if held is None else held
+            held, new = _same_shape(held, new)
+            new = held.index_copy(0, torch.tensor(list(last), device=new.device), new)
+        self.rows[name] = new
+        if name == "mask":
+            self._step_mask = None
+
+    def of_parts(self, name: str, new: Shaped[Tensor, "c *s"] | None, parts: Parts, call: Call) -> Tensor:
+        """For each part what it reads: held by its row, or `new` with this call."""
+        held = self.rows.get(name)
+        if new is None:
+            return held[parts.source]
+        if held is None:
+            return new[parts.source - len(call.first)]
+        return torch.cat(_same_shape(held, new))[parts.source]
+
+    def step_mask(self, device: torch.device) -> Bool[Tensor, "b 1 1 kr"] | None:
+        """Of a step: the neighbors' mask for attention; None where all is real."""
+        if self._step_mask is None:
+            mask = self.rows["mask"].flatten(1).to(device)
+            self._step_mask = (None if mask.all() else attendable(mask[:, None]),)
+        return self._step_mask[0]
+
+    def read(
+        self, name: str, call: Call, cca: ChunkedCrossAttention, h: Float[Tensor, "b s d"]
+    ) -> Float[Tensor, "b s d"]:
+        """CCA(H, E) of the call's tokens; `name` tells the layers apart."""
+        names = (f"{name}.keys", f"{name}.values")
+        new = cca.keys_and_values(call.encoded.to(h.device)) if call.found else (None, None)
+        if call.is_step:
+            self._hold_both(names, new, call)
+            keys, values = (self.rows[name] for name in names)
+            positions = call.query_positions.to(h.device)
+            out = cca.attend(h, keys, values, self.step_mask(h.device), positions, self.tables)
+            return out if call.unread is None else out.masked_fill(call.unread.to(h.device)[:, None, None], 0.0)
+        parts = call.parts(h.device)
+        keys, values = (self.of_parts(name, x, parts, call) for name, x in zip(names, new, strict=True))
+        mask = self.of_parts("mask", call.neighbor_mask, parts, call).to(h.device)
+        self._hold_both(names, new, call)
+        given = h[parts.rows[:, None], parts.columns.clamp(0, call.length - 1)]
+        positions, _ = cca_positions(self.chunk_len, 1, device=h.device)
+        out = cca.attend(given, keys, values, attendable(mask.flatten(1)[:, None]), positions, self.tables)
+        return call.scatter(out, parts)
+
+    def _hold_both(self, names: tuple[str, str], new: tuple[Tensor | None, Tensor | None], call: Call) -> None:
+        for name, x in zip(names, new, strict=True):
+            if x is not None:
+                self.hold(name, x, call)
+
+    # What Hugging Face asks of a cache
+
+    @property
+    def layers(self) -> list:
+        return [] if self.attention is None else self.attention.layers
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return self.attention.update(*args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " b"]) -> None:
+        """Row i goes on from row beam_idx[i]."""
+        chosen = beam_idx.tolist()
+        if chosen == list(range(len(self.padding))):
+            return
+        if self.attention is not None:
+            self.attention.reorder_cache(beam_idx)
+        self._choose(chosen)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.attention is not None:
+            self.attention.batch_repeat_interleave(repeats)
+        self._choose([row for row in range(len(self.padding)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.attention is not None:
+            self.attention.batch_select_indices(indices)
+        self._choose(torch.arange(len(self.padding), device=indices.device)[indices].tolist())
+
+    def _choose(self, rows: list[int]) -> None:
+        self.padding, self.reading, self._furthest = (
+            [values[row] for row in rows] for values in (self.padding, self.reading, self._furthest)
+        )
+        self.rows = {name: x[torch.tensor(rows, device=x.device)] for name, x in self.rows.items()}
+        self._step_mask = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens; ValueError if that needs neighbors that are no longer held."""
+        ends = [self.length - padding for padding in self.padding]
+        for row, end in enumerate(ends):
+            if "mask" in self.rows and (end + tokens_to_remove) // self.chunk_len < end // self.chunk_len:
+                raise ValueError(
+                    f"{-tokens_to_remove} tokens cannot be taken back: in row {row} they reach across the end of a "
+                    "chunk, whose neighbors are no longer held."
+                )
+        if self.attention is not None:
+            self.attention.crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._furthest = [max(pair) for pair in zip(self._furthest, ends, strict=True)]
+            self.length += tokens_to_remove
+
+
+def require_retro_cache(past_key_values: Cache, chunk_len: int) -> None:
+    """ValueError for a cache of another kind, or of chunks of another length."""
+    if not isinstance(past_key_values, RetroCache):
+        kind = type(past_key_values).__name__
+        raise ValueError(f"past_key_values is a {kind}; give what use_cache=True returned, or a new RetroCache.")
+    if past_key_values.chunk_len != chunk_len:
+        raise ValueError(
+            f"past_key_values is a RetroCache({past_key_values.chunk_len}), and the model's chunk_len is {chunk_len}."
+        )
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values in buffers that double: a new token costs one write, not a copy of all before it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._buffers: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            return super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        self.keys = self._appended("keys", self.keys, key_states, length)
+        self.values = self._appended("values", self.values, value_states, length)
+        return self.keys, self.values
+
+    def _appended(self, name: str, held: Tensor, new: Tensor, length: int) -> Tensor:
+        buffer, total = self._buffers.get(name), length + new.shape[-2]
+        # a reordered cache holds tensors of its own, which no buffer backs
+        if buffer is None or total > buffer.shape[-2] or (length and held.data_ptr() != buffer.data_ptr()):
+            buffer = new.new_empty(*new.shape[:-2], max(64, 1 << (total - 1).bit_length()), new.shape[-1])
+            if length:
+                buffer[..., :length, :] = held
+            self._buffers[name] = buffer
+        buffer[..., length:total, :] = new
+        return buffer[..., :total, :]
+
+    def reset(self) -> None:
+        self._buffers = {}
+        super().reset()
+
+
+def _same_shape(one: Shaped[Tensor, "a ..."], other: Shaped[Tensor, "c ..."]) -> tuple[Tensor, Tensor]:
+    """Both, padded with zeros at the end of each axis but the first, where k or r differ."""
+    if one.shape[1:] == other.shape[1:]:
+        return one, other
+    shape = [max(sizes) for sizes in zip(one.shape[1:], other.shape[1:], strict=True)]
+    return tuple(
+        F.pad(x, [p for size, have in zip(shape[::-1], x.shape[:0:-1], strict=True) for p in (0, size - have)])
+        for x in (one, other)
+    )

@@ -1,0 +1,372 @@
+"""RetroForCausalLM: a decoder that attends to the neighbors of every chunk, as a Hugging Face model."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from retro.model.cache import GrowingLayer, RetroCache, require_retro_cache
+from retro.model.call import Call
+from retro.model.config import RetroConfig
+from retro.model.generation import RetrievalGeneration, refuse_assisted
+from retro.model.padding import align_left, align_right
+from retro.model.start import FinalNorm, RetroPreTrainedModel
+from retro.modules import DecoderBlock, NeighborEncoder
+from retro.modules.attention import Past, attendable
+from retro.modules.cross_attention import ReadChunks, checked_neighbor_mask, read_chunks
+from retro.modules.encoder import chunks_of
+from retro.modules.loss import linear_cross_entropy
+from retro.modules.positions import turns
+
+
+class RetroModel(RetroPreTrainedModel):
+    """Embeddings, decoder blocks, neighbor encoder and final norm, without the output embeddings."""
+
+    def __init__(self, config: RetroConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_decoder_block(config, i + 1) for i in range(config.num_hidden_layers))
+        self.norm = FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.cca_layers:
+            self.encoder = _neighbor_encoder(config)
+            self.encoder_embedding = _encoder_embedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"] | None = None,
+        neighbor_ids: Int[Tensor, "b l k r"] | None = None,
+        neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
+        attention_mask: Int[Tensor, "b columns"] | Bool[Tensor, "b columns"] | None = None,
+        document_ids: Int[Tensor, "b n"] | None = None,
+        inputs_embeds: Float[Tensor, "b n d"] | None = None,
+        output_hidden_states: bool | None = None,
+        past_key_values: RetroCache | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states; see RetroForCausalLM.forward for the arguments."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if neighbor_ids is not None and not self.config.cca_layers:
+            raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
+        h = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        if past_key_values is not None:
+            call = past_key_values.begin(*h.shape[:2], attention_mask)
+            past_key_values.bring(call, neighbor_ids, neighbor_mask)
+            states = self._continue(h, past_key_values, call)
+            past_key_values.end(call, input_ids)
+        else:
+            states = self._all(h, neighbor_ids, neighbor_mask, attention_mask, document_ids)
+        h = states[-1] = self.norm(states[-1])
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=h, past_key_values=past_key_values, hidden_states=tuple(states) if wanted else None
+        )
+
+    def _all(self, h, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> list[Float[Tensor, "b n d"]]:
+        """The embeddings and every layer's output, over whole sequences."""
+        neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
+        chunks, encoded, states = None, None, [h]
+        if neighbor_ids is not None and neighbor_ids.shape[1]:  # n < m: no whole chunk, identity everywhere
+            chunks = read_chunks(neighbor_mask, self.config.chunk_len, document_ids)
+        inside = (*_inside_documents(document_ids), self._turns(h))
+        for number, layer in enumerate(self.layers, start=1):
+            h = self._run(layer, "attend", h, *inside)
+            if chunks is not None and number in self.config.cca_layers:
+                if encoded is None:
+                    encoded = self._encode(h, neighbor_ids, chunks, attention_mask)
+                h = self._run(layer, "read", h, encoded, chunks)
+            h = self._run(layer, "feed", h)
+            states.append(h)
+        return states
+
+    def _turns(self, h: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor] | None:
+        """The table of rotary positions that all layers share."""
+        if self.config.position != "rotary":
+            return None
+        return turns(torch.arange(h.shape[1], device=h.device), self.config.head_dim, self.config.rope_theta)
+
+    def _continue(self, h, cache: RetroCache, call: Call) -> list[Float[Tensor, "b s d"]]:
+        """The same for new tokens, after those that the cache has seen.
+
+        E_u needs H_u of all of C_u: at a chunk's last token the stack runs to ATTN of the first layer of P, then the
+        neighbors are encoded, then CCA reads them.
+        """
+        past, states = self._past(h, cache, call), [h]
+        for number, layer in enumerate(self.layers, start=1):
+            h = layer("extend", h, past, number - 1)
+            if number in self.config.cca_layers:
+                if number == self.config.cca_layers[0]:
+                    conditions = cache.conditions(h, call)
+                    if call.found:
+                        ids, mask = call.neighbor_ids[:, None], call.neighbor_mask[:, None]
+                        call.encoded = self.encoder(self._embedded(ids), mask, conditions[:, None])[:, 0]
+                if call.reads:
+                    h = layer("read_held", h, partial(cache.read, f"cca.{number}", call))
+            h = layer("feed", h)
+            states.append(h)
+        return states
+
+    def _past(self, h, cache: RetroCache, call: Call) -> Past:
+        """What self-attention needs of the tokens before; columns are positions, since only distances count."""
+        if cache.attention is None:
+            cache.attention = Cache(layer_class_to_replicate=GrowingLayer)
+        s, start, padding = call.length, cache.length, cache.padding
+        columns, _ = cache.get_mask_sizes(s, 0)
+        positions = torch.arange(start, start + s, device=h.device)
+        plain = columns == start + s and not any(padding)
+        mask = None
+        if not (plain and (start == 0 or s == 1)):
+            keys = torch.arange(columns, device=h.device)
+            mask = (keys <= positions[:, None])[None]
+            if any(padding):
+                mask = mask & (keys >= torch.tensor(padding, device=h.device)[:, None])[:, None]
+        rotary = cache.turns(start, start + s, self.config.head_dim, self.config.rope_theta, h.device)
+        return Past(cache.update, positions, rotary, attendable(mask), mask is None and s > 1, cache.tables)
+
+    def _encode(self, h, neighbor_ids, chunks: ReadChunks, attention_mask) -> Float[Tensor, "c k r e"]:
+        """E_u of the chunks that are read, from the activations at the first layer of P."""
+        m = self.config.chunk_len
+        embedded, conditions = self._embedded(chunks.pack(neighbor_ids)[None]), chunks.pack(chunks_of(h, m))[None]
+        mask = None if chunks.mask is None else chunks.mask[None]
+        condition_mask = None
+        if attention_mask is not None:
+            condition_mask = chunks.pack(chunks_of(attention_mask.bool()[..., None], m)[..., 0])[None]
+        return self._run(self.encoder, embedded, mask, conditions, condition_mask)[0]
+
+    def _embedded(self, neighbor_ids: Int[Tensor, "b l k r"]) -> Float[Tensor, "b l k r c"]:
+        if not self.config.encoder_shares_embeddings:
+            return self._scaled(self.encoder_embedding(neighbor_ids))
+        embedded = self._scaled(self.embed_tokens(neighbor_ids))
+        return embedded if self.encoder_embedding is None else self.encoder_embedding(embedded)
+
+    def _scaled(self, embedded: Float[Tensor, "*s d"]) -> Float[Tensor, "*s d"]:
+        """Embeddings as decoder and encoder read them."""
+        multiplier = self.config.embedding_multiplier
+        return embedded if multiplier == 1 else embedded * multiplier
+
+    def _run(self, function, *args):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(function, *args)
+        return function(*args)
+
+    def _checked_mask(self, h, neighbor_ids, neighbor_mask):
+        if neighbor_ids is None:
+            if neighbor_mask is not None:
+                raise ValueError("neighbor_mask is given without neighbor_ids.")
+            return None
+        return checked_neighbor_mask(neighbor_ids, neighbor_mask, h.shape[0], h.shape[1], self.config.chunk_len)
+
+
+class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixin):
+    """RETRO with output embeddings: what one trains, saves, loads and samples from.
+
+    Source: Borgeaud et al. 2022, sections 2.4-2.5.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RetroConfig):
+        super().__init__(config)
+        self.model = RetroModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"] | None = None,
+        neighbor_ids: Int[Tensor, "b l k r"] | None = None,
+        neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        attention_mask: Int[Tensor, "b columns"] | Bool[Tensor, "b columns"] | None = None,
+        document_ids: Int[Tensor, "b n"] | None = None,
+        inputs_embeds: Float[Tensor, "b n d"] | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int | Int[Tensor, " p"] = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with labels, the mean loss in nats.
+
+        Args:
+            input_ids: Tokens. Rows may be padded left or right where `attention_mask` says so; chunks are counted
+                from each row's first real token.
+            neighbor_ids: Tokens of the k neighbors [N, F] of each whole chunk, l = n // chunk_len; None is RETRO[OFF].
+            neighbor_mask: True = a real token; a neighbor with no True is missing. Default: all real.
+            labels: As in Hugging Face: shifted inside, -100 ignored.
+            attention_mask: 1 = a real token.
+            document_ids: For packed documents: tokens attend inside their document only, and a token reads E_u only
+                if all of C_u is in its document. Documents are contiguous.
+            inputs_embeds: Embeddings in place of `input_ids`.
+            return_logits: Whether to give logits. Default: yes, unless training with labels; without them the loss is
+                computed in slices of positions, and the logits of all positions never live at once.
+            logits_to_keep: Logits of the last positions only, or of those a tensor names; 0 = all.
+            output_hidden_states: Whether to give the embeddings and every layer's output, the last one normalised;
+                rows that were left-padded come with their padding at the end.
+            output_attentions: None or False, as PEFT and trainers pass it; True raises ValueError.
+            past_key_values: What `use_cache` gave for the tokens before these. `attention_mask` is then for all tokens
+                so far, padded on the left only; `neighbor_ids` holds, for each row, the neighbors of the chunks that
+                these tokens make whole (None: they have none), and k may change from call to call.
+            use_cache: Whether to give `past_key_values`. Default: if some are given.
+
+        Raises ValueError for what does not fit together, and for `document_ids` beside a cache.
+        """
+        if output_attentions:
+            raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
+        past_key_values = self._cache(past_key_values, use_cache, document_ids)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        left = past_key_values is None and attention_mask is not None and not attention_mask[:, 0].all()
+        padding = attention_mask if left else None
+        if padding is not None:
+            input_ids, inputs_embeds, labels, document_ids, attention_mask = (
+                align_left(x, padding) for x in (input_ids, inputs_embeds, labels, document_ids, attention_mask)
+            )
+        states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        only_loss = labels is not None and past_key_values is None and not (return_logits or states_wanted)
+        if only_loss and neighbor_ids is not None:
+            neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, labels, document_ids)
+        outputs = self.model(
+            input_ids,
+            neighbor_ids,
+            neighbor_mask,
+            attention_mask,
+            document_ids,
+            inputs_embeds,
+            output_hidden_states,
+            past_key_values,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None if labels is None else self._loss(hidden, labels)
+        if padding is not None:
+            hidden = align_right(hidden, padding)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept]) if return_logits else None
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, document_ids) -> RetroCache | None:
+        """The cache to go on with, a new one, or None."""
+        if past_key_values is None and not use_cache:
+            return None
+        if document_ids is not None:
+            raise ValueError("document_ids is given with a cache; packed documents run without one.")
+        if self.training and self.model.gradient_checkpointing:
+            raise ValueError("use_cache is true with gradient checkpointing, which runs layers twice; leave it out.")
+        if past_key_values is None:
+            return RetroCache(self.config.chunk_len)
+        require_retro_cache(past_key_values, self.config.chunk_len)
+        return past_key_values
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+        """As Hugging Face's, put into a RetroCache."""
+        refuse_assisted(generation_mode, model_kwargs)
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            require_retro_cache(given, self.config.chunk_len)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if given is None and cache is not None:
+            grows = type(cache) is DynamicCache and not cache.offloading
+            model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, None if grows else cache)
+
+    def _that_matter(self, neighbor_ids, neighbor_mask, labels, document_ids) -> Bool[Tensor, "b l k r"]:
+        """The mask without the neighbors of chunks that no prediction with a label can see.
+
+        E_u reaches the tokens of C_u's document from the last of C_u on; each predicts the label after it.
+        """
+        m, (b, n) = self.config.chunk_len, labels.shape
+        neighbor_mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, b, n, m)
+        predicting = F.pad(labels[:, 1:] >= 0, (0, 1)).to(neighbor_mask.device)  # [b, n]
+        first_reader = torch.arange(1, n // m + 1, device=labels.device)[:, None] * m - 1
+        sees = predicting[:, None] & (torch.arange(n, device=labels.device) >= first_reader)  # [b, l, n]
+        if document_ids is not None:
+            sees = sees & (document_ids[:, None] == document_ids[:, : n // m * m : m, None])
+        return neighbor_mask & sees.any(-1)[..., None, None]
+
+    def _loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+        predicting, targets = hidden[:, :-1], labels[:, 1:].to(hidden.device)
+        return linear_cross_entropy(rearrange(predicting, "b n d -> (b n) d"), self.lm_head.weight, targets.flatten())
+
+
+def _decoder_block(config: RetroConfig, number: int) -> DecoderBlock:
+    attention = dict(
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        num_key_value_heads=config.num_key_value_heads,
+        position=config.position,
+        rope_theta=config.rope_theta,
+    )
+    cross = dict(
+        context_dim=config.encoder_hidden_size,
+        chunk_len=config.chunk_len,
+        smeared_keys=config.smeared_keys,
+        partial_rotary_factor=config.cca_partial_rotary_factor,
+        **attention,
+    )
+    feed_forward = dict(activation=config.hidden_act, gated=config.gated_feed_forward)
+    return DecoderBlock(
+        config.hidden_size,
+        config.intermediate_size,
+        attention,
+        feed_forward,
+        cross if number in config.cca_layers else None,
+        config.rms_norm_eps,
+    )
+
+
+def _neighbor_encoder(config: RetroConfig) -> NeighborEncoder:
+    return NeighborEncoder(
+        dim=config.encoder_hidden_size,
+        inner_dim=config.encoder_intermediate_size,
+        num_layers=config.encoder_num_layers,
+        condition_dim=config.hidden_size,
+        cross_attention_layers=config.encoder_cross_attention_layers,
+        attention=dict(
+            num_heads=config.encoder_num_attention_heads,
+            head_dim=config.encoder_head_dim,
+            position=config.position,
+            rope_theta=config.rope_theta,
+        ),
+        feed_forward=dict(activation=config.hidden_act, gated=config.gated_feed_forward),
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def _encoder_embedding(config: RetroConfig) -> nn.Module | None:
+    """From token ids, or with shared embeddings from those, to the encoder's width."""
+    if not config.encoder_shares_embeddings:
+        return nn.Embedding(config.vocab_size, config.encoder_hidden_size)
+    if config.encoder_hidden_size == config.hidden_size:
+        return None
+    return nn.Linear(config.hidden_size, config.encoder_hidden_size, bias=False)
+
+
+def _inside_documents(
+    document_ids: Int[Tensor, "b n"] | None,
+) -> tuple[Bool[Tensor, "b n n"] | None, tuple[int, ...] | None]:
+    """How self-attention stays inside documents: by a mask, by the lengths of documents, or neither, if rows are whole.
+
+    Lengths leave out what a mask computes and throws away; they take a call of the kernel for each document, which only
+    on CPUs is cheap. Padding needs no mask: rows are right-padded here, so no real token could see padding before it.
+    """
+    if document_ids is None:
+        return None, None
+    if document_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return (document_ids[:, :, None] == document_ids[:, None, :]).tril(), None
+    is_first = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True).flatten()
+    lengths = F.pad(is_first.nonzero()[:, 0], (0, 1), value=is_first.numel()).diff().tolist()
+    return None, tuple(lengths) if len(lengths) > len(document_ids) else None

@@ -1,0 +1,99 @@
+"""From one generation of a store to the next: the lock, the manifest, what is cleared away."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, load_json, save_json, write_lock
+from retro.retrieval.building.job import PARTS
+from retro.retrieval.search.index import KINDS, build_index
+from retro.retrieval.search.lexical import build_lexical
+from retro.retrieval.store.format import FORMAT_VERSION
+from retro.retrieval.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def writing(path: Path, keep_work: bool = False) -> Iterator[Store]:
+    """Hold the store's lock, clear away what a killed writer left, and give the present generation.
+
+    keep_work: leave what an unfinished addition has done, which the same addition takes up.
+    """
+    Store.open(path)  # else the lock would be written into a folder that is no store
+    with write_lock(path):
+        store = Store.open(path)
+        clear_leftovers(store, keep_work)
+        yield store
+
+
+def clear_leftovers(store: Store, keep_work: bool = False, readers: bool = False) -> None:
+    """Delete temporary files, and what no manifest came to name or none names any more.
+
+    readers: also of indexes that processes are building, who then say that the store was compacted.
+    """
+    path, generation = store.path, store.generation
+    updates = store.manifest.get("updates", [])
+    compacted = max((update["generation"] for update in updates if update["verb"] == "compact"), default=0)
+    stale = [file for file in path.glob("removed/[0-9]*.npy") if not compacted < int(file.stem) <= generation]
+    stale += (folder for folder in path.glob("rejects/[0-9]*") if int(folder.name) > generation)
+    for place in (".", "removed", "shards", "shards/*", "rejects", "rejects/*"):
+        stale += path.glob(f"{place}/{TEMPORARY_PREFIX}*")
+    for place in ("index", "neighbors"):  # whoever searches may write here, without the lock
+        stale += (left for left in path.glob(f"{place}/{TEMPORARY_PREFIX}*") if readers or is_abandoned(left))
+    if not keep_work:
+        named = {record["name"] for record in store.shards}
+        stale += (folder for folder in path.glob("shards/*") if folder.name not in named)
+        stale += path.glob(PARTS)
+    for leftover in stale:
+        log.info("deleting %s", leftover)
+        delete(leftover)
+
+
+def save_generation(store: Store, verb: str, changes: dict[str, Any], said: dict[str, Any]) -> None:
+    """Write the manifest of the next generation: this is the moment of the update."""
+    generation = store.generation + 1
+    updates = [*store.manifest.get("updates", []), {"generation": generation, "verb": verb, **said}]
+    manifest = {**store.manifest, **changes, "generation": generation, "updates": updates}
+    save_json(store.path / "manifest.json", manifest | {"format_version": FORMAT_VERSION})
+
+
+def open_generation(path: Path, index: bool) -> Store:
+    """The new generation, with the indexes that the last one had brought up to date."""
+    store = Store.open(path)
+    if index and store.num_searchable:
+        for kind, settings in sorted(_indexes(path)):
+            try:
+                _build_index(store, kind, json.loads(settings))
+            except ValueError as error:
+                log.warning("the %s index of %s is left behind: %s", kind, path, error)
+    return store
+
+
+def _indexes(path: Path) -> set[tuple[str, str]]:
+    """Kinds of the indexes in a store, each with its settings as JSON."""
+    records = [record for file in path.glob("index/[!.]*/index.json") if "kind" in (record := read_record(file))]
+    dense = {(r["kind"], json.dumps(r["settings"], sort_keys=True)) for r in records if r["kind"] in KINDS}
+    return dense | {(record["kind"], "{}") for record in records if record["kind"] not in KINDS}
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The record of an index or a table; nothing where it is damaged."""
+    try:
+        record = load_json(file)
+    except (ValueError, FileNotFoundError) as error:
+        log.warning("%s is left out: %s", file.parent, error)
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _build_index(store: Store, kind: str, settings: dict[str, Any]) -> None:
+    if kind in KINDS:
+        build_index(store, kind, **settings)
+    else:
+        build_lexical(store, kind)

@@ -1,0 +1,306 @@
+"""The join of two stores: the tasks that find the neighbors of every chunk.
+
+Each task searches a block of queries in a range of rows and writes its hits; the last one merges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from retro.common.files import (
+    TEMPORARY_PREFIX,
+    delete,
+    file_record,
+    load_json,
+    open_npy,
+    save_json,
+    save_npy,
+    write_lock,
+    written_aside,
+)
+from retro.retrieval.embedding.embedder import Embedder, embed_chunks, keys_are_queries
+from retro.retrieval.executors.opening import open_executor
+from retro.retrieval.executors.ranks import await_leader
+from retro.retrieval.executors.tasks import Task, finished
+from retro.retrieval.search import lexical
+from retro.retrieval.search.exact import check_queries, exact_search, merge, no_hits
+from retro.retrieval.search.queries import Queries
+from retro.retrieval.search.searchers import Searcher, embedder_of, open_searcher
+from retro.retrieval.store.store import Store
+
+_QUERY_ROWS = 1024  # chunks searched at a time
+_TASK_QUERIES = 16_384, 65_536  # least and most of a task: the keys are read once for all of them
+_TASK_PAIRS = 1 << 32  # query-key pairs of a task, where the number of queries leaves a choice
+_TASKS = 16  # as many at least, by ranges of rows where the queries are few
+_HITS = np.dtype([("row", "<i8"), ("distance", "<f4")])
+
+
+def uses_keys(index: str) -> bool:
+    return any(kind not in lexical.KINDS for kind in index.split("+"))
+
+
+# The job
+
+
+class Join:
+    """The tasks of one table, and how far they are."""
+
+    def __init__(
+        self, store: Store, queries: Store, settings: dict[str, Any], folder: Path, embedder: Embedder | None
+    ) -> None:
+        self.folder = folder / "job"
+        self.here = embedder is not None
+        self.num_chunks = queries.num_chunks
+        self.spec = {
+            "job": str(self.folder.resolve()),
+            "stores": [[str(part.path.resolve()), part.fingerprint] for part in (store, queries)],
+            **settings,
+        }
+        self.blocks = cut(queries.num_chunks, store.num_chunks, in_ranges=settings["index"] == "exact")
+        self._left = {task.name: task.spec for task in self.searches()}
+        self.num_pairs = sum(map(_num_pairs, self._left.values()))
+        self.done_pairs = 0
+
+    def first(self) -> list[Task]:
+        """Exact search begins at once; an index is opened, or built, before any search."""
+        if self.spec["index"] == "exact":
+            return list(self.searches())
+        return [Task("index", f"{__name__}:prepare_index", self.spec, self.here)]
+
+    def searches(self) -> Iterator[Task]:
+        """One task of each block of queries and each range of rows."""
+        for (start, stop), ranges in self.blocks:
+            for low, high in ranges:
+                name = _hits_name((start, stop), (low, high))
+                spec = {**self.spec, "queries": [start, stop], "rows": [low, high], "file": f"{name}.npy"}
+                yield Task(name, f"{__name__}:search_block", spec, self.here, gpu=uses_keys(self.spec["index"]))
+
+    def after(self, task: Task, record: dict[str, Any]) -> Iterable[Task]:
+        """What a finished task makes possible."""
+        if task.name == "index":
+            self.spec = {**self.spec, "recall": record["recall"]}
+            return self.searches()
+        if task.name in self._left:
+            self.done_pairs += _num_pairs(self._left.pop(task.name))
+            if not self._left:
+                blocks = [[list(block), [list(part) for part in ranges]] for block, ranges in self.blocks]
+                return [Task("table", f"{__name__}:write_table", {**self.spec, "blocks": blocks})]
+        return ()
+
+
+def _num_pairs(spec: dict[str, Any]) -> int:
+    (start, stop), (low, high) = spec["queries"], spec["rows"]
+    return (stop - start) * (high - low)
+
+
+Range = tuple[int, int]
+
+
+def cut(num_queries: int, num_rows: int, in_ranges: bool = True) -> list[tuple[Range, list[Range]]]:
+    """Blocks of queries, each with the ranges of rows that it is searched in: one, unless `in_ranges`."""
+    least, most = _TASK_QUERIES
+    size = min(max(_TASK_PAIRS // max(num_rows, 1), least), most)
+    blocks = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+    wanted = -(-_TASKS // max(len(blocks), 1)) if in_ranges else 1
+    found = []
+    for start, stop in blocks:
+        ranges = max(min(wanted, (stop - start) * num_rows // (_TASK_PAIRS // 2), num_rows), 1)
+        borders = [number * num_rows // ranges for number in range(ranges + 1)]
+        found.append(((start, stop), list(zip(borders[:-1], borders[1:], strict=True))))
+    return found
+
+
+def run_join(job: Join, executor: str, workers: int | None, progress: bool) -> None:
+    """Do what is left of a table; its folder `job` is removed at the end."""
+    ready = job.folder.parent / "neighbors.json"
+    chosen = open_executor(executor, workers)
+    if chosen.leads:
+        ready.unlink(missing_ok=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
+    await_leader(chosen, lambda: job.folder.is_dir() or ready.is_file(), "begun the table")
+    with write_lock(job.folder) if chosen.leads else nullcontext(), _bar(job, progress and chosen.leads) as bar:
+
+        def on_done(task: Task, record: dict[str, Any]) -> Iterable[Task]:
+            following = job.after(task, record)
+            bar.update(job.num_chunks * job.done_pairs // max(job.num_pairs, 1) - bar.n)
+            return following
+
+        chosen.run(job.folder, job.first(), on_done)
+        if chosen.leads:
+            save_json(ready, load_json(job.folder / "table.json")["table"])
+            delete(job.folder)
+    await_leader(chosen, ready.is_file, "written the table")
+
+
+def _bar(job: Join, progress: bool) -> Any:
+    """Chunks done, their rate, and the time that is left; what an earlier run did is no part of the rate."""
+    from tqdm.auto import tqdm
+
+    done = sum(_num_pairs(task.spec) for task in job.searches() if finished(job.folder, task.name) is not None)
+    first = job.num_chunks * done // max(job.num_pairs, 1)
+    return tqdm(
+        total=job.num_chunks, initial=first, desc="neighbors", unit=" chunks", disable=not progress, smoothing=0.05
+    )
+
+
+@contextmanager
+def shared_with_tasks(embedder: Embedder | None) -> Iterator[None]:
+    """Makes an embedder of the caller's known to tasks that run in this process, and forgets at the end what they
+    opened."""
+    global _own_embedder
+    _own_embedder = embedder
+    try:
+        yield
+    finally:
+        _own_embedder = None
+        _open_stores.cache_clear()
+
+
+_own_embedder: Embedder | None = None
+
+# The tasks
+
+
+def prepare_index(spec: dict[str, Any]) -> dict[str, Any]:
+    """Task: open the index, or build it; its record holds the recall."""
+    return {"recall": _stores_of(spec).searcher.recall}
+
+
+def search_block(spec: dict[str, Any]) -> dict[str, Any]:
+    """Task: the hits of one block of queries in one range of rows, nearest first, into a file."""
+    join, (start, stop) = _stores_of(spec), spec["queries"]
+    hits = np.empty((stop - start, spec["k"]), _HITS)
+    hits["row"], hits["distance"] = join.search(np.arange(start, stop), spec["k"], tuple(spec["rows"]))
+    path = Path(spec["job"]) / spec["file"]
+    save_npy(path, hits)
+    return {"chunks": stop - start, "files": {path.name: file_record(path)}}
+
+
+def write_table(spec: dict[str, Any]) -> dict[str, Any]:
+    """Task: merge the hits into the table, block by block; its record is the table's."""
+    job, k = Path(spec["job"]), spec["k"]
+    folder, num_chunks = job.parent, spec["blocks"][-1][0][1] if spec["blocks"] else 0
+    for left in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of a run that was killed
+        left.unlink()
+    record = {name: spec[name] for name in ("k", "exclude", "index")}
+    record |= {"store": spec["stores"][0][1], "queries": spec["stores"][1][1], "chunks": num_chunks}
+    record |= {"missing": 0, "chunks_without_neighbors": 0, "recall": spec.get("recall", 1.0)}
+    with (
+        written_aside(folder / "rows.npy") as rows_file,
+        written_aside(folder / "distances.npy") as distances_file,
+    ):
+        table_rows = _new_npy(rows_file, (num_chunks, k), "<i8")
+        table_distances = _new_npy(distances_file, (num_chunks, k), "<f4")
+        for (start, stop), ranges in spec["blocks"]:
+            rows, distances = _merged(job, (start, stop), [(low, high) for low, high in ranges], k)
+            table_rows[start:stop], table_distances[start:stop] = rows, distances
+            record["missing"] += int((rows < 0).sum())
+            record["chunks_without_neighbors"] += int((rows[:, 0] < 0).sum())
+        for array in (table_rows, table_distances):
+            array.flush()
+    files = {name: file_record(folder / name) for name in ("rows.npy", "distances.npy")}
+    return {"table": {**record, "files": files}, "files": {f"../{name}": of_file for name, of_file in files.items()}}
+
+
+def _new_npy(file: Path, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """A new .npy to write into: memory-mapped, unless it holds nothing, which cannot be mapped."""
+    if 0 in shape:
+        np.save(file.open("wb"), np.zeros(shape, dtype), allow_pickle=False)
+        return np.zeros(shape, dtype)
+    return np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
+
+
+def _merged(job: Path, block: Range, ranges: list[Range], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of a block's lists: rows and distances [q, k]."""
+    rows, distances = no_hits(block[1] - block[0], k)
+    for part in ranges:
+        hits = open_npy(job / f"{_hits_name(block, part)}.npy")
+        rows, distances = merge(rows, distances, hits["row"], hits["distance"].astype(np.float64), k)
+    return rows, distances
+
+
+def _hits_name(block: Range, part: Range) -> str:
+    return "hits-{:012d}-{:012d}-{:012d}-{:012d}".format(*block, *part)
+
+
+class _Stores:
+    """Both stores and the search, as the tasks of one process share them."""
+
+    def __init__(self, store: Store, queries: Store, index: str, exclude: str, embedder: Embedder | None) -> None:
+        self.store, self.queries, self.index = store, queries, index
+        self.excludes = exclude == "same_document"
+        self.given = embedder
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        return open_searcher(self.store, self.index, build=True)
+
+    def search(
+        self, chunks: Int64[np.ndarray, " q"], k: int, rows: Range
+    ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
+        """Rows and distances of the k nearest of each chunk; nothing for chunks of removed documents."""
+        found, distances = no_hits(len(chunks), k)
+        alive = np.flatnonzero(self.queries.chunk_lens(chunks) > 0)
+        size = len(chunks) if self.index == "exact" else _QUERY_ROWS
+        for start in range(0, len(alive), size):
+            places = alive[start : start + size]
+            found[places], scores, _ = self._search(chunks[places], k, rows)
+            distances[places] = -scores
+        return found, distances
+
+    def _search(self, chunks: np.ndarray, k: int, rows: Range) -> Any:
+        documents = self._own_documents(chunks) if self.excludes else None
+        keys = self._keys(chunks) if uses_keys(self.index) else None
+        if self.index == "exact":
+            return exact_search(self.store, keys, k, documents, rows=rows)
+        excluded = None if documents is None else [{row} - {-1} for row in documents.tolist()]
+        asked = Queries(self.queries.tokenizer, None, self.queries.token_lists(chunks), keys)
+        return self.searcher.search(asked, k, excluded)
+
+    def _own_documents(self, chunks: np.ndarray) -> Int64[np.ndarray, " q"]:
+        """For each chunk the document row of `store` that holds its own document, or -1."""
+        own = self.queries.document_rows(chunks)
+        if self.queries.fingerprint == self.store.fingerprint:
+            return own
+        unique, place = np.unique(own, return_inverse=True)
+        names = [self.queries.document(row).id for row in unique.tolist()]
+        row_of = self.store.find_documents(names)
+        return np.asarray([row_of.get(name, -1) for name in names], np.int64)[place]
+
+    @cached_property
+    def _embedder(self) -> Embedder | None:
+        """None where a chunk's stored key is also its query; else the embedder, checked against the store's."""
+        if keys_are_queries(self.queries.manifest["embedder"]):
+            return None
+        return embedder_of(self.queries, self.given)
+
+    def _keys(self, chunks: np.ndarray) -> Float32[np.ndarray, "q d"]:
+        if self._embedder is None:
+            return self.queries.keys(chunks)
+        lists = self.queries.token_lists(chunks)
+        return check_queries(embed_chunks(self._embedder, self.queries.tokenizer, lists, is_query=True), self.queries)
+
+
+def _stores_of(spec: dict[str, Any]) -> _Stores:
+    stores = tuple(map(tuple, spec["stores"]))
+    return _open_stores(stores, spec["index"], spec["exclude"], None if _own_embedder is None else id(_own_embedder))
+
+
+@lru_cache(maxsize=1)
+def _open_stores(stores: tuple[tuple[str, str], ...], index: str, exclude: str, given: int | None) -> _Stores:
+    store, queries = (_reopened(*stores[0]), None if stores[0] == stores[1] else _reopened(*stores[1]))
+    return _Stores(store, queries or store, index, exclude, _own_embedder)
+
+
+def _reopened(path: str, fingerprint: str) -> Store:
+    store = Store.open(path)
+    if store.fingerprint != fingerprint:
+        raise ValueError(f"{path} was changed while its neighbors were computed; run the same command again")
+    return store

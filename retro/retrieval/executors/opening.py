@@ -1,0 +1,40 @@
+"""An executor by name."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from retro.retrieval.executors.local import LocalExecutor
+from retro.retrieval.executors.ranks import RankExecutor, rank_of
+from retro.retrieval.executors.ray_cluster import RayExecutor
+from retro.retrieval.executors.tasks import Executor
+
+EXECUTORS = ("local", "ranks", "ray")
+
+
+def open_executor(name: str = "local", workers: int | None = None) -> Executor:
+    """An executor by name.
+
+    Arguments:
+        name: "local" (processes of this machine), "ranks" (every rank of a Slurm array, srun or torchrun runs the same
+            program over one shared folder), or "ray" (tasks on a Ray cluster with one shared folder; extra `ray`).
+        workers: processes, or for "ray" tasks at a time. None is one for each GPU, or else for each core. The number
+            of ranks comes from their launcher.
+
+    Raises ValueError for another name, fewer than 1 worker, ranks without their variables, and Ray not installed.
+    """
+    if name not in EXECUTORS:
+        raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, not {name!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    if name == "ranks":
+        rank, count = rank_of(os.environ)
+        if workers not in (None, count):
+            raise ValueError(f"workers is {workers}, but the launcher started {count} ranks; leave workers out")
+        return RankExecutor(rank, count)
+    if name == "local":
+        return LocalExecutor(workers)
+    if find_spec("ray") is None:
+        raise ValueError("the executor ray needs Ray; pip install retro-lm[ray]")
+    return RayExecutor(workers)

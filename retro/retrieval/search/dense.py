@@ -1,0 +1,287 @@
+"""Segments of keys: an engine's codes propose candidates, the memory-mapped keys of the store order them exactly.
+
+index/<hash>/    index.json    rows.npy uint32, counted from the first row of its shards    scann/ or faiss.index
+
+How far a segment is searched (lists, candidates) is tuned to a recall when it is built; index.json has what was
+measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from retro.common.files import check_files, open_npy, save_json, save_npy
+from retro.retrieval.search.engines import Layout, choose_layout, open_engine, write_engine
+from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
+from retro.retrieval.search.segments import Run, row_range, write_segment
+from retro.retrieval.store.store import Store
+
+TUNED_NEIGHBORS = 10  # k of the recall that is tuned and stored
+_QUERIES = 256
+_CANDIDATES = 640  # for 10 neighbors; eight times as many where these do not reach a recall
+_FOUND = 1 << 20  # candidates held at a time
+_KEY_READ = 4  # what a byte of a stored key costs against a byte of a code that is scanned
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far a search goes: inverted lists or leaves (0 where there are none) and candidates for 10 neighbors.
+
+    For k neighbors candidates grow in proportion, but from 4 k on no further.
+    """
+
+    lists: int
+    candidates: int
+
+    def considered(self, k: int, num_rows: int) -> int:
+        """Candidates for k neighbors."""
+        wanted = min(-(-self.candidates * k // TUNED_NEIGHBORS), 4 * k)
+        return min(max(wanted, self.candidates, k), num_rows)
+
+
+class Segment:
+    """The rows of some shards, searched through codes; documents that were removed are dropped from the answers."""
+
+    def __init__(self, store: Store, run: Run) -> None:
+        self.store, self.run = store, run
+        self.folder: Path = run.folder
+        self.record: dict[str, Any] = run.record
+        self.layout = Layout(**run.record["layout"])
+        self.first_row, _ = row_range(store, run)
+        self._rows = np.asarray(open_npy(run.folder / "rows.npy"))
+        self._has_removed = len(store.removed_documents) > 0
+        self.num_rows = len(self._rows)
+        self.num_live = self.num_rows
+        if self._has_removed:
+            self.num_live = sum(len(self.live_rows(*part)) for part in blocks(0, self.num_rows, 1 << 20))
+        self._engine = open_engine(self.layout, run.folder)
+
+    @property
+    def effort(self) -> Effort:
+        """As it was tuned."""
+        return Effort(self.record["recall"]["lists_searched"], self.record["recall"]["candidates"])
+
+    def live_rows(self, start: int, stop: int) -> Int64[np.ndarray, " c"]:
+        """Store rows of a range of the segment's own, without those that were removed."""
+        rows = self.first_row + np.asarray(self._rows[start:stop], np.int64)
+        return rows[~self.store.is_removed(rows)] if self._has_removed else rows
+
+    def search(
+        self, queries: Float32[np.ndarray, "q d"], k: int
+    ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
+        """The k nearest rows that are found and their squared distances.
+
+        Where fewer are found than the segment has, the search is widened, twofold each time, until it has seen all.
+        """
+        effort, fetch, most = self.effort, min(k + 8 * self._has_removed, self.num_rows), min(k, self.num_live)
+        if not most or not len(queries):
+            return no_hits(len(queries), k)
+        rows, distances = self.attempt(queries, k, effort, fetch)
+        while fetch < self.num_rows or effort.lists < self.layout.lists:
+            waiting = np.flatnonzero(rows[:, most - 1] < 0)  # what is missing comes last
+            if not len(waiting):
+                break
+            fetch = min(fetch * 2, self.num_rows)
+            effort = Effort(min(effort.lists * 2, self.layout.lists), effort.candidates)
+            rows[waiting], distances[waiting] = self.attempt(queries[waiting], k, effort, fetch)
+        return rows, distances
+
+    def attempt(
+        self, queries: Float32[np.ndarray, "q d"], k: int, effort: Effort, fetch: int | None = None
+    ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
+        """The k nearest of what one search of an effort finds; `fetch` hits, then those of removed rows are dropped."""
+        fetch = min(fetch or k, self.num_rows)
+        considered = effort.considered(fetch, self.num_rows)
+        size, parts = max(_FOUND // considered, 1), []
+        for start, stop in blocks(0, len(queries), size):
+            local = self._engine.candidates(queries[start:stop], fetch, considered, effort.lists)
+            found = self._store_rows(local)
+            parts.append(_nearest(found, rescore(self.store, queries[start:stop], found), k))
+        return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def _store_rows(self, local: np.ndarray) -> np.ndarray:
+        """Store rows of local ones, -1 for what is missing, removed or (with SOAR) there twice."""
+        found = self.first_row + self._rows[local].astype(np.int64)
+        found[local < 0] = -1
+        if self._has_removed:
+            found[self.store.is_removed(found)] = -1
+        if self.layout.soar:
+            found = np.sort(found, axis=1)
+            found[:, 1:][found[:, 1:] == found[:, :-1]] = -1
+        return found
+
+
+def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of a list, by distance, then row; an engine that orders by whole keys gives most of them so."""
+    ascending = rows.shape[1] == k and (distances[:, 1:] > distances[:, :-1]).all()
+    if ascending and np.isfinite(distances[:, -1]).all():
+        return rows, distances
+    return merge(*no_hits(len(rows), k), rows, distances, k)
+
+
+def open_segment(store: Store, run: Run) -> Segment:
+    """Open one segment; ValueError names a file that is missing or damaged, on which ScaNN would abort the process."""
+    check_files(run.folder, run.record["files"], checksums=True)
+    return Segment(store, run)
+
+
+def write_dense(store: Store, run: Run, kind: str, settings: dict[str, Any], target: float) -> Run:
+    """Write the segment of a run, tuned to a recall, and return the run with its folder and record.
+
+    The peak of memory is `Layout.peak_bytes`.
+    """
+
+    def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
+        layout = choose_layout(kind, settings, len(rows), store.key_dim)
+        start, _ = row_range(store, run)
+        save_npy(folder / "rows.npy", rows)
+        write_engine(
+            layout, store, start + rows.astype(np.int64), folder, settings["training_sample"], settings["seed"]
+        )
+        record = {"layout": asdict(layout), "settings": settings}
+        segment = Segment(store, Run(run.first, run.stop, folder, record))
+        return {"layout": asdict(layout), "recall": tune(segment, target)}
+
+    return write_segment(store, run, {"format_version": 2, "kind": kind, "settings": settings}, write)
+
+
+def retune(segment: Segment, target: float) -> None:
+    """Tune a segment to another recall and write that into its index.json."""
+    segment.record["recall"] = tune(segment, target)
+    segment.store.check_on_disk(range(segment.run.first, segment.run.stop))
+    save_json(segment.folder / "index.json", segment.record)
+
+
+# Tuning
+
+
+def tune(segment: Segment, target: float) -> dict[str, Any]:
+    """Find the least effort that reaches a recall@10 against exact search, on up to 256 rows as queries.
+
+    Numbers of lists are tried from 1 on, each with ever fewer candidates while the target is reached; where no number
+    of lists reaches it with 640 candidates, all lists are tried with more. The cost of an effort is counted in bytes
+    that it reads, so that the choice does not depend on the machine. What settings fix (leaves_to_search, probes,
+    candidates) is left at that.
+
+    Returns what index.json stores: recall, whether it reaches the target, lists_searched, candidates (for 10
+    neighbors), queries per second of the sample, and how it was measured.
+    """
+    sample, candidates = _Sample(segment), _candidates(segment)
+    reached = _reached(segment, sample, target, candidates)
+    further = [] if reached else [Effort(_lists(segment)[-1], count) for count in candidates[-1:] + _more(segment)]
+    for effort in further:
+        if sample.recall(effort) >= target:
+            break
+    else:
+        effort = min(reached, key=lambda effort: _cost(segment, effort)) if reached else further[-1]
+    recall = sample.recall(effort)
+    measured = {"recall": recall, "target": target, "reached": recall >= target}
+    measured |= {"lists_searched": effort.lists, "candidates": effort.candidates}
+    return sample.record | measured | {"queries_per_second": sample.rate(effort)}
+
+
+def _reached(segment: Segment, sample: _Sample, target: float, candidates: list[int]) -> list[Effort]:
+    """Efforts that reach the target: for ever more lists, with the fewest candidates that do."""
+    found: list[Effort] = []
+    left = list(candidates)
+    for lists in _lists(segment):
+        while left and sample.recall(Effort(lists, left[-1])) >= target:
+            found.append(Effort(lists, left.pop()))
+        least = min((_cost(segment, effort) for effort in found), default=np.inf)
+        if not left or _cost(segment, Effort(lists, left[0])) > least:
+            break
+    return found
+
+
+def _lists(segment: Segment) -> list[int]:
+    """Numbers of lists to try, ascending."""
+    settings, most = segment.record["settings"], segment.layout.lists
+    given = settings.get("leaves_to_search") or settings.get("probes")
+    return [min(given or 0, most)] if given or not most else _ladder(1, most)
+
+
+def _candidates(segment: Segment) -> list[int]:
+    """Numbers of candidates to try, ascending."""
+    given = segment.record["settings"]["candidates"]
+    if given or segment.layout.codes.endswith("flat") or segment.layout.is_exact:
+        return [given or TUNED_NEIGHBORS]
+    return _ladder(TUNED_NEIGHBORS, max(min(_CANDIDATES, segment.num_rows), TUNED_NEIGHBORS))
+
+
+def _more(segment: Segment) -> list[int]:
+    """Numbers of candidates to try where these do not suffice."""
+    fixed = len(_candidates(segment)) == 1
+    return [] if fixed else [min(_CANDIDATES << power, segment.num_rows) for power in (1, 2, 3)]
+
+
+def _ladder(first: int, last: int) -> list[int]:
+    """first .. last, each 1.4 times the one before."""
+    steps = {round(first * 2 ** (step / 2)) for step in range(64)}
+    return [*sorted(count for count in steps if count < last), last]
+
+
+def _cost(segment: Segment, effort: Effort) -> float:
+    """Bytes read by a search: codes of the lists, their centroids, and keys of the candidates."""
+    width, layout = segment.store.key_dim, segment.layout
+    share = effort.lists / layout.lists if layout.lists else 1.0
+    scanned = segment.num_rows * layout.code_bytes(width) * share + 4.0 * layout.lists * width
+    return scanned + effort.candidates * 4 * width * (1 if layout.has_copy else _KEY_READ)
+
+
+class _Sample:
+    """Some rows of a segment as queries, and the scores of their exact neighbors; their own rows do not count."""
+
+    def __init__(self, segment: Segment) -> None:
+        seed = segment.record["settings"]["seed"]
+        rows = np.concatenate([segment.live_rows(*part) for part in blocks(0, segment.num_rows, 1 << 20)])
+        size = min(_QUERIES, len(rows))
+        self.own = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
+        self.segment, self.k = segment, max(min(TUNED_NEIGHBORS, len(rows) - 1), 1)
+        self.record = {"k": self.k, "queries": size if len(rows) > 1 else 0, "seed": seed}
+        self.queries = segment.store.keys(self.own)
+        search = lambda queries, k: exact_search(segment.store, queries, k, rows=row_range(segment.store, segment.run))  # noqa: E731
+        self._exact = _scores_without_self(search, self.queries, self.own, self.k)
+        self._known: dict[Effort, tuple[float, float]] = {}
+
+    def recall(self, effort: Effort) -> float:
+        return self._measured(effort)[0]
+
+    def rate(self, effort: Effort) -> float:
+        """Queries per second, to three digits."""
+        return float(f"{self._measured(effort)[1]:.3g}")
+
+    def _measured(self, effort: Effort) -> tuple[float, float]:
+        if effort not in self._known and not self.record["queries"]:
+            self._known[effort] = (1.0, 0.0)
+        if effort not in self._known:
+            started = time.perf_counter()
+            search = lambda queries, k: self.segment.attempt(queries, k, effort)  # noqa: E731
+            found = _scores_without_self(lambda q, k: _hits(*search(q, k)), self.queries, self.own, self.k)
+            elapsed = time.perf_counter() - started
+            self._known[effort] = (_share_found(found, self._exact), len(self.queries) / elapsed)
+        return self._known[effort]
+
+
+def _hits(rows: np.ndarray, distances: np.ndarray) -> Hits:
+    return rows, (-distances).astype(np.float32), rows >= 0
+
+
+def _scores_without_self(
+    search: Callable[[np.ndarray, int], Hits], queries: np.ndarray, own: np.ndarray, k: int
+) -> Float32[np.ndarray, "q k"]:
+    """Scores of the k best hits that are not the query's own row (-inf where fewer)."""
+    rows, scores, _ = search(queries, k + 1)
+    scores = np.where(rows == own[:, None], -np.inf, scores)
+    return -np.sort(-scores, axis=1)[:, :k]
+
+
+def _share_found(found: np.ndarray, exact: np.ndarray) -> float:
+    """The share of hits that are at least as near as the k-th exact neighbor: of equal ones any will do."""
+    return float((found >= exact[:, -1:] * (1 + 1e-6)).mean())  # scores are negative

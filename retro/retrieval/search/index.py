@@ -1,0 +1,314 @@
+"""Nearest keys: exact search, ScaNN and faiss behind one protocol.
+
+Every index answers with store rows, scores = -squared L2 distance computed from the stored keys (higher is closer),
+and a mask: a hit that an engine could not find is masked, never another row. Approximate indexes are made of segments
+(retro.retrieval.search.segments), folders index/<hash>/ that serve whole shards; shards without one are searched
+exactly.
+
+A kind is "auto", "exact", "scann" or "faiss"; the last two choose their codes by size, or take them by name, as in
+"scann:ah" and "faiss:ivf-pq" (retro.retrieval.search.engines has the list).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from retro.common.files import check_files, stable_hash
+from retro.retrieval.search.dense import Segment, open_segment, retune, write_dense
+from retro.retrieval.search.engines import CODES, FAISS_FLAT_ROWS
+from retro.retrieval.search.exact import (
+    ExactIndex,
+    Hits,
+    as_hits,
+    check_k,
+    check_queries,
+    exact_search,
+    merge,
+    no_hits,
+    rescore,
+)
+from retro.retrieval.search.segments import (
+    Run,
+    cover,
+    find_segments,
+    plan_segments,
+    row_range,
+    segment_records,
+    uncovered,
+)
+from retro.retrieval.store.store import Store
+
+__all__ = [
+    "FAISS_FLAT_ROWS", "KINDS", "ApproximateIndex", "ExactIndex", "Hits", "Index", "build_index", "check_k",
+    "check_queries", "check_searchable", "exact_search", "measured_recall", "open_index", "rescore", "resolve_kind",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+KINDS = ("exact", "scann", "faiss")
+RECALL = 0.95  # tuned to, where nobody names another
+MAX_SEGMENT_ROWS = 30_000_000  # ScaNN peaks at about twice the float size
+
+
+@runtime_checkable
+class Index(Protocol):
+    """search [q, d], k -> store rows [q, k] (-1 where missing), scores (-squared L2; -inf where missing), mask."""
+
+    kind: str
+    num_rows: int
+
+    def search(self, queries: Float[np.ndarray, "q d"], k: int) -> Hits: ...
+
+
+class ApproximateIndex:
+    """Segments of consecutive shards, each served by ScaNN or faiss, and exact search over shards without one.
+
+    recall: of the segments as they were tuned, weighted by their rows; exact search counts as 1.
+    name: changes with what is searched, and how far.
+    """
+
+    def __init__(self, store: Store, kind: str, segments: list[Segment]) -> None:
+        self.store, self.kind, self.segments = store, kind, segments
+        self.num_rows = store.num_searchable
+        gaps = [row_range(store, run) for run in uncovered(store, [segment.run for segment in segments])]
+        self.exact_ranges = [part for part in gaps if len(store.searchable_in(*part))]
+        served = sum(segment.num_live for segment in segments)
+        found = sum(segment.num_live * segment.record["recall"]["recall"] for segment in segments)
+        self.recall: float = 1.0 - (served - found) / max(self.num_rows, 1)
+        self.folders = [segment.folder for segment in segments]
+        efforts = [[segment.folder.name, *vars(segment.effort).values()] for segment in segments]
+        self.name = stable_hash([efforts, self.exact_ranges])[:16]
+        if self.exact_ranges:
+            log.warning(
+                "%d of %d rows of %s are in no segment of its %s index and are searched exactly; "
+                "`retro build --index %s` adds the segment",
+                self.num_rows - served, self.num_rows, store.path, kind, kind,
+            )  # fmt: skip
+
+    def search(self, queries: Float[np.ndarray, "q d"], k: int) -> Hits:
+        """The k nearest rows of each query that the engines find, merged by score."""
+        check_k(k)
+        queries = check_queries(queries, self.store)
+        lists = self._lists(queries, k) if len(queries) else iter(())
+        found = next(lists, None) or no_hits(len(queries), k)
+        for further in lists:
+            found = merge(*found, *further, k)
+        return as_hits(*found)
+
+    def _lists(self, queries: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows and distances of each segment, then of each range that has none."""
+        for segment in self.segments:
+            yield segment.search(queries, k)
+        for part in self.exact_ranges:
+            rows, scores, _ = exact_search(self.store, queries, k, rows=part)
+            yield rows, -scores.astype(np.float64)
+
+
+def build_index(store: Store, kind: str = "auto", recall: float | None = None, **settings: Any) -> Index:
+    """Build an index of the store's searchable rows: the segments that are not there already.
+
+    Arguments:
+        kind: "auto" (scann if importable, else faiss, else exact), "exact" (nothing to build), "scann" or "faiss", or
+            one of these with its codes, as in "faiss:ivf-pq".
+        recall: of the 10 nearest, to which each segment is tuned; None keeps what is tuned, and tunes new segments to
+            the same, or to 0.95 if there are none. One that is not reached is said in the log, with the best found.
+        settings: scann: leaves, leaves_to_search, soar; faiss: lists, probes; both: codes, candidates (for 10
+            neighbors, ordered by the stored keys), training_sample, max_segment_rows, seed. Each has a default by the
+            number of rows; an unknown name raises ValueError.
+
+    Writes index/<hash>/{index.json, rows.npy, ...}, a folder a segment; see retro.retrieval.search.segments for
+    which.
+    """
+    kind, codes = _split(resolve_kind(kind))
+    if codes:
+        settings = {"codes": codes, **settings}
+    _check_recall(recall)
+    if kind == "exact":
+        _refuse_unknown(settings, {})
+        return ExactIndex(store)
+    chosen = _settings(kind, settings)
+    check_searchable(store)
+    there = _undamaged(store, kind, chosen)
+    target = recall or _target(store, kind, chosen)
+    segments = []
+    for run in plan_segments(store, there, chosen["max_segment_rows"]):
+        if run.folder is None and not len(store.searchable_in(*row_range(store, run))):
+            continue
+        segment = Segment(store, run if run.folder else _write(store, run, kind, chosen, target))
+        if recall and segment.record["recall"]["target"] != recall:
+            retune(segment, recall)
+            _say_recall(segment.run)
+        segments.append(segment)
+    return ApproximateIndex(store, _named(kind, chosen), segments)
+
+
+def open_index(store: Store, kind: str = "auto") -> Index:
+    """Open an index that `build_index` wrote; "auto" takes ScaNN, else faiss, else exact search.
+
+    Of several of a kind, the one that serves the most rows is opened, then the one of the highest recall; shards that
+    it does not serve are searched exactly.
+    Raises ValueError if none of that kind is there for this state of the store, or a file of it is missing or damaged.
+    """
+    if not (runs := served_by(store, kind)):
+        return ExactIndex(store)
+    record = runs[0].record
+    segments = [open_segment(store, run) for run in runs]
+    return ApproximateIndex(store, _named(record["kind"], record["settings"]), segments)
+
+
+def served_by(store: Store, kind: str = "auto") -> list[Run]:
+    """The segments that `open_index` opens, none where it searches exactly; ValueError as there."""
+    if kind == "exact":
+        return []
+    engine, codes = _split(kind if kind == "auto" else resolve_kind(kind))
+    for name in ("scann", "faiss"):
+        is_wanted = engine == name or (engine == "auto" and _importable(name))
+        if is_wanted and (families := _families(store, name, codes)):
+            return max(families, key=lambda runs: (_rows(store, runs), _recall(runs)))
+    if kind == "auto":
+        return []
+    raise ValueError(
+        f"{store.path} has no {kind} index for its present state; build one with `retro build --index {kind}`"
+    )
+
+
+def measured_recall(store: Store) -> dict[str, dict[str, Any]]:
+    """For each engine, what index.json of the index that `open_index` opens records of its recall."""
+    found = {}
+    for kind in ("scann", "faiss"):
+        if families := _families(store, kind):
+            best = max(families, key=lambda runs: (_rows(store, runs), _recall(runs)))
+            largest = max(best, key=lambda run: run.record["rows"])
+            found[kind] = largest.record["recall"] | {"recall": _recall(best)}
+    return found
+
+
+def resolve_kind(kind: str) -> str:
+    """The kind that "auto" stands for here; ValueError for an unknown kind or one that is not installed."""
+    if kind == "auto":
+        return next((name for name in ("scann", "faiss") if _importable(name)), "exact")
+    engine, codes = _split(kind)
+    if engine not in KINDS:
+        raise ValueError(f"the index kind must be auto, {', '.join(KINDS)}, tfidf or bm25, not {kind!r}")
+    if codes not in (None, *CODES.get(engine, ())):
+        known = ", ".join(f"{engine}:{name}" for name in CODES.get(engine, ())) or engine
+        raise ValueError(f"the index kind {kind!r} is unknown; of its engine there are {known}")
+    if not _importable(engine):
+        remedy = {
+            "scann": "pip install scann (Linux)",
+            "faiss": "pip install faiss-cpu, or retro-lm[gpu] for faiss-gpu",
+        }
+        raise ValueError(f"the index kind {kind} needs a library that is not installed; {remedy[engine]}")
+    return kind
+
+
+def check_searchable(store: Store) -> None:
+    """ValueError for a store of which no chunk is long enough to be found."""
+    if not store.num_searchable:
+        raise ValueError(
+            f"{store.path} has no chunk of at least {store.min_chunk_len} tokens to index; "
+            "build it with a smaller min_chunk_len"
+        )
+
+
+def _importable(kind: str) -> bool:
+    return kind == "exact" or find_spec(kind) is not None
+
+
+def _split(kind: str) -> tuple[str, str | None]:
+    """ "faiss:ivf-pq" to engine and codes."""
+    engine, _, codes = kind.partition(":")
+    return engine, codes or None
+
+
+def _named(kind: str, settings: dict[str, Any]) -> str:
+    return f"{kind}:{settings['codes']}" if settings["codes"] else kind
+
+
+def _settings(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a kind; None is the default by the number of rows of the segment."""
+    common = {"codes": None, "candidates": None, "training_sample": 100_000, "seed": 0}
+    common["max_segment_rows"] = MAX_SEGMENT_ROWS
+    own = {
+        "scann": {"leaves": None, "leaves_to_search": None, "soar": None},
+        "faiss": {"lists": None, "probes": None},
+    }
+    defaults = {**own[kind], **common}
+    _refuse_unknown(given, defaults)
+    chosen = {**defaults, **given}
+    if chosen["codes"] not in (None, *CODES[kind]):
+        raise ValueError(f"codes of {kind} must be one of {', '.join(CODES[kind])}, not {chosen['codes']!r}")
+    for name, value in chosen.items():
+        if name not in ("seed", "codes", "soar") and value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    return chosen
+
+
+def _refuse_unknown(given: dict[str, Any], known: dict[str, Any]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"the index takes no setting {unknown[0]!r}; it takes {', '.join(known) or 'none'}")
+
+
+def _check_recall(recall: float | None) -> None:
+    if recall is not None and not 0 < recall <= 1:
+        raise ValueError(f"recall must be above 0 and at most 1, not {recall}")
+
+
+def _write(store: Store, run: Run, kind: str, settings: dict[str, Any], target: float) -> Run:
+    written = write_dense(store, run, kind, settings, target)
+    _say_recall(written)
+    return written
+
+
+def _say_recall(run: Run) -> None:
+    found, layout = run.record["recall"], run.record["layout"]
+    log.log(
+        logging.INFO if found["reached"] else logging.WARNING,
+        "%s: %d rows as %s, recall@%d %.4f with %d of %d lists and %d candidates%s", run.folder, run.record["rows"],
+        layout["codes"], found["k"], found["recall"], found["lists_searched"], layout["lists"], found["candidates"],
+        "" if found["reached"] else f"; the recall of {found['target']:g} that was asked for is not reached",
+    )  # fmt: skip
+
+
+def _target(store: Store, kind: str, settings: dict[str, Any]) -> float:
+    """The recall to which segments of these settings were tuned in any generation of the store, else the default."""
+    records = [record for _, record in segment_records(store, kind) if record["settings"] == settings]
+    return max((record["recall"]["target"] for record in records), default=RECALL)
+
+
+def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[Run]:
+    """The segments of these settings that serve the store; damaged ones are deleted."""
+    found = [run for run in find_segments(store, kind) if run.record["settings"] == settings]
+    for run in found:
+        try:
+            check_files(run.folder, run.record["files"], checksums=True)
+        except ValueError as error:
+            log.warning("building the index again: %s", error)
+            shutil.rmtree(run.folder, ignore_errors=True)
+    return cover(store, [run for run in found if run.folder.is_dir()])
+
+
+def _families(store: Store, kind: str, codes: str | None = None) -> list[list[Run]]:
+    """Of each group of segments of the same settings, those that serve the store."""
+    groups: dict[str, list[Run]] = {}
+    for run in find_segments(store, kind):
+        if codes in (None, run.record["settings"]["codes"]):
+            groups.setdefault(stable_hash(run.record["settings"]), []).append(run)
+    return [cover(store, group) for group in groups.values()]
+
+
+def _rows(store: Store, runs: list[Run]) -> int:
+    return sum(run.record["rows"] for run in runs)
+
+
+def _recall(runs: list[Run]) -> float:
+    rows = [run.record["rows"] for run in runs]
+    return float(np.average([run.record["recall"]["recall"] for run in runs], weights=rows))

@@ -1,0 +1,323 @@
+"""Inverted files of words: which chunks hold a term and how often, written block by block; then weighed over all.
+
+A segment (retro.retrieval.search.segments) holds counts only, which no other shard changes:
+
+index/<hash>/    counts.npy uint16, postings.npy int32 (chunk of each count, by term), starts.npy int64 (of each term),
+                 terms.npy (buckets) or words.json, lengths.npy int32 (words of each chunk, bm25), rows.npy, index.json
+
+What depends on all chunks that are live (in how many a term is, their average length) is reckoned over all segments
+for one generation of the store, so that a store that grew gives what a fresh one gives:
+
+index/<hash>/    weights-00000.npy float32 (of each count of the first segment, 0 in removed chunks), idf-00000.npy,
+                 index.json
+
+Blocks of 1,024 chunks are cut into terms and written aside, by term; once the size of every term is known they are
+copied to their places. Memory is that of a block (some 15 MB for chunks of 64 tokens) and some 30 bytes for each term,
+of which tfidf has at most 2^24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt32
+
+from retro.common.files import load_json, open_npy, save_json, save_npy
+from retro.retrieval.search.exact import blocks
+from retro.retrieval.search.queries import Queries
+from retro.retrieval.search.segments import Run, row_range
+from retro.retrieval.store.store import Store
+
+KINDS = ("bm25", "tfidf")
+BUCKETS = 1 << 24
+K1, B = 1.5, 0.75  # of bm25
+_BLOCK_ROWS = 1 << 10
+_BLOCK_POSTINGS = 1 << 18
+_BLOCK_TERMS = 1 << 18
+
+
+def buckets(ids: Int64[np.ndarray, " t"]) -> Int64[np.ndarray, " terms"]:
+    """The buckets of a text's tokens and pairs of tokens: the high bits of a multiplicative hash."""
+    single = ids.astype(np.uint64) + np.uint64(1)
+    pairs = single[:-1] * np.uint64(0x9E3779B97F4A7C15) + single[1:]
+    mixed = np.concatenate([single, pairs]) * np.uint64(0xD6E8FEB86659FD93)  # wraps modulo 2^64
+    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return (mixed >> np.uint64(40)).astype(np.int64)
+
+
+def words_of(texts: list[str]) -> list[list[str]]:
+    """The words of texts, as bm25s cuts them: lower case, two letters or more."""
+    return _bm25s().tokenize(texts, stopwords=None, return_ids=False, show_progress=False)
+
+
+def _bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError:
+        raise ValueError("the index bm25 needs bm25s, which is not installed; pip install retro-lm[eval]") from None
+    return bm25s
+
+
+# Terms of a block of chunks
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Terms (provisional numbers), chunks and counts of a block, by term, then chunk; words of each chunk (bm25)."""
+
+    terms: Int64[np.ndarray, " p"]
+    chunks: Int64[np.ndarray, " p"]
+    counts: Int64[np.ndarray, " p"]
+    lengths: Int64[np.ndarray, " c"]
+
+
+class _BucketTerms:
+    """Terms that are buckets of tokens and of pairs of tokens."""
+
+    def lists(self, store: Store, rows: np.ndarray) -> list[np.ndarray]:
+        tokens = Queries(store.tokenizer, tokens=store.token_lists(rows)).tokens
+        return [buckets(ids) for ids in tokens]
+
+    def final(self, terms: np.ndarray) -> np.ndarray:
+        """The places of used terms in the order of the index."""
+        return np.arange(len(terms), dtype=np.int32)
+
+    def save(self, folder: Path, terms: np.ndarray) -> None:
+        save_npy(folder / "terms.npy", terms)
+
+
+class _WordTerms:
+    """Terms that are words, in alphabetical order."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def lists(self, store: Store, rows: np.ndarray) -> list[np.ndarray]:
+        found = words_of(store.text(rows))
+        return [np.asarray([self.numbers.setdefault(w, len(self.numbers)) for w in of], np.int64) for of in found]
+
+    def final(self, terms: np.ndarray) -> np.ndarray:
+        order = sorted(self.numbers, key=self.numbers.__getitem__)
+        places = np.empty(len(order), np.int64)
+        places[sorted(range(len(order)), key=order.__getitem__)] = np.arange(len(order))
+        return places
+
+    def save(self, folder: Path, terms: np.ndarray) -> None:
+        save_json(folder / "words.json", sorted(self.numbers))
+
+
+def _read_block(terms: _BucketTerms | _WordTerms, store: Store, rows: np.ndarray, first_chunk: int) -> _Block:
+    lists = terms.lists(store, rows)
+    lengths = np.asarray([len(found) for found in lists], np.int64)
+    chunks = np.repeat(np.arange(len(lists)), lengths)
+    pairs, counts = np.unique(np.concatenate(lists) * len(lists) + chunks, return_counts=True)
+    return _Block(pairs // len(lists), first_chunk + pairs % len(lists), counts, lengths)
+
+
+# Writing a segment
+
+
+def write_postings(store: Store, run: Run, kind: str, rows: UInt32[np.ndarray, " c"], folder: Path) -> None:
+    """Write the counts of a run's searchable rows; ValueError if there is no word at all.
+
+    The bytes depend on the rows only.
+    """
+    start, _ = row_range(store, run)
+    terms = _BucketTerms() if kind == "tfidf" else _WordTerms()
+    used, sizes, lengths, parts = np.zeros(0, np.int32), np.zeros(0, np.int32), [], []
+    for low, high in blocks(0, len(rows), _BLOCK_ROWS):
+        block = _read_block(terms, store, start + rows[low:high].astype(np.int64), low)
+        used, sizes = _added(used, sizes, *np.unique(block.terms, return_counts=True))
+        lengths.append(block.lengths.astype(np.int32))
+        parts.append(folder / f"block-{low:010d}.npy")
+        save_npy(parts[-1], np.stack([block.terms, block.chunks, block.counts]).astype(np.int32))
+    places = terms.final(used)
+    starts = np.zeros(len(used) + 1, np.int64)
+    starts[1:][places] = sizes
+    np.cumsum(starts, out=starts)
+    save_npy(folder / "starts.npy", starts)
+    terms.save(folder, used)
+    _place(folder, parts, used, places, starts)
+    save_npy(folder / "rows.npy", rows)
+    if kind == "bm25":
+        save_npy(folder / "lengths.npy", np.concatenate(lengths))
+
+
+def _added(terms: np.ndarray, sizes: np.ndarray, new: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two sorted lists of terms with their sizes as one."""
+    at = np.searchsorted(terms, new)
+    is_known = at < len(terms)
+    is_known[is_known] = terms[at[is_known]] == new[is_known]
+    sizes[at[is_known]] += counts[is_known].astype(np.int32)
+    at, new, counts = (array[~is_known] for array in (at, new, counts))
+    return np.insert(terms, at, new), np.insert(sizes, at, counts)
+
+
+def _place(folder: Path, parts: list[Path], used: np.ndarray, places: np.ndarray, starts: np.ndarray) -> None:
+    """Copy the blocks to where each term's chunks go, in order of the chunks, and delete them."""
+    total, following = int(starts[-1]), starts
+    postings, counts = (
+        np.lib.format.open_memmap(folder / name, "w+", dtype, (total,)) if total else np.zeros(0, dtype)
+        for name, dtype in (("postings.npy", np.int32), ("counts.npy", np.uint16))
+    )
+    for part in parts:
+        terms, chunks, times = open_npy(part)
+        of_term = places[np.searchsorted(used, terms)]
+        heads = np.flatnonzero(np.diff(of_term, prepend=-1))
+        sizes = np.diff(np.append(heads, len(of_term)))
+        target = np.repeat(following[of_term[heads]] - heads, sizes) + np.arange(len(of_term))
+        postings[target], counts[target] = chunks, np.minimum(times, np.iinfo(np.uint16).max)
+        following[of_term[heads]] += sizes
+        part.unlink()
+    if not total:
+        save_npy(folder / "postings.npy", postings)
+        save_npy(folder / "counts.npy", counts)
+
+
+# Reading a segment
+
+
+class Postings:
+    """The counts of one segment, memory-mapped; live: which chunks are not removed."""
+
+    def __init__(self, store: Store, run: Run) -> None:
+        self.run, self.folder = run, run.folder
+        self.kind: str = run.record["kind"]
+        self.first_row, _ = row_range(store, run)
+        names = ("rows", "postings", "counts", "starts")
+        self.rows, self.postings, self.counts, self.starts = (open_npy(run.folder / f"{name}.npy") for name in names)
+        self._removed = self._removed_chunks(store)
+
+    def _removed_chunks(self, store: Store) -> Bool[np.ndarray, " c"] | None:
+        if not len(store.removed_documents):
+            return None
+        parts = [store.is_removed(self.store_rows(slice(*part))) for part in blocks(0, len(self.rows), 1 << 20)]
+        removed = np.concatenate([np.zeros(0, bool), *parts])
+        return removed if removed.any() else None
+
+    def store_rows(self, chunks: Any) -> Int64[np.ndarray, " c"]:
+        """Store rows of chunks of this segment."""
+        return self.first_row + np.asarray(self.rows[chunks], np.int64)
+
+    @property
+    def num_live(self) -> int:
+        return len(self.rows) - (0 if self._removed is None else int(self._removed.sum()))
+
+    @cached_property
+    def lengths(self) -> Int64[np.ndarray, " c"]:
+        """Words of each chunk (bm25)."""
+        return np.asarray(open_npy(self.folder / "lengths.npy"), np.int64)
+
+    @property
+    def live_length(self) -> int:
+        return int(self.lengths.sum() if self._removed is None else self.lengths[~self._removed].sum())
+
+    def is_live(self, chunks: np.ndarray) -> np.ndarray | bool:
+        return True if self._removed is None else ~self._removed[chunks]
+
+    @cached_property
+    def terms(self) -> Any:
+        """What the terms are, in order: buckets (an array) or words (a list)."""
+        if self.kind == "tfidf":
+            return open_npy(self.folder / "terms.npy")
+        return load_json(self.folder / "words.json")
+
+    def frequencies(self) -> Int64[np.ndarray, " terms"]:
+        """In how many live chunks each term is."""
+        if self._removed is None:
+            return np.diff(self.starts)
+        found = np.zeros(len(self.starts) - 1, np.int64)
+        for part, of_term in self.parts():
+            found += np.bincount(of_term[self.is_live(self.postings[part])], minlength=len(found))
+        return found
+
+    def parts(self) -> Iterator[tuple[slice, Int64[np.ndarray, " p"]]]:
+        """Ranges of postings, and the term of each."""
+        for low, high in blocks(0, len(self.postings), _BLOCK_POSTINGS):
+            first, last = np.searchsorted(self.starts, [low, high - 1], side="right") - 1
+            inner = np.clip(self.starts[first : last + 2], low, high)
+            yield slice(low, high), np.repeat(np.arange(first, last + 1), np.diff(inner))
+
+
+# Weighing
+
+
+def write_weights(segments: list[Postings], kind: str, folder: Path) -> None:
+    """Write the weights of all segments over the live chunks of all; ValueError if bm25 finds no word."""
+    num_chunks = sum(segment.num_live for segment in segments)
+    frequencies = _over_all(segments)
+    weigh = _tfidf if kind == "tfidf" else _bm25_of(segments, num_chunks)
+    for number, (segment, frequency) in enumerate(zip(segments, frequencies, strict=True)):
+        idf = _idf(kind, num_chunks, frequency)
+        save_npy(folder / f"idf-{number:05d}.npy", idf)
+        weigh(segment, idf, folder / f"weights-{number:05d}.npy")
+
+
+def _over_all(segments: list[Postings]) -> list[Int64[np.ndarray, " terms"]]:
+    """For the terms of each segment, in how many live chunks of all segments they are."""
+    own = [segment.frequencies() for segment in segments]
+    if len(segments) == 1:
+        return own
+    if segments[0].kind == "tfidf":
+        terms, place = np.unique(np.concatenate([s.terms for s in segments]), return_inverse=True)
+        total = np.zeros(len(terms), np.int64)
+        np.add.at(total, place, np.concatenate(own))
+        return [total[np.searchsorted(terms, segment.terms)] for segment in segments]
+    totals: dict[str, int] = {}
+    for segment, frequency in zip(segments, own, strict=True):
+        for word, count in zip(segment.terms, frequency.tolist(), strict=True):
+            totals[word] = totals.get(word, 0) + count
+    return [np.asarray([totals[word] for word in segment.terms], np.int64) for segment in segments]
+
+
+def _idf(kind: str, num_chunks: int, frequency: Int64[np.ndarray, " terms"]) -> Float32[np.ndarray, " terms"]:
+    """log((N - n + 1/2) / (n + 1/2)): from 0 on for tfidf, of 1 more for bm25; 0 for terms of removed chunks alone."""
+    found = np.empty(len(frequency), np.float32)
+    for low, high in blocks(0, len(frequency), _BLOCK_TERMS):
+        known = frequency[low:high]
+        odds = (num_chunks - known + 0.5) / (known + 0.5)
+        idf = np.log(odds).clip(min=0) if kind == "tfidf" else np.log(1 + odds)
+        found[low:high] = np.where(known > 0, idf, 0)
+    return found
+
+
+def _tfidf(segment: Postings, idf: Float32[np.ndarray, " terms"], file: Path) -> None:
+    """log(1 + count) idf, divided by the chunk's length, which is summed in the order of terms."""
+    squares = np.zeros(len(segment.rows), np.float64)
+    raw = lambda part, of_term: np.log1p(segment.counts[part].astype(np.float32)) * idf[of_term]  # noqa: E731
+    for part, of_term in segment.parts():
+        np.add.at(squares, segment.postings[part], np.square(raw(part, of_term), dtype=np.float64))
+    lengths = np.maximum(np.sqrt(squares), 1e-9).astype(np.float32)
+    _write_weights(segment, file, lambda part, of_term, chunks: raw(part, of_term) / lengths[chunks])
+
+
+def _bm25_of(segments: list[Postings], num_chunks: int) -> Callable[[Postings, np.ndarray, Path], None]:
+    """idf count / (count + k1 (1 - b + b length / average length)): Lucene's variant."""
+    average = sum(segment.live_length for segment in segments) / max(num_chunks, 1)
+
+    def weigh(segment: Postings, idf: Float32[np.ndarray, " terms"], file: Path) -> None:
+        norms = (K1 * (1 - B + B * segment.lengths / max(average, 1e-9))).astype(np.float32)
+
+        def weights(part: slice, of_term: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+            counts = segment.counts[part].astype(np.float32)
+            return idf[of_term] * (counts / (norms[chunks] + counts))
+
+        _write_weights(segment, file, weights)
+
+    return weigh
+
+
+def _write_weights(segment: Postings, file: Path, weights: Callable[..., np.ndarray]) -> None:
+    if not len(segment.postings):
+        save_npy(file, np.zeros(0, np.float32))
+        return
+    out = np.lib.format.open_memmap(file, "w+", np.float32, (len(segment.postings),))
+    for part, of_term in segment.parts():
+        chunks = segment.postings[part]
+        out[part] = np.where(segment.is_live(chunks), weights(part, of_term, chunks), 0)
+    out.flush()

@@ -1,0 +1,292 @@
+"""One search over a store, whatever it goes by: nearest keys, shared words, or both.
+
+A kind is "auto", "exact", "scann" or "faiss" (nearest keys; see retro.retrieval.search.index for their codes), "bm25"
+or "tfidf" (shared words), or several joined by "+", as in "exact+tfidf": their lists are fused by reciprocal rank, the
+sum over the lists of 1 / (60 + rank). Source of the fusion: Cormack et al. 2009.
+
+A second stage follows ">": "scann>bm25" orders the best candidates of ScaNN by BM25, "scann>e5-large-v2" by the keys
+that another embedder gives their texts. Source: Shao et al. 2025, CompactDS.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, embedder_from, load_embedder
+from retro.retrieval.search import lexical
+from retro.retrieval.search.index import KINDS as INDEX_KINDS
+from retro.retrieval.search.index import (
+    ExactIndex,
+    Hits,
+    Index,
+    build_index,
+    check_k,
+    check_queries,
+    exact_search,
+    open_index,
+    resolve_kind,
+)
+from retro.retrieval.search.queries import Queries
+from retro.retrieval.store.store import Store
+
+RANK_CONSTANT = 60
+_FETCHED_HITS = 1 << 20  # hits held at a time while the over-fetch grows
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """search(queries, k, excluded document rows per query) -> store rows [q, k] (-1 = none), scores (higher is closer,
+    -inf where none) and mask."""
+
+    kind: str
+    num_rows: int
+    recall: float  # measured, of approximate indexes against exact search
+
+    def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits: ...
+
+
+@runtime_checkable
+class Reranker(Protocol):
+    """A second stage. scores(queries, rows [q, c]) -> [q, c], higher is better; what it says of row -1 is not used."""
+
+    kind: str
+
+    def scores(self, queries: Queries, rows: Int64[np.ndarray, "q c"]) -> Float32[np.ndarray, "q c"]: ...
+
+
+def open_searcher(
+    store: Store,
+    kind: str = "auto",
+    embedder: Embedder | None = None,
+    build: bool = False,
+    recall: float | None = None,
+) -> Searcher:
+    """The search of a kind over a store.
+
+    "auto" takes the best index of keys built, else exact search; in a store without keys it is "tfidf". Lexical indexes
+    are built when they are first asked for; those of keys only with `build`, where the embedder is loaded only if a
+    query comes without its key.
+
+    recall: to which `build` tunes the indexes of keys (see `build_index`).
+    Raises ValueError for an unknown kind, an index that is not built, and one of keys over a store without keys.
+    """
+    if recall is not None and not build:
+        raise ValueError("recall is what an index is tuned to when it is built; leave it out or build the index")
+    kind, separator, second = kind.partition(">")
+    parts = [_open_part(store, part, embedder, build, recall) for part in parse_kind(kind, is_keyless(store))]
+    first = parts[0] if len(parts) == 1 else FusedSearcher(parts)
+    return RerankedSearcher(first, open_reranker(store, second)) if separator else first
+
+
+def open_reranker(store: Store, kind: str) -> Reranker:
+    """The second stage of a name: "bm25" or "tfidf", with the weights of the whole store, or an embedder's name."""
+    if kind in lexical.KINDS:
+        return lexical.build_lexical(store, kind)
+    if not kind or ">" in kind or kind.partition(":")[0] in ("auto", *INDEX_KINDS):
+        raise ValueError(f"behind > there must be bm25, tfidf or the name of an embedder, not {kind!r}")
+    return EmbedderReranker(store, load_embedder(kind))
+
+
+def parse_kind(kind: str, keyless: bool = False) -> list[str]:
+    """The parts of a kind; ValueError names one that is unknown, named twice, or wants keys which are not there."""
+    if ">" in kind:
+        raise ValueError(f"the index {kind!r} has a second stage, which a Retriever can have; name only the first here")
+    parts = ["tfidf" if keyless and part == "auto" else part for part in kind.split("+")]
+    for part in parts:
+        if part not in lexical.KINDS and part != "auto":
+            resolve_kind(part)
+        if keyless and part not in lexical.KINDS:
+            raise ValueError(
+                f"the index {part} needs keys, which a store built with the embedder none does not have; "
+                "use tfidf or bm25, or build a store with an embedder"
+            )
+    if len(set(parts)) < len(parts) or sum(part in ("auto", "exact") for part in parts) > 1:
+        raise ValueError(f"the index {kind!r} names a kind twice; name each once")
+    return parts
+
+
+def goes_by_words(kind: str) -> bool:
+    """Whether a searcher of a kind (its `kind`, filters included) never looks at keys of the store's embedder."""
+    first = kind.partition(";")[0].partition(">")[0]
+    return set(first.split("+")) <= set(lexical.KINDS)
+
+
+def is_keyless(store: Store) -> bool:
+    """Whether a store was built without an embedder."""
+    return store.manifest["embedder"]["name"] == NO_EMBEDDER
+
+
+def _open_part(store: Store, kind: str, embedder: Embedder | None, build: bool, recall: float | None) -> Searcher:
+    if kind in lexical.KINDS:
+        return lexical.build_lexical(store, kind)
+    if build:
+        return DenseSearcher(store, build_index(store, kind, recall), embedder)
+    return DenseSearcher(store, open_index(store, kind), embedder_of(store, embedder))
+
+
+def _name(part: Any) -> str:
+    """What tells a search from others of its kind: its settings, and how far they were tuned."""
+    return getattr(part, "name", part.kind)
+
+
+class DenseSearcher:
+    """Nearest keys; score = -squared L2.
+
+    Without an embedder the store's is loaded when a query comes without its key.
+    """
+
+    def __init__(self, store: Store, index: Index, embedder: Embedder | None = None) -> None:
+        self.store, self.index = store, index
+        self.kind, self.num_rows, self.recall = index.kind, index.num_rows, getattr(index, "recall", 1.0)
+        self.name, self.folders = _name(index), getattr(index, "folders", [])
+        self._embedder = None if embedder is None else embedder_of(store, embedder)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The store's, checked against its fingerprint."""
+        if self._embedder is None:
+            self._embedder = embedder_of(self.store)
+        return self._embedder
+
+    def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
+        """The k nearest rows of each query outside its excluded document rows."""
+        keys = queries.embedded(self.embedder) if queries.keys is None else queries.keys
+        if isinstance(self.index, ExactIndex) and excluded is not None and all(len(rows) <= 1 for rows in excluded):
+            documents = np.asarray([next(iter(rows), -1) for rows in excluded], np.int64)
+            return exact_search(self.store, check_queries(keys, self.store), k, documents)
+        return search_excluding(self.index, self.store, keys, k, excluded)
+
+
+class FusedSearcher:
+    """Several searches, their lists fused by reciprocal rank; equal sums go to the search named first, then by rank."""
+
+    def __init__(self, parts: list[Searcher]) -> None:
+        self.parts = parts
+        self.kind = "+".join(part.kind for part in parts)
+        self.num_rows = min(part.num_rows for part in parts)
+        self.recall = min(part.recall for part in parts)
+        self.name, self.folders = (
+            "+".join(map(_name, parts)),
+            [f for part in parts for f in getattr(part, "folders", [])],
+        )
+
+    def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
+        """The k rows of the largest sum; each search contributes its best 2 k + 8."""
+        check_k(k)
+        depth = min(2 * k + 8, self.num_rows)
+        lists = [part.search(queries, depth, excluded)[0] for part in self.parts]
+        rows = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        for q in range(len(queries)):
+            best = _fused([found[q] for found in lists])[:k]
+            rows[q, : len(best)] = [row for row, _ in best]
+            scores[q, : len(best)] = [score for _, score in best]
+        return rows, scores, rows >= 0
+
+
+def _fused(lists: list[np.ndarray]) -> list[tuple[int, float]]:
+    """Rows and their sums over ranked lists (-1 = none), largest first."""
+    sums: dict[int, float] = {}
+    for found in lists:
+        for rank, row in enumerate(found[found >= 0].tolist(), start=1):
+            sums[row] = sums.get(row, 0.0) + 1 / (RANK_CONSTANT + rank)
+    return sorted(sums.items(), key=lambda item: -item[1])
+
+
+class RerankedSearcher:
+    """The best candidates of a first search, ordered by a second; equal scores keep the order of the first.
+
+    candidates: how many for k neighbors; None is 10 k, at least 50.
+    """
+
+    def __init__(self, first: Searcher, second: Reranker, candidates: int | None = None) -> None:
+        if candidates is not None:
+            check_k(candidates)
+        self.first, self.second, self.candidates = first, second, candidates
+        self.kind = f"{first.kind}>{second.kind}"
+        self.num_rows, self.recall = first.num_rows, first.recall
+        self.name = f"{_name(first)}>{_name(second)}, {candidates}"
+        self.folders = [folder for stage in (first, second) for folder in getattr(stage, "folders", [])]
+
+    def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
+        """The k candidates of the best second scores, which are the scores that are returned."""
+        check_k(k)
+        depth = max(10 * k, 50) if self.candidates is None else max(self.candidates, k)
+        rows, _, mask = self.first.search(queries, max(min(depth, self.num_rows), k), excluded)
+        scores = np.where(mask, self.second.scores(queries, rows), -np.inf).astype(np.float32)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        rows = np.take_along_axis(rows, order, 1)
+        return rows, np.take_along_axis(scores, order, 1), rows >= 0
+
+
+class EmbedderReranker:
+    """Chunks scored by another embedder than the store's: -squared L2 of the keys it gives the query and their text."""
+
+    def __init__(self, store: Store, embedder: Embedder) -> None:
+        self.store, self.embedder = store, embedder
+        self.kind: str = embedder.description["name"]
+        self.name = embedder.fingerprint[:16]
+
+    def scores(self, queries: Queries, rows: Int64[np.ndarray, "q c"]) -> Float32[np.ndarray, "q c"]:
+        """Every row is embedded once, however many queries it is a candidate of."""
+        unique, place = np.unique(np.maximum(rows, 0), return_inverse=True)
+        if not len(unique):
+            return np.zeros(rows.shape, np.float32)
+        keys = self.embedder.embed(self.store.text(unique))
+        asked = queries.embedded(self.embedder)
+        return -np.square(asked[:, None] - keys[place.reshape(rows.shape)]).sum(2)
+
+
+def search_excluding(
+    engine: Index, store: Store, keys: Float32[np.ndarray, "q d"], k: int, excluded: list[set[int]] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k nearest rows of each query outside its excluded document rows: rows, scores and mask [q, k].
+
+    The over-fetch doubles, for the queries that need it, until k rows survive or the index has no more to give.
+    """
+    if excluded is None or not any(excluded):
+        return engine.search(keys, k)
+    rows = np.full((len(keys), k), -1, np.int64)
+    scores = np.full((len(keys), k), -np.inf, np.float32)
+    waiting, fetch = np.arange(len(keys)), k + 8
+    while len(waiting):
+        fetch = max(min(fetch, engine.num_rows), 1)
+        size, short = max(_FETCHED_HITS // fetch, 1), []
+        for start in range(0, len(waiting), size):
+            group = waiting[start : start + size]
+            found, found_scores, mask = engine.search(keys[group], fetch)
+            kept = mask & ~_in_documents(store, found, [excluded[q] for q in group])
+            order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+            kept, width = np.take_along_axis(kept, order, 1), order.shape[1]
+            rows[group, :width] = np.where(kept, np.take_along_axis(found, order, 1), -1)
+            scores[group, :width] = np.where(kept, np.take_along_axis(found_scores, order, 1), -np.inf)
+            short.append(group[(kept.sum(1) < k) & mask[:, -1]])  # a masked hit: the engine found no more than that
+        if fetch >= engine.num_rows:
+            break
+        waiting, fetch = np.concatenate(short), fetch * 2
+    return rows, scores, rows >= 0
+
+
+def _in_documents(store: Store, rows: np.ndarray, excluded: list[set[int]]) -> np.ndarray:
+    """Which rows [q, c] belong to one of their query's excluded documents."""
+    documents = store.document_rows(np.maximum(rows, 0))
+    width = max(map(len, excluded))
+    table = np.full((len(excluded), width), -1, np.int64)
+    for q, blocked in enumerate(excluded):
+        table[q, : len(blocked)] = sorted(blocked)
+    if width == 1:
+        return documents == table
+    return np.stack([np.isin(found, blocked) for found, blocked in zip(documents, table, strict=True)])
+
+
+def embedder_of(store: Store, embedder: Embedder | None = None) -> Embedder:
+    """The given embedder, or the one that the store's manifest names; refused if its fingerprint is not the store's."""
+    if embedder is None:
+        if is_keyless(store):
+            raise ValueError(f"{store.path} was built without an embedder; use an index of words, tfidf or bm25")
+        embedder = embedder_from(store.manifest["embedder"], store.path)
+    store.check_embedder(embedder)
+    return embedder

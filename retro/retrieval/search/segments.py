@@ -1,0 +1,219 @@
+"""Indexes in segments: each a folder index/<hash>/ that serves the rows of whole consecutive shards.
+
+A segment is keyed by its kind, its settings and the fingerprints of its shards, and counts rows from its first shard.
+So a shard that is added needs a segment of its own and leaves the others as they are, documents that are removed
+leave all of them (their rows are dropped from the answers), and `compact` keeps those whose shards it kept.
+
+When more than 8 segments would serve a store, the newest are joined, back to front, while the one before has less than
+twice the rows joined so far and all have at most `max_rows`: their number grows with the logarithm of the rows, and a
+row is indexed again that often.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt32
+
+from retro.common.files import delete, folder_record, folder_written_aside, load_json, open_npy, save_json, stable_hash
+from retro.retrieval.search.exact import blocks
+from retro.retrieval.store.store import Store
+
+log = logging.getLogger(__name__)
+
+MAX_SEGMENTS = 8
+_BLOCK_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """The shards first .. stop - 1 of a store, and the folder and record of the segment that serves them, if any."""
+
+    first: int
+    stop: int
+    folder: Path | None = None
+    record: dict[str, Any] | None = None
+
+
+def row_range(store: Store, run: Run) -> tuple[int, int]:
+    """The first row of a run and the first behind it."""
+    first, last = store.shards[run.first], store.shards[run.stop - 1]
+    return first["first_row"], last["first_row"] + last["rows"]
+
+
+def num_rows(store: Store, run: Run) -> int:
+    start, stop = row_range(store, run)
+    return stop - start
+
+
+def find_segments(store: Store, kind: str) -> list[Run]:
+    """The segments of a kind that serve shards of the store as it is, whatever their settings."""
+    fingerprints = [store.shard_fingerprint(number) for number in range(len(store.shards))]
+    found = []
+    for folder, record in segment_records(store, kind):
+        shards = record["shards"]
+        for first in range(len(fingerprints) - len(shards) + 1):
+            run = Run(first, first + len(shards), folder, record)
+            if fingerprints[first : run.stop] == shards and _is_whole(store, run):
+                found.append(run)
+    return found
+
+
+def segment_records(store: Store, kind: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders and records of all segments of a kind, also of those that serve other generations."""
+    files = sorted((store.path / "index").glob("[!.]*/index.json"))
+    found = [(file.parent, _read(file)) for file in files]
+    return [(folder, record) for folder, record in found if record.get("shards") and record["kind"] == kind]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return load_json(file)
+    except ValueError as error:
+        log.warning("an index is left out: %s", error)
+        return {}
+
+
+def _is_whole(store: Store, run: Run) -> bool:
+    """Whether a segment that was built after a removal has all rows that this generation of the store searches."""
+    if run.record["skipped"] is None:
+        return True
+    try:
+        rows = open_npy(run.folder / "rows.npy")
+    except ValueError:
+        return False
+    first, last = row_range(store, run)
+    return all(np.isin(searchable_block(store, first, part), rows).all() for part in blocks(first, last, _BLOCK_ROWS))
+
+
+def searchable_block(store: Store, first: int, part: tuple[int, int]) -> UInt32[np.ndarray, " c"]:
+    """The searchable rows of a range, counted from `first`."""
+    return (store.searchable_in(*part) - first).astype(np.uint32)
+
+
+def segment_rows(store: Store, run: Run) -> UInt32[np.ndarray, " c"]:
+    """The searchable rows of a run, counted from its first."""
+    first, last = row_range(store, run)
+    found = [searchable_block(store, first, part) for part in blocks(first, last, _BLOCK_ROWS)]
+    return np.concatenate([np.zeros(0, np.uint32), *found])
+
+
+def cover(store: Store, found: Iterable[Run]) -> list[Run]:
+    """Of the segments found, those that together serve the most rows, each row once; fewer are better than more."""
+    ending: dict[int, list[Run]] = {}
+    for run in found:
+        ending.setdefault(run.stop, []).append(run)
+    best: list[tuple[int, int, Any]] = [(0, 0, None)]  # rows, -segments, (segment, those before it)
+    for stop in range(1, len(store.shards) + 1):
+        options = [best[-1]]
+        for run in ending.get(stop, []):
+            rows, count, before = best[run.first]
+            options.append((rows + num_rows(store, run), count - 1, (run, before)))
+        best.append(max(options, key=lambda option: option[:2]))
+    chosen, chain = [], best[-1][2]
+    while chain is not None:
+        chosen.append(chain[0])
+        chain = chain[1]
+    return chosen[::-1]
+
+
+def uncovered(store: Store, chosen: list[Run]) -> list[Run]:
+    """The runs of shards between the segments of a cover."""
+    gaps, at = [], 0
+    for run in [*chosen, Run(len(store.shards), len(store.shards))]:
+        if at < run.first:
+            gaps.append(Run(at, run.first))
+        at = run.stop
+    return gaps
+
+
+def plan_segments(store: Store, chosen: list[Run], max_rows: int) -> list[Run]:
+    """The segments that should serve a store of which some are there: see the rule above; new ones have no folder."""
+    new = [part for gap in uncovered(store, chosen) for part in _split(store, gap, max_rows)]
+    planned = sorted([*chosen, *new], key=lambda run: run.first)
+    while len(planned) > MAX_SEGMENTS:
+        joined, start = num_rows(store, planned[-1]), len(planned) - 1
+        while start and (rows := num_rows(store, planned[start - 1])) < 2 * joined and joined + rows <= max_rows:
+            joined, start = joined + rows, start - 1
+        if start == len(planned) - 1:
+            break
+        planned[start:] = [Run(planned[start].first, planned[-1].stop)]
+    return planned
+
+
+def _split(store: Store, run: Run, max_rows: int) -> list[Run]:
+    """A run cut into runs of at most `max_rows` rows, or of one shard where that has more."""
+    parts: list[Run] = []
+    for number in range(run.first, run.stop):
+        longer = Run(parts[-1].first, number + 1) if parts else None
+        if longer and num_rows(store, longer) <= max_rows:
+            parts[-1] = longer
+        else:
+            parts.append(Run(number, number + 1))
+    return parts
+
+
+def write_segment(store: Store, run: Run, record: dict[str, Any], write: Any) -> Run:
+    """Write the segment of a run through write(folder, rows) -> further fields of its record.
+
+    record: kind and settings. Returns the run with its folder and record.
+    """
+    first, last = row_range(store, run)
+    record = record | {
+        "shards": [store.shard_fingerprint(number) for number in range(run.first, run.stop)],
+        "skipped": _skipped(store, first, last),
+    }
+    folder = store.path / "index" / stable_hash(record)[:16]
+
+    def write_record(aside: Path) -> dict[str, Any]:
+        rows = segment_rows(store, run)
+        return record | {"rows": len(rows)} | write(aside, rows)
+
+    return Run(run.first, run.stop, folder, write_index(store, folder, write_record, range(run.first, run.stop)))
+
+
+def write_index(
+    store: Store, folder: Path, write: Callable[[Path], dict[str, Any]], numbers: Iterable[int] | None = None
+) -> dict[str, Any]:
+    """Write a folder of index/ through write(a temporary folder) -> its record, and return what its index.json says.
+
+    numbers: the shards that it is made of; None is all. Nothing is left of it, and ValueError raised, if they are no
+    longer there (see `Store.check_on_disk`).
+    """
+    store.check_on_disk(numbers)
+    folder.parent.mkdir(exist_ok=True)
+    try:
+        with folder_written_aside(folder) as aside:
+            try:
+                record = write(aside)
+                save_json(aside / "index.json", record | {"files": folder_record(aside)})
+            except (OSError, RuntimeError) as error:  # an engine's own, too
+                if not aside.is_dir():  # `compact` deletes what is being written of any generation
+                    raise FileNotFoundError(f"{aside} is gone") from error
+                raise
+            store.check_on_disk(numbers)
+        store.check_on_disk(numbers)
+        return load_json(folder / "index.json")
+    except Exception as error:
+        try:
+            store.check_on_disk(numbers)
+        except ValueError:
+            delete(folder)
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{folder} was deleted while it was written; open {store.path} again") from error
+        raise
+
+
+def _skipped(store: Store, first: int, last: int) -> str | None:
+    """Which documents between two rows are removed already, as a hash; None if none is."""
+    rows = [part for part in blocks(first, last, _BLOCK_ROWS) if store.is_removed(np.arange(*part)).any()]
+    if not rows:
+        return None
+    removed = [(low - first + np.flatnonzero(store.is_removed(np.arange(low, high)))).tolist() for low, high in rows]
+    return stable_hash(removed)[:16]

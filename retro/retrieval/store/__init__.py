@@ -1,0 +1,1 @@
+"""The datastore on disk and opened: format, chunks, values [N, F], keys, documents."""

@@ -1,0 +1,63 @@
+"""Losses of a fitted base, in slices where its output embeddings allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from retro.modules.loss import SLICE_TOKENS
+from retro.retrofit.anatomy import evaluating, probe_tokens
+from retro.retrofit.forms import Mixture
+
+
+def before_head(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
+    """What the base's output embeddings are given, and its logits: with `shorten` those of the first token only."""
+    given: list[Tensor] = []
+
+    def keep(module, args):
+        given.append(args[0])
+        return (args[0][:, :1],) if shorten else None
+
+    handle = base.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        logits = base(**inputs).logits
+    finally:
+        handle.remove()
+    return given[-1], logits
+
+
+@torch.no_grad()
+def head_is_plain(base: PreTrainedModel) -> bool:
+    """Whether logits are just hidden states times the output embeddings, as the loss in slices takes them."""
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    with evaluating(base):
+        hidden, logits = before_head(base, shorten=False, input_ids=probe_tokens(base), use_cache=False)
+        return torch.equal(head(hidden), logits)
+
+
+def plain_loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+    """Mean over the kept labels, 0 where there is none."""
+    targets = labels[:, 1:].to(logits.device).flatten()
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def mixed_loss(
+    mixture: Mixture, labels: Int[Tensor, "b n"], logits_of: Callable[[slice], Float[Tensor, "b s v"]]
+) -> Float[Tensor, ""]:
+    """Mean over the kept labels, 0 where there is none; logits are asked for in slices of positions."""
+    b, n = labels.shape
+    step, totals = max(1, SLICE_TOKENS // b), []
+    for start in range(0, n - 1, step):
+        logits = logits_of(slice(start, min(start + step, n - 1)))
+        targets = labels[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
+        log_p = mixture.log_likelihood(logits, targets.clamp(min=0), start)
+        totals.append((log_p * (targets != -100)).sum())
+    return -sum(totals) / (labels[:, 1:] != -100).sum().clamp(min=1)

@@ -1,0 +1,31 @@
+"""Sampled text with its sources: as objects, as JSON, for the terminal and as a page. Names load on demand."""
+
+from importlib import import_module
+
+_HOME = {
+    "Attribution": "retro.sampling.sources",
+    "CopiedRun": "retro.sampling.sources",
+    "ReadNeighbor": "retro.sampling.sources",
+    "ReadingChunk": "retro.sampling.sources",
+    "TextPieces": "retro.sampling.pieces",
+    "TextStream": "retro.sampling.pieces",
+    "as_json": "retro.sampling.sources",
+    "attribute": "retro.sampling.sources",
+    "html_fragment": "retro.sampling.page",
+    "html_page": "retro.sampling.page",
+    "prompt_tokens": "retro.sampling.sampler",
+    "sample": "retro.sampling.sampler",
+    "terminal_stream": "retro.sampling.terminal",
+    "terminal_text": "retro.sampling.terminal",
+    "token_gains": "retro.sampling.sampler",
+    "token_texts": "retro.sampling.pieces",
+    "visible": "retro.sampling.pieces",
+    "wants_color": "retro.sampling.terminal",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,1 @@
+"""Text in: documents, the tokenizer, chunks of tokens, prompts."""

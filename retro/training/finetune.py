@@ -1,0 +1,163 @@
+"""Fine-tune a trained RETRO, or what a RETRO-fit added, to answer questions from passages: the loss is on answers only.
+
+A text is what `retro task qa` reads: the question, filled up in front so that "answer:" ends a chunk whose neighbors
+are the passages, then one of the answers and eos. Source: RETRO, section 4.3.
+
+The script train/finetune.py is the same, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from retro.common.settings import find_config, load_settings
+from retro.evaluation.scorer import reads_neighbors
+from retro.evaluation.tasks.passages import Question, find_passages, passage_tokens, read_questions
+from retro.evaluation.tasks.question_answering import PROMPT
+from retro.evaluation.tasks.reading import Reader
+from retro.provenance import check_store, own_index
+from retro.retrieval import Retriever, Store
+from retro.training.loop import fit
+from retro.training.settings import TrainSettings
+from retro.training.setup import setup
+from retro.training.windows import IGNORED, Batch, Windows, check_window
+
+
+@dataclass(kw_only=True)
+class FinetuneSettings(TrainSettings):
+    """One fine-tuning; all fields of TrainSettings, without those of another kind of data.
+
+    start: folder of a trained RETRO, all of whose weights are trained, or of a RETRO-fitted model, whose base stays.
+    questions: a file of questions and answers; see `retro.evaluation.tasks.passages`.
+    store: of the model's tokenizer; where passages are searched (with `index`) if the file has none.
+    num_neighbors: passages of a question.
+    retrieval: false trains without passages.
+    """
+
+    start: str
+    questions: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("valid_store", "model", "random_neighbors"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: {getattr(self, name)} means nothing in fine-tuning; leave it out")
+
+
+def main(config: str, overrides: Sequence[str] = ()) -> bool:
+    """Train as a configuration (a file, or a packaged name) and `key=value` say; True if the run reached its last step.
+
+    A run that finds its own checkpoint in `output` goes on from it. Raises ValueError or OSError for what
+    the user can mend.
+    """
+    settings = load_settings(FinetuneSettings, find_config(config, "finetune"), list(overrides))
+    start = Start(settings)
+    return fit(setup(settings, start.config, start, start.windows))
+
+
+class Start:
+    """How the loop makes its model: from the folder it starts at, or from a checkpoint."""
+
+    def __init__(self, settings: FinetuneSettings):
+        if not (Path(settings.start) / "config.json").is_file():
+            raise ValueError(f"start: {settings.start} holds no model; give the folder of a trained one")
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(settings.start)
+        if settings.retrieval and not reads_neighbors(self.model):
+            raise ValueError(
+                f"start: {settings.start} reads no neighbors; say retrieval=false to train without passages"
+            )
+
+    def config(self, settings: FinetuneSettings, store: Store) -> PreTrainedConfig:
+        """The model's configuration; ValueError for a store of another tokenizer."""
+        check_store(settings.start, store)
+        return self.model.config
+
+    def __call__(self, config: PreTrainedConfig) -> PreTrainedModel:
+        return self.model
+
+    def from_pretrained(self, folder: str | Path, dtype: Any = None) -> PreTrainedModel:
+        """The model of a checkpoint; a base keeps its type."""
+        base = getattr(self.model, "base", None)
+        given = {"dtype": dtype} if base is None else {"base": base}
+        return type(self.model).from_pretrained(folder, **given)
+
+    def windows(self, settings: FinetuneSettings, store: Store, retrieved_len: int) -> QuestionWindows:
+        """The questions of the file, with passages."""
+        questions = read_questions(settings.questions)
+        index = own_index(settings.start, store, settings.index or "auto") if settings.retrieval else None
+        if settings.retrieval and any(one.passages is None for one in questions):
+            retriever = Retriever(store, index, retrieved_len=retrieved_len)
+            questions = find_passages(questions, retriever, settings.num_neighbors, progress=True)
+        k = settings.num_neighbors if settings.retrieval else 0
+        reader = Reader(model=self.model, tokenizer=store.tokenizer, align="end")
+        return QuestionWindows(store, reader, questions, settings.window_len, k, retrieved_len, settings.seed, index)
+
+
+class QuestionWindows(Windows):
+    """Questions as windows of a Loader: one a window, padded at its end.
+
+    Raises ValueError for a question that leaves no room for an answer.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        reader: Reader,
+        questions: Sequence[Question],
+        window_len: int,
+        num_passages: int,
+        retrieved_len: int,
+        seed: int = 0,
+        index: str | None = None,
+    ):
+        check_window(window_len, store.chunk_len)
+        self.store, self.neighbors = store, None  # no table: passages belong to questions
+        self.index = index
+        self.reader, self.questions = reader, questions
+        self.window_len, self.num_passages, self.retrieved_len = window_len, num_passages, retrieved_len
+        self.answers = [
+            one.answers[np.random.default_rng([seed, number]).integers(len(one.answers))]
+            for number, one in enumerate(questions)
+        ]
+        for one in questions:
+            if len(self._prompt(one)) >= window_len:
+                raise ValueError(f"question {one.id} fills window_len {window_len}; give a larger one, or leave it out")
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def batch(self, windows: Int[np.ndarray, " b"]) -> Batch:
+        """input_ids, labels [b, n], -100 outside of answers; with passages neighbor_ids, neighbor_mask [b, l, k, r]."""
+        b, n, m = len(windows), self.window_len, self.store.chunk_len
+        ids = np.full((b, n), self.store.pad_token_id, np.int64)
+        labels = np.full((b, n), IGNORED, np.int64)
+        shape = (b, n // m, self.num_passages, self.retrieved_len)
+        neighbors = {"neighbor_ids": np.zeros(shape, np.int64), "neighbor_mask": np.zeros(shape, bool)}
+        for row, window in enumerate(windows):
+            question = self.questions[window]
+            prompt, answer = self._prompt(question), self._answer(question, self.answers[window])
+            answer = answer[: n - len(prompt)]
+            ids[row, : len(prompt) + len(answer)] = np.concatenate([prompt, answer])
+            labels[row, len(prompt) : len(prompt) + len(answer)] = answer
+            if self.num_passages:
+                found = passage_tokens(self.store.tokenizer, question.passages, *shape[2:])
+                for array, value in zip(neighbors.values(), found, strict=True):
+                    array[row, len(prompt) // m - 1] = value
+        batch = {"input_ids": ids, "labels": labels} | (neighbors if self.num_passages else {})
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _prompt(self, question: Question) -> np.ndarray:
+        return self.reader.place(self.reader.encode(PROMPT.format(question=question.question)))
+
+    def _answer(self, question: Question, answer: str) -> np.ndarray:
+        tokens = self.reader.pair(PROMPT.format(question=question.question), f" {answer}").continuation
+        eos = self.store.tokenizer.eos_token_id
+        return tokens if eos is None else np.append(tokens, eos)

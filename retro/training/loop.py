@@ -1,0 +1,181 @@
+"""The training loop over what `setup` gives. One process or many (accelerate), on CPU or GPU.
+
+output/
+  config.yaml                the resolved settings
+  metrics.jsonl              one line per log or evaluation
+  checkpoints/step-*/        the newest states (see retro.training.checkpoint)
+  config.json  model.safetensors  tokenizer*  retro.json      the trained model, when the run is done
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from retro.common.products import fast_products
+from retro.training.batches import count_targets, sum_over_processes, to_device
+from retro.training.checkpoint import last_checkpoint
+from retro.training.output import finish, log_metrics, prepare_output, save
+from retro.training.settings import learning_rate
+from retro.training.setup import Run
+from retro.training.sharding import whole
+from retro.training.validation import validate
+from retro.training.windows import Batch
+
+logger = logging.getLogger(__name__)
+
+
+def fit(run: Run) -> bool:
+    """Train to the last step; True if it was reached, False if SIGTERM or SIGINT asked to stop (the state is saved).
+
+    Raises ValueError, naming the step, if the loss is not finite; the last good checkpoint stays.
+    """
+    settings, state, accelerator = run.settings, run.state, run.accelerator
+    prepare_output(run)
+    started_at, elapsed_before = time.monotonic(), state.elapsed_seconds
+    last_saved, since_log = state.step, Pace()
+    with stop_requests() as stop, _progress(run) as progress, closing(iter(run.loader)) as batches:
+        while state.step < run.num_steps:
+            with since_log:
+                micro_batches = next(batches)
+                num_targets, stopping = _agree(accelerator, micro_batches, stop.is_requested)
+                if stopping:
+                    break
+                grad_norm = train_step(run, micro_batches, num_targets)
+            state.position = dict(run.loader.position)
+            state.elapsed_seconds = elapsed_before + time.monotonic() - started_at
+            progress.update()
+            if _is_due(run, settings.log_every):
+                _log_training(run, progress, grad_norm, since_log)
+            if run.valid is not None and _is_due(run, settings.eval_every):
+                log_metrics(run, validate(run))
+            if _is_due(run, settings.save_every):
+                save(run)
+                last_saved = state.step
+        if state.step > last_saved:
+            save(run)
+    if state.step < run.num_steps:
+        logger.info("stopped after step %d as asked", state.step)
+        return False
+    finish(run)
+    return True
+
+
+@fast_products()
+def train_step(run: Run, micro_batches: list[Batch], num_targets: int) -> float:
+    """One step of the optimizer: the loss is the mean over all predicted tokens of all processes' micro-batches.
+
+    The model gives the mean over its own micro-batch, and data-parallel gradients are averaged over processes; so each
+    micro-batch is weighted by its tokens * processes / tokens of the step. Returns the gradient's norm before clipping.
+    """
+    state, accelerator = run.state, run.accelerator
+    rate = learning_rate(state.step, run.num_steps, run.settings)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate * group["lr_ratio"]
+    run.wrapped.train()
+    losses = []
+    for number, batch in enumerate(micro_batches, start=1):
+        own_targets = count_targets(batch)
+        with nullcontext() if number == len(micro_batches) else accelerator.no_sync(run.wrapped):
+            loss = run.wrapped(**to_device(batch, accelerator.device)).loss
+            accelerator.backward(loss * (own_targets * accelerator.num_processes / max(1, num_targets)))
+        losses.append((loss.detach(), own_targets))
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), run.settings.max_grad_norm)).item()
+    (loss_sum,) = sum_over_processes(accelerator, sum(loss.item() * weight for loss, weight in losses))
+    _require_finite(run, loss_sum / max(1, num_targets), grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * accelerator.num_processes
+    state.loss_sum, state.loss_tokens = state.loss_sum + loss_sum, state.loss_tokens + num_targets
+    return grad_norm
+
+
+def _agree(accelerator: Accelerator, micro_batches: list[Batch], stop_requested: bool) -> tuple[int, bool]:
+    """Predicted tokens of all processes in this step, and whether any of them was asked to stop."""
+    own_targets = sum(map(count_targets, micro_batches))
+    total, stops = sum_over_processes(accelerator, own_targets, stop_requested)
+    return int(total), stops > 0
+
+
+def _require_finite(run: Run, loss: float, grad_norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    kept = last_checkpoint(run.output)
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+    raise ValueError(
+        f"{what} at step {run.state.step + 1}, so the run stops before its weights are spoiled; "
+        f"{f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'}; "
+        "try a lower lr or a longer warm-up"
+    )
+
+
+def _log_training(run: Run, progress: tqdm, grad_norm: float, pace: Pace) -> None:
+    """Log the mean loss over the tokens since the last line, and start the next line."""
+    state = run.state
+    loss, rate = state.loss_sum / max(1, state.loss_tokens), learning_rate(state.step - 1, run.num_steps, run.settings)
+    tokens = pace.steps * run.loader.windows_per_step * run.settings.window_len
+    speed = round(tokens / max(1e-9, pace.seconds), 1)
+    log_metrics(run, {"loss": loss, "lr": rate, "grad_norm": grad_norm, "tokens_per_second": speed})
+    state.loss_sum, state.loss_tokens, pace.steps, pace.seconds = 0.0, 0, 0, 0.0
+    progress.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:,.0f}", refresh=False)
+
+
+@dataclass
+class Pace:
+    """Steps and the seconds spent in them, without evaluation and saving."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.steps += 1
+        self.seconds += time.monotonic() - self._entered
+
+
+def _is_due(run: Run, every: int) -> bool:
+    return run.state.step % every == 0 or run.state.step == run.num_steps
+
+
+def _progress(run: Run) -> tqdm:
+    hidden = not run.accelerator.is_main_process
+    return tqdm(total=run.num_steps, initial=run.state.step, unit="step", desc="train", disable=hidden or None)
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop."""
+
+    is_requested = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """SIGTERM and the first SIGINT ask the run to stop after its step; a second SIGINT interrupts at once."""
+    request, before = StopRequest(), {}
+
+    def ask(number: int, frame: Any) -> None:
+        request.is_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        logger.warning("not in the main thread: SIGTERM and SIGINT will not save a checkpoint")
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,122 @@
+"""RETRO-fit a pretrained causal LM: the base stays as it is, only what reads the neighbors is trained.
+
+The script train/retrofit.py is the same, step by step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from retro.common.settings import find_config, load_settings
+from retro.retrieval import Store
+from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, open_base, retrofit
+from retro.training.loop import fit
+from retro.training.settings import TrainSettings
+from retro.training.setup import Run, setup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class RetrofitSettings(TrainSettings):
+    """One RETRO-fit; all fields of TrainSettings, of which `model` is any field of RetrofitConfig.
+
+    base: a Hugging Face name, a folder, a GGUF file or "package:NAME"; its tokenizer is the store's.
+    base_dtype: the type in which the base is held; what is trained is float32.
+    revision: of a base on the hub.
+    """
+
+    base: str
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.retrieval:
+            raise ValueError("retrieval is false, so that nothing would be trained; leave it out")
+
+
+def main(config: str, overrides: Sequence[str] = ()) -> bool:
+    """Fit as a configuration (a file, or a packaged name) and `key=value` say; True if the run reached its last step.
+
+    A run that finds its own checkpoint in `output` goes on from it. Raises ValueError or OSError for what
+    the user can mend.
+    """
+    settings = load_settings(RetrofitSettings, find_config(config, "retrofit"), list(overrides))
+    return fit(prepare(settings))
+
+
+def prepare(settings: RetrofitSettings) -> Run:
+    """Open base and data, and fit the base or read what was trained from the last checkpoint."""
+    fitting = Fitting(settings)
+    run = setup(settings, fitting.config, fitting)
+    if run.accelerator.is_main_process:
+        run.state.model.print_trainable_parameters()
+    return run
+
+
+class Fitting:
+    """How the loop makes its model: from a configuration, or from a checkpoint over the same base."""
+
+    def __init__(self, settings: RetrofitSettings):
+        revision = {} if settings.revision is None else {"revision": settings.revision}
+        self.settings = settings
+        self.base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype), **revision)
+        self.fitted: RetrofitForCausalLM | None = None
+
+    def config(self, settings: RetrofitSettings, store: Store) -> RetrofitConfig:
+        """The configuration of the fitted base: `settings.model` over what store and settings say.
+
+        Raises ValueError for fields that are unknown or refused, and for a store of another tokenizer.
+        """
+        check_tokenizer(settings.base, self.base, store)
+        implied = {"chunk_len": store.chunk_len, "num_neighbors": settings.num_neighbors}
+        fields = {**implied, **settings.model}
+        if fields["chunk_len"] != store.chunk_len:
+            raise ValueError(
+                f"model.chunk_len: {fields['chunk_len']} is not the store's {store.chunk_len}; leave it out"
+            )
+        self.fitted = retrofit(self.base, **self._origin(), **fields)
+        return self.fitted.config
+
+    def __call__(self, config: RetrofitConfig) -> PreTrainedModel:
+        """A model at the start of its training, drawn again with the loop's seed."""
+        self.fitted.form.start(self.base, self.fitted.anatomy)
+        return self.fitted
+
+    def from_pretrained(self, folder: str | Path, dtype: Any = None) -> PreTrainedModel:
+        """The model of a checkpoint; the base keeps the type of the settings."""
+        return RetrofitForCausalLM.from_pretrained(folder, base=self.base)
+
+    def _origin(self) -> dict[str, Any]:
+        from retro.retrofit.bases import stored_name
+
+        origin = {"base_name_or_path": stored_name(self.settings.base)}
+        return origin if self.settings.revision is None else {**origin, "base_revision": self.settings.revision}
+
+
+def check_tokenizer(base_name: str, base: PreTrainedModel, store: Store) -> None:
+    """Raise ValueError unless the store's tokens are the base's; a base without a tokenizer passes with a warning."""
+    vocab_size = base.config.get_text_config().vocab_size
+    if len(store.tokenizer) > vocab_size:
+        raise ValueError(
+            f"the store {store.path} has {len(store.tokenizer)} tokens, the base {base_name} {vocab_size}; "
+            "build a store with the base's tokenizer"
+        )
+    try:
+        vocabulary = base_tokenizer(base_name).get_vocab()
+    except (ValueError, TypeError) as error:
+        logger.warning("whether the store has the tokenizer of %s is not checked: %s", base_name, error)
+        return
+    if vocabulary != store.tokenizer.get_vocab():
+        raise ValueError(
+            f"the store {store.path} was built with another tokenizer than that of the base {base_name}; "
+            f"build it with --tokenizer {base_name}"
+        )

@@ -1,0 +1,21 @@
+"""A recipe as a script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def run_script(main: Callable[[str, Sequence[str]], bool]) -> int:
+    """Run a recipe as a script: its arguments are CONFIG key=value ...; a user's error is one line and exit code 2."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"usage: {Path(sys.argv[0]).name} CONFIG [key=value ...]", file=sys.stderr)
+        return 0 if len(sys.argv) > 1 else 2
+    try:
+        if not main(sys.argv[1], sys.argv[2:]):
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,215 @@
+"""What a run is made of: data, model, processes, optimizer and the last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from retro.common.settings import to_plain
+from retro.model import RetroForCausalLM
+from retro.retrieval import NeighborTable, Store, open_neighbors
+from retro.training.checkpoint import TrainState, check_identity, last_checkpoint, load_checkpoint
+from retro.training.memory import keep_freed_memory
+from retro.training.optimizer import make_optimizer
+from retro.training.settings import FREE_FIELDS, TrainSettings
+from retro.training.sharding import shard
+from retro.training.windows import Loader, Windows, check_window
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What does not change during a run, and its state."""
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    store: Store
+    loader: Loader
+    valid: Windows | None
+    wrapped: nn.Module  # the state's model as accelerate runs it
+    state: TrainState
+    identity: dict[str, Any]
+    output: Path
+    num_steps: int
+
+
+# Setup
+
+
+def setup(
+    settings: TrainSettings,
+    make_config: Callable[[TrainSettings, Store], PreTrainedConfig],
+    model_class: type[PreTrainedModel],
+    make_windows: Callable[[TrainSettings, Store, int], Windows] | None = None,
+) -> Run:
+    """Open the data, make the model or read it from the last checkpoint of the output folder, check that both fit.
+
+    make_config: the model's configuration for a store. model_class: makes a model of it, and reads checkpoints.
+    make_windows: what is trained on, from settings, store and r, if not the windows of the store.
+    Raises ValueError for data or a checkpoint that do not fit the settings.
+    """
+    store = Store.open(settings.store)
+    check_window(settings.window_len, store.chunk_len)
+    config = make_config(settings, store)
+    windows = (make_windows or training_windows)(settings, store, config.retrieved_len)
+    valid = validation_windows(settings, store, config.retrieved_len)
+    accelerator, output = make_accelerator(settings), Path(settings.output)
+    identity = run_identity(settings, windows, accelerator.num_processes)
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
+    set_seed(settings.seed)
+    model = make_model(settings, config, model_class, checkpoint)
+    wrapped = spread(model, settings, accelerator)
+    state = TrainState(model, make_optimizer(model, settings))
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, state, accelerator.process_index)
+        logger.info("going on from %s", checkpoint)
+    loader = make_loader(settings, windows, accelerator, state.position)
+    num_steps = settings.num_steps(accelerator.num_processes)
+    return Run(settings, accelerator, store, loader, valid, wrapped, state, identity, output, num_steps)
+
+
+def make_model(
+    settings: TrainSettings, config: PreTrainedConfig, model_class: type[PreTrainedModel], checkpoint: Path | None
+) -> PreTrainedModel:
+    """A model of random weights, or that of a checkpoint, in float32."""
+    if checkpoint is None:
+        model = model_class(config)
+    else:
+        with without_loading_bars():
+            model = model_class.from_pretrained(checkpoint, dtype=torch.float32)
+    if settings.gradient_checkpointing:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def spread(model: PreTrainedModel, settings: TrainSettings, accelerator: Accelerator) -> nn.Module:
+    """The model as the processes run it together: each a whole one, or sharded in place."""
+    if not settings.fsdp:
+        return accelerator.prepare_model(model)
+    if not isinstance(model, RetroForCausalLM):
+        raise ValueError(f"fsdp is true, and {type(model).__name__} is no RetroForCausalLM; leave it out")
+    if accelerator.num_processes == 1:
+        raise ValueError("fsdp is true with a single process; launch several, or leave it out")
+    wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast alone
+    shard(model, accelerator.device.type)
+    return wrapped
+
+
+def make_loader(
+    settings: TrainSettings, windows: Windows, accelerator: Accelerator, position: dict[str, int]
+) -> Loader:
+    """This process's batches from a position on."""
+    return Loader(
+        windows,
+        settings.batch_size,
+        seed=settings.seed,
+        accumulation=settings.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        position=position,
+        drop_neighbors=settings.drop_neighbors,
+    )
+
+
+def make_accelerator(settings: TrainSettings) -> Accelerator:
+    """Device, processes and precision as accelerate finds them, with the settings' tracker."""
+    tracker = None if settings.tracker == "none" else settings.tracker
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # several processes without a GPU then talk by gloo
+            mixed_precision="no" if settings.mixed_precision == "none" else settings.mixed_precision,
+            log_with=tracker,
+            project_dir=settings.output,
+        )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
+    if tracker is not None and tracker not in [getattr(one, "value", one) for one in accelerator.log_with]:
+        raise ValueError(f"tracker: {tracker} is not installed; pip install {tracker}, or take tracker=none")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}, so that each would "
+            "train alone into the same folder; launch with torchrun or `accelerate launch`"
+        )
+    return accelerator
+
+
+def run_identity(settings: TrainSettings, windows: Windows, world_size: int) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint: all but FREE_FIELDS, and the data by content."""
+    fixed = {name: value for name, value in to_plain(settings).items() if name not in FREE_FIELDS}
+    table = None if windows.neighbors is None else windows.neighbors.record
+    return {
+        **fixed,
+        "store_fingerprint": windows.store.fingerprint,
+        "neighbor_table": table and {name: table[name] for name in ("exclude", "index")},
+        "windows_per_step": settings.windows_per_step(world_size),
+    }
+
+
+def training_windows(settings: TrainSettings, store: Store, retrieved_len: int) -> Windows:
+    """The windows of the store to train on."""
+    table = open_neighbors(store, k=settings.num_neighbors, index=settings.index) if settings.retrieval else None
+    return _windows(settings, store, table, store, retrieved_len)
+
+
+def validation_windows(settings: TrainSettings, store: Store, retrieved_len: int) -> Windows | None:
+    """The windows of the validation store, with neighbors in the store to train on; None without a validation store."""
+    if settings.valid_store is None:
+        return None
+    valid = Store.open(settings.valid_store)
+    if valid.tokenizer_fingerprint != store.tokenizer_fingerprint or valid.chunk_len != store.chunk_len:
+        raise ValueError(
+            f"valid_store {settings.valid_store} and store {settings.store} differ in tokenizer or chunk length; "
+            "build both with the same"
+        )
+    table = open_neighbors(store, valid, settings.num_neighbors, index=settings.index) if settings.retrieval else None
+    return _windows(settings, valid, table, store, retrieved_len)
+
+
+def _windows(
+    settings: TrainSettings, store: Store, table: NeighborTable | None, neighbor_store: Store, retrieved_len: int
+) -> Windows:
+    return Windows(
+        store,
+        table,
+        window_len=settings.window_len,
+        num_neighbors=None if table is None else settings.num_neighbors,
+        retrieved_len=retrieved_len,
+        neighbor_store=neighbor_store,
+        random_seed=settings.seed if settings.random_neighbors else None,
+    )
+
+
+# Output
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """transformers' own progress bars stay away from the run's."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What the two servers share: errors as one sentence, who may ask, limits, a thread that works, the socket."""

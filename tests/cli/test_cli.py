@@ -1,0 +1,222 @@
+"""The command, end to end on a few real documents with the real MiniLM and ScaNN, and what it refuses."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from retro.cli import main
+from retro.text.packages import package_documents
+
+README = Path(__file__).parents[2] / "README.md"
+VERBS = ("build", "tokenizer", "neighbors", "search", "train", "retrofit", "evaluate", "leakage", "sweep")
+VERBS += ("generate", "serve", "demo", "add", "remove", "compact", "verify", "plan", "serve-store")
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.cca_layers=[2]",
+    "window_len=128",
+    "batch_size=2",
+    "max_tokens=null",
+    "max_steps=3",
+    "log_every=1",
+]
+
+
+@contextlib.contextmanager
+def inside(folder: Path):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with documents, and what the README's own commands make of them: tokenizer, store, trained models."""
+    folder = tmp_path_factory.mktemp("cli")
+    with open(folder / "docs.jsonl", "w") as train, open(folder / "heldout.jsonl", "w") as valid:
+        for number, document in enumerate(package_documents(["einops"])):
+            line = json.dumps({"id": document.id, "title": document.title, "text": document.text}) + "\n"
+            (valid if number % 4 == 0 else train).write(line)
+    (block,) = (block for block in readme_blocks("bash") if "retro tokenizer" in block)
+    with inside(folder):
+        for line in block.splitlines():
+            command, *argv = shlex.split(line, comments=True)
+            assert command == "retro"
+            run([argument.replace("8192", "600") for argument in argv] + (TINY if argv[0] == "train" else []))
+    names = {"docs": "docs.jsonl", "heldout": "heldout.jsonl"} | {name: name for name in ("tok", "store", "run")}
+    shutil.copytree(folder / "run", folder / "broken", ignore=shutil.ignore_patterns("checkpoints"))
+    (folder / "broken" / "model.safetensors").write_bytes(b"damaged")
+    names["broken"] = "broken"
+    return {name: str(folder / path) for name, path in names.items()} | {"lm": str(folder / "run-lm"), "folder": folder}
+
+
+def test_the_python_of_the_readme_runs(made):
+    names: dict = {}
+    with inside(made["folder"]):
+        for block in readme_blocks("python"):
+            exec(block, names)
+    assert torch.isfinite(names["on"]) and names["on"] != names["off"]
+    assert names["found"].sources[0][0].title and len(names["out"]["neighbors"]) == 1
+
+
+def run(argv: list[str]) -> None:
+    assert main(argv) == 0, argv
+
+
+def test_search_shows_chunk_neighbors_scores_and_sources(made, capsys, tmp_path):
+    run(["search", made["store"], "rearrange elements of a tensor", "--k", "2", "--json", str(tmp_path / "found.json")])
+    printed = capsys.readouterr().out
+    assert "einops" in printed
+    assert json.loads((tmp_path / "found.json").read_text())
+
+
+def test_evaluate(made, capsys, tmp_path):
+    file = tmp_path / "bpb.json"
+    run(
+        [
+            "evaluate",
+            made["run"],
+            "--store",
+            made["store"],
+            "--data",
+            made["heldout"],
+            "--lm",
+            made["lm"],
+            "--json",
+            str(file),
+        ]
+    )
+    result, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert set(result["bpb"]) == {"lm", "retro_off", "retro_on", "retro_on_random"}
+    assert f"{result['bpb']['retro_on']:.4f}" in printed
+    with open(made["heldout"]) as documents:
+        texts = [json.loads(line)["text"] for line in documents]
+    assert result["bytes"] == sum(len(text.encode()) for text in texts)  # the tokenizer has a bos: every byte is scored
+    assert all(0 < value < 20 for value in result["bpb"].values())
+
+
+def test_generate_prints_sources(made, capsys, tmp_path):
+    prompt = " ".join(["rearrange the axes of a tensor"] * 10)
+    file = tmp_path / "sample.json"
+    run(["generate", made["run"], prompt, "--store", made["store"], "--max-new-tokens", "4", "--json", str(file)])
+    (sample,), printed = json.loads(file.read_text())["texts"], capsys.readouterr().out
+    assert sample["chunks"][1]["neighbors"][0]["title"] in printed
+    run(["generate", made["run"], prompt, "--no-retrieval", "--max-new-tokens", "4", "--do-sample", "--seed", "1"])
+    assert "retrieval is off" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_trained_again(made):
+    before = (made["folder"] / "run" / "metrics.jsonl").read_bytes()
+    with inside(made["folder"]):
+        run(["train", "train_small", "store=store", "output=run", *TINY])
+    assert (made["folder"] / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def fitted(made):
+    """A tiny base with the store's tokenizer, fitted for a few steps by the packaged recipe."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(made["tok"])
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    for part in (base, tokenizer):
+        part.save_pretrained(made["folder"] / "base")
+    folder = str(made["folder"] / "fitted")
+    given = [f"base={made['folder'] / 'base'}", f"store={made['store']}", f"output={folder}"]
+    given += ["index=null", "num_neighbors=2"]
+    run(["retrofit", "retrofit_smollm2", *given, "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1"])
+    return folder
+
+
+def test_a_fitted_model_is_evaluated_and_sampled_from(fitted, made, capsys, tmp_path):
+    file = tmp_path / "bpb.json"
+    run(["evaluate", fitted, "--store", made["store"], "--data", made["heldout"], "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert result["num_neighbors"] == 2 and result["window_len"] == 2048
+    assert len({result["bpb"][name] for name in ("retro_off", "retro_on", "retro_on_random")}) == 3
+    prompt = " ".join(["rearrange the axes of a tensor"] * 10)
+    capsys.readouterr()
+    run(["generate", fitted, prompt, "--store", made["store"], "--max-new-tokens", "3", "--json", str(file)])
+    (sample,) = json.loads(file.read_text())["texts"]
+    assert sample["chunks"][1]["neighbors"][0]["title"] in capsys.readouterr().out
+    run(["generate", fitted, prompt, "--no-retrieval", "--max-new-tokens", "3"])
+    assert "retrieval is off" in capsys.readouterr().out
+
+
+REFUSED = {
+    "an unknown key": (["train", "train_small", "store={store}", "output={new}", "lerning_rate=1"], "lerning_rate"),
+    "an unknown model field": (
+        ["train", "train_small", "store={store}", "output={new}", "model.hiden_size=1"],
+        "hidden_size",
+    ),
+    "a window that m does not divide": (
+        ["train", "train_small", "store={store}", "output={new}", "window_len=100"],
+        "64",
+    ),
+    "a checkpoint of another config": (
+        ["train", "train_small", "store={store}", "output={run}", *TINY, "lr=0.5"],
+        "lr",
+    ),
+    "a packaged config that is not there": (["train", "train_smal", "store={store}", "output={new}"], "train_small"),
+    "no store": (["train", "train_small", "store={new}", "output={new}2"], "{new}"),
+    "no model": (["evaluate", "{store}", "--store", "{store}", "--data", "{heldout}"], "config.json is missing"),
+    "sampling options without sampling": (
+        ["generate", "{run}", "x", "--no-retrieval", "--top-p", "0.5"],
+        "--do-sample",
+    ),
+    "a damaged model": (["generate", "{broken}", "x", "--no-retrieval"], "damaged"),
+    "a prompt without a store": (["generate", "{run}", "x"], "--store is missing"),
+    "k beyond the store": (["search", "{store}", "x", "--k", "100000"], "100000"),
+    "no such input": (["build", "{new}", "{new}.jsonl", "--tokenizer", "{tok}"], "{new}.jsonl"),
+    "no such embedder": (["build", "{new}", "{docs}", "--tokenizer", "{tok}", "--embedder", "{new}"], "{new}"),
+    "a demo folder in use": (["demo", "--output", "{store}"], "in use"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_in_one_line(case, made, capsys, tmp_path):
+    argv, words = REFUSED[case]
+    fill = lambda text: text.format(**made, new=tmp_path / "new")  # noqa: E731
+    assert main([fill(argument) for argument in argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("retro: error: ") and fill(words) in error[-1]
+    assert sum(line.startswith("retro: error") for line in error) == 1
+    assert not (tmp_path / "new").exists(), "nothing is half-written"
+
+
+def test_a_store_of_another_tokenizer_is_refused(made, capsys, tmp_path):
+    run(["tokenizer", str(tmp_path / "tok"), made["heldout"], "--vocab-size", "500"])
+    run(["build", str(tmp_path / "store"), made["docs"], "--tokenizer", str(tmp_path / "tok"), "--index", "none"])
+    assert main(["generate", made["run"], "x", "--store", str(tmp_path / "store")]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer" in error and str(tmp_path / "store") in error and made["run"] in error
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_loads_nothing_heavy(verb):
+    code = (
+        "import sys; from retro.cli import main\n"
+        f"try: main({[*verb.split(), '--help']})\n"
+        "except SystemExit: print(sorted({*'torch transformers scann faiss datasets'.split()} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: retro" in done.stdout and done.stdout.strip().endswith("[]")

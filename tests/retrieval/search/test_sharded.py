@@ -1,0 +1,274 @@
+"""Shards that answer apart, merged: the answers of a local search; on three nodes, of which one is killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from retro.retrieval import RemoteRetriever, Retriever, Store, build_index, open_neighbors, open_sharded
+from retro.retrieval.search.exact import as_hits, merge, no_hits
+from retro.retrieval.search.queries import Queries
+from retro.retrieval.search.searchers import open_searcher, parse_kind
+from retro.retrieval.search.segments import row_range
+from retro.retrieval.search.sharded import MissingShards, Shard, plan_shards
+from tests.stand_ins import HashingEmbedder, make_store, words
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer):
+    """Several shards, duplicates on both sides of every border between them."""
+    folder = tmp_path_factory.mktemp("sharded")
+    texts = [words(n % 50 + 3, n % 37) for n in range(120)]
+    return make_store(folder, texts, tokenizer, shard_chunks=300)
+
+
+def queries_of(store, rows):
+    return Queries(store.tokenizer, texts=store.text(rows), keys=store.keys(rows))
+
+
+# Shards without Ray
+
+
+def merged(store, kind, num_shards, queries, k, excluded=None):
+    """What the shards of a plan answer, each opened as its actor would, merged by score and row."""
+    rows, distances = no_hits(len(queries), k)
+    for parts in plan_shards(store, kind, num_shards):
+        shard = Shard(str(store.path), store.fingerprint, {name: asdict(part) for name, part in parts.items()})
+        asked = {"texts": queries.texts, "keys": queries.keys}
+        found, scores = shard.search(kind, asked, k, excluded)
+        rows, distances = merge(rows, distances, found, -scores.astype(np.float64), k)
+    return as_hits(rows, distances)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 40])
+def test_exact_shards_answer_as_one(store, num_shards):
+    rows = np.arange(0, store.num_chunks, 97)
+    asked, own = queries_of(store, rows), [{row} for row in store.document_rows(rows).tolist()]
+    local = open_searcher(store, "exact", HashingEmbedder())
+    for excluded in (None, own, [{0, 1, *of} for of in own]):
+        found = merged(store, "exact", num_shards, asked, 5, excluded)
+        for mine, other in zip(found, local.search(asked, 5, excluded), strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+def test_segments_are_spread_and_shards_without_one_searched_exactly(store, tmp_path):
+    pytest.importorskip("faiss")
+    folder = shutil.copytree(store.path, tmp_path / "store")
+    copy = Store.open(folder)
+    index = build_index(copy, "faiss", max_segment_rows=300)
+    assert len(index.segments) == 3
+    dropped = index.segments[1]
+    shutil.rmtree(dropped.folder)
+    plan = plan_shards(copy, "faiss", 3)
+    held = [part["faiss"] for part in plan]
+    assert [part.ranges for part in held if part.ranges] == [[row_range(copy, dropped.run)]]
+    names = [name for part in held for _, _, name in part.segments]
+    assert sorted(names) == sorted(segment.folder.name for segment in index.segments if segment is not dropped)
+    rows = np.arange(0, copy.num_chunks, 61)
+    asked = queries_of(copy, rows)
+    exact = open_searcher(copy, "exact", HashingEmbedder()).search(asked, 4)
+    for mine, other in zip(merged(copy, "faiss", 3, asked, 4), exact, strict=True):  # flat codes of a small store
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_words_are_one_shard(store):
+    plan = plan_shards(store, "exact+tfidf", 3)
+    assert [sorted(parts) for parts in plan] == [["exact"], ["exact"], ["exact", "tfidf"]]
+    asked = queries_of(store, np.arange(0, store.num_chunks, 50))
+    for mine, other in zip(
+        merged(store, "tfidf", 3, asked, 4), open_searcher(store, "tfidf").search(asked, 4), strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_refusals(store):
+    with pytest.raises(ValueError, match="num_shards must be at least 1"):
+        plan_shards(store, "exact", 0)
+    with pytest.raises(ValueError, match="has no scann index|needs a library"):
+        plan_shards(store, "scann", 2)
+    with pytest.raises(ValueError, match="is another store here, or has been changed; open the search again"):
+        Shard(str(store.path), "0" * 64, {})
+    with pytest.raises(ValueError, match=r"timeout must be above 0, not 0\.0"):
+        open_sharded(store, timeout=0.0)
+    assert [str(part) for parts in plan_shards(store, "exact", 2) for part in parts.values()] == [
+        f"rows 0 to {store.num_chunks // 2 - 1}",
+        f"rows {store.num_chunks // 2} to {store.num_chunks - 1}",
+    ]
+    assert parse_kind("exact") == ["exact"]
+
+
+# Three nodes
+
+
+SYSTEM = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "enable_worker_prestart": False,
+    "prestart_worker_first_driver": False,
+}
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without processors and three nodes."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(3):
+        cluster.add_node(**NODE)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def sharded(cluster, store):
+    with open_sharded(store, "exact", 3, HashingEmbedder(), timeout=300.0) as searcher:
+        yield searcher
+
+
+def where(actor):
+    """The node and the process of an actor."""
+    import ray
+
+    def found(shard):
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    return ray.get(actor.__ray_call__.remote(found))
+
+
+def kill_node_of(cluster, actor):
+    """As when a machine loses its power: its raylet and its workers at once."""
+    node, process = where(actor)
+    (lost,) = (n for n in cluster.worker_nodes if n.node_id == node)
+    os.kill(process, signal.SIGKILL)
+    cluster.remove_node(lost, allow_graceful=False)
+
+
+def check_same(found, expected):
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+@pytest.mark.slow
+def test_answers_of_three_nodes_are_those_of_one(cluster, store, sharded):
+    assert len({where(actor)[0] for actor in sharded._actors}) == 3
+    local, remote = Retriever(store, "exact", HashingEmbedder()), Retriever(store, sharded)
+    texts, own = store.text(np.arange(50)), [{f"d{n % 9}"} for n in range(50)]
+    check_same(remote(texts, 5), local(texts, 5))
+    check_same(remote(texts, 5, exclude_documents=own), local(texts, 5, exclude_documents=own))
+    hits = sharded.search(queries_of(store, np.arange(4)), 3)
+    assert (hits.shards_answered, hits.shards_total, sharded.shards_answered) == (3, 3, 3)
+    with pytest.raises(ValueError, match="query row 1 is not finite"):
+        keys = store.keys(np.arange(2)) * np.array([[1.0], [np.nan]], np.float32)
+        sharded.search(Queries(store.tokenizer, texts=["w1", "w2"], keys=keys), 3)
+    fused = Retriever(store, "exact+tfidf", HashingEmbedder())
+    with open_sharded(store, "exact+tfidf", 2, HashingEmbedder(), timeout=300.0) as both:
+        assert both.kind == "exact+tfidf"
+        check_same(Retriever(store, both)(texts, 5), fused(texts, 5))
+
+
+@pytest.mark.slow
+def test_a_node_killed_between_and_during_searches(cluster, store, sharded):
+    """The right answer once its shard is open elsewhere, or an error that names it, or what says that it is partial."""
+    local, remote = Retriever(store, "exact", HashingEmbedder()), Retriever(store, sharded)
+    texts = store.text(np.arange(0, store.num_chunks, 15))
+    expected = local(texts, 5)
+    kill_node_of(cluster, sharded._actors[1])
+    check_same(remote(texts, 5), expected)  # between
+    os.kill(where(sharded._actors[0])[1], signal.SIGKILL)
+    check_same(remote(texts, 5), expected)  # a process alone
+    node, process = where(sharded._actors[2])
+    os.kill(process, signal.SIGSTOP)  # in the middle of its search, as far as the others can tell
+    killer = subprocess.Popen(["sh", "-c", f"sleep 2; kill -9 {process}"])
+    check_same(remote(texts, 5), expected)
+    killer.wait()
+
+    process = where(sharded._actors[1])[1]
+    os.kill(process, signal.SIGSTOP)
+    sharded.timeout = 1.0
+    middle = f"rows {store.num_chunks // 3} to {2 * store.num_chunks // 3 - 1}"
+    said = rf"1 of 3 shards are missing: shard 1 \({middle}\): no answer within 1 seconds"
+    with pytest.raises(MissingShards, match=said):
+        remote(texts, 5)
+    sharded.partial = True
+    found = remote(texts, 5)
+    assert sharded.shards_answered == 2
+    outside = (found.ids < store.num_chunks // 3) | (found.ids >= 2 * store.num_chunks // 3)
+    assert outside.all() and not np.array_equal(found.ids, expected.ids)
+    os.kill(process, signal.SIGKILL)
+    sharded.timeout, sharded.partial = 300.0, False
+    check_same(remote(texts, 5), expected)
+    assert sharded.shards_answered == 3
+
+
+@pytest.mark.slow
+def test_a_server_over_shards_says_how_many_answered(cluster, store, sharded):
+    from tests.retrieval.remote.test_remote import serving_store
+
+    sharded.partial = True
+    with serving_store(Retriever(store, sharded)) as url:
+        client = RemoteRetriever(url, timeout=300.0)
+        check_same(client(["w1 w2"]), Retriever(store, "exact", HashingEmbedder())(["w1 w2"]))
+        assert (client.shards_answered, client.shards_total) == (3, 3)
+        process = where(sharded._actors[0])[1]
+        os.kill(process, signal.SIGSTOP)
+        sharded.timeout = 1.0
+        assert client(["w1 w2"]).mask.any() and client.shards_answered == 2
+        sharded.partial = False
+        with pytest.raises(ConnectionError, match="1 of 3 shards are missing: shard 0"):
+            client(["w1 w2"])
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_store_that_a_node_does_not_see(cluster, store, tmp_path):
+    from retro.retrieval import remove_documents
+
+    copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    remove_documents(copy.path, ["d3"])
+    began = time.monotonic()
+    said = "2 of 2 shards are missing: .*: ValueError: .* is another store here, or has been changed"
+    with pytest.raises(MissingShards, match=said):
+        open_sharded(copy, "exact", 2, HashingEmbedder(), timeout=300.0)
+    assert time.monotonic() - began < 290  # not tried again until the time is over
+
+
+JOB = """
+import sys, ray
+from retro.retrieval import Store, build_neighbors
+from retro.retrieval.building import join
+ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
+join._TASK_QUERIES, join._TASK_PAIRS, join._TASKS = (64, 64), 1 << 16, 32
+build_neighbors(Store.open(sys.argv[1]), 4, executor="ray")
+"""
+
+
+@pytest.mark.slow
+def test_the_neighbor_table_of_a_cluster_that_loses_a_node(cluster, store):
+    from retro.retrieval import build_neighbors
+
+    names = ("rows.npy", "distances.npy", "neighbors.json")
+    table = build_neighbors(store, 4)
+    kept = [(table.path / name).read_bytes() for name in names]
+    shutil.rmtree(table.path)
+    process = subprocess.Popen([sys.executable, "-c", JOB, str(store.path), cluster.address], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(list(table.path.glob("job/hits-*.json"))) < 5 and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.1)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    assert process.wait(300) == 0, process.stderr.read().decode()
+    found = open_neighbors(store, k=4)
+    assert [(found.path / name).read_bytes() for name in names] == kept

@@ -1,0 +1,1 @@
+from tests.retrieval.conftest import tokenizer  # noqa: F401

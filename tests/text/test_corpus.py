@@ -1,0 +1,235 @@
+"""Documents in: every line is accounted for, and what is refused is named."""
+
+import gzip
+import json
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro.text.corpus import expand_inputs, read_documents
+from retro.text.documents import Document, Reject
+from retro.text.formats import split_input
+from retro.text.packages import package_documents, package_modules
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_fields_and_default_id(tmp_path):
+    lines = [{"id": 7, "text": "a", "title": "t", "source": "s", "date": "2020-01-01", "stars": 5}, {"text": "b"}]
+    file = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, lines)))
+    first, second = read_documents([file])
+    assert first == Document("7", "a", "t", "s", "2020-01-01", {"stars": 5})
+    assert second == Document("x.jsonl:2", "b")
+
+
+LINES = st.one_of(
+    st.just(b""),
+    st.just(b"  "),
+    st.just(b'{"title": "no text"}'),
+    st.just(b'{"text": 3}'),
+    st.just(b'{"text": "cut'),
+    st.just(b'{"text": "\xff"}'),
+    st.just(b'{"text": "\\ud800"}'),
+    st.just(b"[1]"),
+    st.text(max_size=30).map(lambda text: json.dumps({"text": text}).encode()),
+    st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=30).map(
+        lambda text: json.dumps({"text": text}, ensure_ascii=False).encode()
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lines=st.lists(LINES, max_size=12), end=st.sampled_from([b"\n", b"\r\n"]), bom=st.booleans(), final=st.booleans()
+)
+def test_every_line_is_accounted_for(tmp_path_factory, lines, end, bom, final):
+    raw = (b"\xef\xbb\xbf" if bom else b"") + end.join(lines) + (end if final else b"")
+    records = list(read_documents([write(tmp_path_factory.mktemp("lines") / "x.jsonl", raw)], on_bad="reject"))
+    assert len(records) == raw.count(b"\n") + (not raw.endswith(b"\n") and raw != b"")
+    for number, (line, record) in enumerate(zip(lines, records, strict=False), start=1):
+        try:
+            expected = json.loads(line.decode())["text"]
+            expected.encode()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            blank = not line.strip()
+            assert record.text == "" if blank else (record.file, record.line) == ("x.jsonl", number)
+        else:
+            assert record.text == expected and record.place == f"x.jsonl:{number}"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{not json}", "not JSON"),
+        (b'{"body": "x"}', "no field 'text'"),
+        (b'{"text": null}', "not a string"),
+        (b'"text"', "not an object"),
+        (b'{"text": "\xe9"}', "invalid UTF-8"),
+        (b'{"text": "\\ud83d"}', "invalid UTF-8"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_lines_name_file_line_and_reason(tmp_path, line, reason):
+    file = write(tmp_path / "x.jsonl", b'{"text": "fine"}\n' + line + b"\n")
+    (bad,) = [record for record in read_documents([file], on_bad="reject") if isinstance(record, Reject)]
+    assert (bad.file, bad.line) == ("x.jsonl", 2) and reason in bad.reason
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: .*" + reason):
+        list(read_documents([file]))
+
+
+def test_gzip_and_its_damage(tmp_path):
+    content = gzip.compress(b'{"text": "a"}\n' * 1000)
+    assert len(list(read_documents([write(tmp_path / "x.jsonl.gz", content)]))) == 1000
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz:\d+: the compressed file is damaged"):
+        list(read_documents([write(tmp_path / "cut" / "x.jsonl.gz", content[:-20])]))
+    with pytest.raises(ValueError, match="the compressed file is damaged"):
+        list(read_documents([write(tmp_path / "none" / "x.jsonl.gz", b"plain")]))
+
+
+def test_folder_of_many_kinds_is_sorted_and_relative(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path / "in" / "b.jsonl", '{"text": "json"}')
+    write(tmp_path / "in" / "sub" / "c.txt", "plain\n\ttext")
+    write(tmp_path / "in" / "ignored.bin", "x")
+    write(tmp_path / "in" / ".hidden" / "d.txt", "x")
+    pq.write_table(pa.table({"text": ["arrow", None], "id": [1, 2]}), tmp_path / "in" / "a.parquet")
+    records = list(read_documents([str(tmp_path / "in")], on_bad="reject"))
+    assert [record.text for record in records if isinstance(record, Document)] == ["arrow", "json", "plain\n\ttext"]
+    assert [item.name for item in expand_inputs([str(tmp_path / "in")])] == ["a.parquet", "b.jsonl", "sub/c.txt"]
+    assert records[-1].id == "sub/c.txt" and records[1].line == 2
+
+
+def test_parquet_rows_that_are_not_utf8_and_damaged_files(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets, content = (0).to_bytes(4, "little") + b"\1\0\0\0\2\0\0\0\3\0\0\0", b"a\xffb"
+    column = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(content)])
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": column}), file)
+    first, bad, last = read_documents([str(file)], on_bad="reject")
+    assert (first.text, last.text, last.place) == ("a", "b", "x.parquet:3")
+    assert (bad.file, bad.line) == ("x.parquet", 2) and "invalid UTF-8" in bad.reason
+    file.write_bytes(file.read_bytes()[:-40] + b"\xff" * 32 + file.read_bytes()[-8:])
+    with pytest.raises(ValueError, match=r"x\.parquet is not a readable Parquet file"):
+        list(read_documents([str(file)]))
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "locked" / "b.txt", "b")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        expand_inputs([str(tmp_path)])
+
+
+def test_text_file_that_is_not_utf8(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.txt:2: the line is invalid UTF-8"):
+        list(read_documents([write(tmp_path / "x.txt", b"good\nbad \xff")]))
+
+
+def test_saved_dataset(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "id": ["x", "y"], "n": [1, 2]})
+    table.save_to_disk(tmp_path / "one")
+    assert [(d.id, d.extra["n"]) for d in read_documents([str(tmp_path / "one")])] == [("x", 1), ("y", 2)]
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "two")
+    assert len(list(read_documents([str(tmp_path / "two")]))) == 2
+    assert [d.id for d in read_documents([f"{tmp_path / 'two'}:test"])] == ["y"]
+    both = [f"{tmp_path / 'two'}:train", f"{tmp_path / 'two'}:test"]
+    assert [item.name for item in expand_inputs(both)] == ["two:test", "two:train"]
+    assert [d.place for d in read_documents(both)] == ["two:test:1", "two:train:1", "two:train:2"]
+    with pytest.raises(ValueError, match="no split 'nope'; it has train, test"):
+        list(read_documents([f"{tmp_path / 'two'}:nope"]))
+
+
+def test_missing_inputs(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        list(read_documents([str(tmp_path / "none.jsonl")]))
+    with pytest.raises(ValueError, match="no dataset that can be loaded"):
+        list(read_documents(["nobody/nothing"]))
+    with pytest.raises(ValueError, match="no known kind"):
+        list(read_documents([write(tmp_path / "x.pdf", "x")]))
+    with pytest.raises(ValueError, match="holds no document files"):
+        list(read_documents([str(tmp_path)]))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        list(read_documents([f"{tmp_path}:train"]))
+    with pytest.raises(ValueError, match="no input was given"):
+        list(read_documents([]))
+    twice = write(tmp_path / "x.txt", "x")
+    with pytest.raises(ValueError, match="given twice"):
+        list(read_documents([twice, twice]))
+
+
+def test_names_do_not_depend_on_where_the_files_are(tmp_path, monkeypatch):
+    for folder in ("here", "there"):
+        write(tmp_path / folder / "a.txt", "a")
+        write(tmp_path / folder / "sub" / "b.txt", "b")
+    here = expand_inputs([str(tmp_path / "here/sub/b.txt"), str(tmp_path / "here/a.txt")])
+    monkeypatch.chdir(tmp_path / "there")
+    there = expand_inputs(["a.txt", "sub"])
+    assert [split_input(item)[0] for item in here] == [split_input(item)[0] for item in there]
+
+
+# Packages
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    root = tmp_path / "aardvark"
+    write(root / "__init__.py", '"""An animal."""\nraise RuntimeError("imported")')
+    write(
+        root / "dig.py",
+        '"""Digging."""\nclass Hole(dict):\n    """A hole."""\n    def deepen(self, by: int = 1) -> None:\n'
+        '        """Go\n        down."""\ndef hidden(): pass\n',
+    )
+    write(root / "broken.py", "def (")
+    write(root / "tests" / "test_dig.py", '"""A test."""')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return root
+
+
+def test_package_is_read_and_never_imported(package):
+    documents = list(package_documents(["aardvark"], min_chars=1))
+    assert [d.id for d in documents] == ["aardvark", "aardvark.dig"]
+    assert documents[1].text == (
+        "aardvark.dig\n\nDigging.\n\nclass Hole(dict)\n\nA hole.\n\n"
+        "def Hole.deepen(self, by: int=1) -> None\n\nGo\ndown."
+    )
+    assert [d.title for d in read_documents(["package:aardvark"])] == []  # all below 200 characters
+
+
+def test_a_renamed_module_is_another_input(package):
+    (before,) = (split_input(item)[0] for item in expand_inputs(["package:aardvark"]))
+    (package / "dig.py").rename(package / "dug.py")
+    (after,) = (split_input(item)[0] for item in expand_inputs(["package:aardvark"]))
+    assert before["bytes"] == after["bytes"] and before["sha256"] != after["sha256"]
+
+
+def test_package_that_is_not_there():
+    with pytest.raises(ValueError, match="'no_such_thing' is not installed"):
+        list(package_documents(["no_such_thing"]))
+
+
+def test_transformers_has_one_document_per_family():
+    modules = [name for name, _ in package_modules("transformers")]
+    assert modules == sorted(modules) and "transformers.models.bert.modeling_bert" in modules
+    bert = next(d for d in package_documents(["transformers"]) if d.id == "transformers.models.bert")
+    assert "transformers.models.bert.modeling_bert" in bert.text and "class BertConfig" in bert.text
