@@ -9,13 +9,12 @@ are the passages, then one of the answers and eos. Source: RETRO, section 4.3.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
 from retro.training.finetune import FinetuneSettings, Start
 from retro.training.loop import fit
-from retro.training.script import run_script
+from retro.training.script import leave, run_script
 from retro.training.setup import setup
 
 
@@ -35,4 +34,4 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -9,14 +9,13 @@ accelerate starts several processes on GPUs only; on CPUs torchrun does, and the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
 from retro.model import RetroForCausalLM
 from retro.training.loop import fit
 from retro.training.pretrain import model_config
-from retro.training.script import run_script
+from retro.training.script import leave, run_script
 from retro.training.settings import TrainSettings
 from retro.training.setup import setup
 
@@ -35,4 +34,4 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -6,13 +6,12 @@ accelerate launch train/retrofit.py retrofit_smollm2 store=stores/docs output=ru
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
 from retro.training.loop import fit
 from retro.training.retrofit import Fitting, RetrofitSettings
-from retro.training.script import run_script
+from retro.training.script import leave, run_script
 from retro.training.setup import setup
 
 
@@ -34,4 +33,4 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

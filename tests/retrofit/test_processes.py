@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 FORMS, WAYS = ("paper", "pointer"), ("ddp", "fsdp2")
 SCRIPT = """
 import sys, torch, torch.distributed as dist
+from retro.training.script import leave
 from tests.retrofit.test_processes import FORMS, WAYS, make_model, make_rows, train, wrapped
 
 torch.set_num_threads(1)
@@ -25,9 +26,8 @@ for form in FORMS:
         weights[form, way] = [p.detach() for p in whole]
 if rank == 0:
     torch.save(weights, sys.argv[1])
-del model, whole
 dist.barrier()  # none is gone while another still talks
-dist.destroy_process_group()
+leave(0)
 """
 
 
