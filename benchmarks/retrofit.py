@@ -37,7 +37,7 @@ from retro.training.windows import Loader, Windows
 LORA_MODULES = ("q_proj", "v_proj")
 
 
-class Sample:
+class HeldOutSample:
     """One window of each held-out document, at random: a chunk that is only read, then the chunks that are scored."""
 
     def __init__(self, data: EvaluationData, store: Store, window_len: int, seed: int):
@@ -82,7 +82,12 @@ class Sample:
 @torch.inference_mode()
 @fast_products()
 def log_p_of_window(
-    model: PreTrainedModel, sample: Sample, start: int, k: int = 0, randomly: bool = False, retrieved_len: int = 128
+    model: PreTrainedModel,
+    sample: HeldOutSample,
+    start: int,
+    k: int = 0,
+    randomly: bool = False,
+    retrieved_len: int = 128,
 ) -> Tensor:
     """With k neighbors a chunk, read as the model does."""
     chunks = sample.chunks(start)
@@ -97,7 +102,7 @@ def log_p_of_window(
 
 @torch.inference_mode()
 @fast_products()
-def log_p_with_prompt(base: PreTrainedModel, sample: Sample, start: int, k: int, retrieved_len: int) -> Tensor:
+def log_p_with_prompt(base: PreTrainedModel, sample: HeldOutSample, start: int, k: int, retrieved_len: int) -> Tensor:
     """With the k neighbors of the chunk before put in front, anew for each chunk: in-context retrieval."""
     m, scored = sample.data.chunk_len, []
     chunks = sample.chunks(start)
@@ -167,10 +172,10 @@ def chosen_checkpoints(run: Path, wanted: list[int]) -> list[tuple[int, Path]]:
     return [(tokens, kept[tokens]) for tokens in wanted]
 
 
-class Table:
+class PrintedTable:
     """Rows of results, printed as they come."""
 
-    def __init__(self, sample: Sample):
+    def __init__(self, sample: HeldOutSample):
         self.sample, self.rows = sample, []
 
     def add(self, name: str, log_p: Callable[[int], Tensor], **more: Any) -> None:
@@ -189,10 +194,10 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     arguments.k = arguments.k or [settings.num_neighbors]
     retriever = Retriever(store, arguments.index)
     data = prepare(list(read_documents(arguments.data)), store.tokenizer, store.chunk_len, retriever, max(arguments.k))
-    sample = Sample(data, store, arguments.window, arguments.seed)
+    sample = HeldOutSample(data, store, arguments.window, arguments.seed)
     sample.starts = sample.starts[: arguments.max_windows]
     print(f"{len(sample.starts)} windows, {sample.num_tokens():,} tokens, {sample.num_bytes():,} bytes")
-    table = Table(sample)
+    table = PrintedTable(sample)
     base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype))
     table.add("base", lambda start: log_p_of_window(base, sample, start))
     for folder in (arguments.fitted, *arguments.beside):

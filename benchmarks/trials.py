@@ -24,7 +24,7 @@ from retro.training.batches import count_targets
 from retro.training.loop import Pace, train_step
 from retro.training.pretrain import model_config
 from retro.training.settings import TrainSettings
-from retro.training.setup import Run, setup
+from retro.training.setup import TrainingRun, setup
 
 PER_CHUNK = ("tokens", "lens", "num_bytes", "scored", "rows", "leak_rows", "overlap")
 PROBE_STEPS, PROBE_SECONDS, PROBE_TOKENS = 2, 10.0, 2048  # steps that do not count, seconds of those that do, scored
@@ -125,12 +125,12 @@ def train(settings: TrainSettings, data: dict[str, EvaluationData], points: int)
     yield "done", {"seconds": pace.seconds}
 
 
-def step(run: Run, batches: Iterator) -> None:
+def step(run: TrainingRun, batches: Iterator) -> None:
     micro_batches = next(batches)
     train_step(run, micro_batches, sum(map(count_targets, micro_batches)))
 
 
-def score(run: Run, data: EvaluationData) -> dict[str, ChunkScores]:
+def score(run: TrainingRun, data: EvaluationData) -> dict[str, ChunkScores]:
     given = dict(window_len=run.settings.window_len, seed=run.settings.seed)
     return bits.score_columns(run.state.model, data, run.store, run.settings.num_neighbors, **given)
 

@@ -146,7 +146,7 @@ def measured(scores: dict[str, ChunkScores], data: EvaluationData, seed: int) ->
     }
 
 
-class Bench:
+class WidthSweep:
     """The runs, and what follows from what they say."""
 
     def __init__(self, given: argparse.Namespace, output: str) -> None:
@@ -404,7 +404,7 @@ def main() -> int:
         if given.plot:
             check_plot(given.plot)
         with tempfile.TemporaryDirectory() as folder:  # stays empty: without a checkpoint there a run is new
-            bench = Bench(given, folder)
+            bench = WidthSweep(given, folder)
             bench.introduce()
             try:
                 bench.run()

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -193,6 +194,16 @@ def test_nothing_is_imported_by_a_name_that_this_test_does_not_read():
 @pytest.mark.parametrize("path", [*LIBRARY, *SCRIPTS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_no_class_name_stands_twice():
+    """Nor as `X` and `_X`: whoever reads a name knows which class is meant."""
+    homes = defaultdict(list)
+    for path in [*LIBRARY, *SCRIPTS]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name.lstrip("_")].append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert len(homes) > 100 and not {name: places for name, places in homes.items() if len(places) > 1}
 
 
 def test_no_part_of_retrieval_is_large():

@@ -12,7 +12,7 @@ from retro.cli.shared import (
     add_files,
     add_json,
     add_reading,
-    check_files,
+    check_outputs,
     held_out,
     only_documents,
     open_lm,
@@ -70,7 +70,7 @@ def leakage(args: argparse.Namespace) -> int:
     from retro.evaluation.leakage import examples_page, leakage_rows, leakage_table
     from retro.evaluation.plots import plot_leakage
 
-    check_files(args)
+    check_outputs(args)
     model, retriever = open_model(args.model, args.store, args.index)
     baseline = open_lm(args.lm, retriever.store)
     documents, window = held_out(args), dict(window_len=args.window, stride=args.stride)
@@ -110,7 +110,7 @@ def sweep_neighbors(args: argparse.Namespace) -> int:
     """RETRO[ON] with k neighbors for each k; k may be larger than in training."""
     from retro.evaluation import sweep_neighbors
 
-    check_files(args)
+    check_outputs(args)
     model, retriever = open_model(args.model, args.store, args.index)
     baseline = open_lm(args.lm, retriever.store)
     result = sweep_neighbors(model, held_out(args), retriever, args.ks, baseline, _reading(args))
@@ -124,7 +124,7 @@ def sweep_datastore(args: argparse.Namespace) -> int:
     from retro.provenance import check_store
     from retro.retrieval import Store
 
-    check_files(args)
+    check_outputs(args)
     store = Store.open(args.store)
     model, _ = open_model(args.model)
     check_store(args.model, store)
@@ -138,7 +138,7 @@ def sweep_models(args: argparse.Namespace) -> int:
     """Bits per byte of several models against their parameters: RETRO[OFF] and RETRO[ON], or a plain LM."""
     from retro.evaluation import sweep_models
 
-    check_files(args)
+    check_outputs(args)
     retriever = open_retriever(args.store, args.index)
     models = ((name, open_lm(name, retriever.store)) for name in args.models)
     result = sweep_models(models, held_out(args), retriever, args.k, _reading(args))
@@ -149,7 +149,7 @@ def sweep_tokens(args: argparse.Namespace) -> int:
     """Bits per byte of each checkpoint of a run against the tokens it has seen."""
     from retro.evaluation import sweep_tokens
 
-    check_files(args)
+    check_outputs(args)
     retriever = open_retriever(args.store, args.index, args.folder)
     open_checkpoint = lambda folder: open_lm(folder, retriever.store)  # noqa: E731
     baseline = open_lm(args.lm, retriever.store)
@@ -159,9 +159,9 @@ def sweep_tokens(args: argparse.Namespace) -> int:
 
 
 def _reading(args: argparse.Namespace) -> Any:
-    from retro.evaluation import Reading
+    from retro.evaluation import ScoringSettings
 
-    return Reading(args.window, args.stride, args.seed, args.cache or True, progress=True)
+    return ScoringSettings(args.window, args.stride, args.seed, args.cache or True, progress=True)
 
 
 def _show_sweep(args: argparse.Namespace, result: dict[str, Any]) -> int:
@@ -219,7 +219,7 @@ def baselines(args: argparse.Namespace) -> int:
     from retro.retrieval import Store
     from retro.text.corpus import read_documents
 
-    check_files(args)
+    check_outputs(args)
     chosen = ("prompt_neighbors", "retrieval_stride", "query_len", "stride", "knn_tokens", "seed")
     settings = BaselineSettings(
         methods=None if args.methods is None else tuple(args.methods),

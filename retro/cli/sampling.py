@@ -153,12 +153,12 @@ def serve(args: argparse.Namespace) -> int:
         raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
     from transformers import AutoTokenizer
 
-    from retro.serve.engine import Engine
+    from retro.serve.engine import GenerationEngine
 
     api_key = read_api_key(args.api_key_file)
     model, _ = open_model(args.model)
     stores = open_stores(args.store, args.model, model, args.index)
-    engine = Engine(model, AutoTokenizer.from_pretrained(args.model), stores, limits)
+    engine = GenerationEngine(model, AutoTokenizer.from_pretrained(args.model), stores, limits)
     name = args.name or Path(args.model).resolve().name
     app, bound = serve_app(engine, name, args.host, args.port, api_key)
     print(f"{name} with {', '.join(stores)}: {url_of(bound)}", flush=True)

@@ -189,7 +189,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw it (.png, .svg, .pdf), with .csv and .json beside it")
 
 
-def check_files(args: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace) -> None:
     """Refuse, before anything is measured, files that could not be written."""
     from retro.evaluation.plots import check_plot
 

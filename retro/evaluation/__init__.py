@@ -16,7 +16,7 @@ _HOME = {
     "leakage_table": "retro.evaluation.leakage",
     "measure_leakage": "retro.evaluation.leakage",
     "longest_common_run": "retro.text.overlap",
-    "Reading": "retro.evaluation.sweeps",
+    "ScoringSettings": "retro.evaluation.sweeps",
     "sweep_datastore": "retro.evaluation.sweeps",
     "sweep_models": "retro.evaluation.sweeps",
     "sweep_neighbors": "retro.evaluation.sweeps",

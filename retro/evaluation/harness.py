@@ -30,7 +30,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from retro.common.files import stable_hash
 from retro.evaluation.bits import neighbors_of
 from retro.evaluation.scorer import reads_neighbors
-from retro.evaluation.tasks.examples import Example, Scored
+from retro.evaluation.tasks.examples import Example, ScoredContinuation
 from retro.evaluation.tasks.reading import Reader, open_reader
 from retro.evaluation.tasks.results import about
 from retro.retrieval.filters import shares_run
@@ -172,7 +172,7 @@ class RetroLM(TemplateLM):
                 examples.append(Example(context, predicted))
                 owners.append(owner)
         reader, totals = replace(self.reader, progress=not disable_tqdm, align="start"), np.zeros(len(requests))
-        scored: list[Scored] = reader.score(examples, of="text")
+        scored: list[ScoredContinuation] = reader.score(examples, of="text")
         np.add.at(totals, owners, [one.log_prob for one in scored])
         for request, total in zip(requests, totals.tolist(), strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)

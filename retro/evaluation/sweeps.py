@@ -50,7 +50,7 @@ BOOTSTRAP = "95% bootstrap over documents"
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScoringSettings:
     """How the text is read at every place of a sweep: see `score` and `prepare`."""
 
     window_len: int | None = None
@@ -76,7 +76,7 @@ def sweep_neighbors(
     retriever: Retriever,
     ks: Sequence[int] = KS,
     baseline: Any = None,
-    reading: Reading = Reading(),
+    reading: ScoringSettings = ScoringSettings(),
 ) -> dict[str, Any]:
     """RETRO[ON] with k neighbors for each k; 0 is RETRO[OFF]. More neighbors than in training are welcome.
 
@@ -109,7 +109,7 @@ def sweep_datastore(
     baseline: Any = None,
     index: str = "exact",
     embedder: Embedder | None = None,
-    reading: Reading = Reading(),
+    reading: ScoringSettings = ScoringSettings(),
 ) -> dict[str, Any]:
     """RETRO[ON] over shares p of the store's documents, `num_draws` of each; mean, least and greatest.
 
@@ -156,7 +156,7 @@ def sweep_models(
     documents: Sequence[Document],
     retriever: Retriever,
     num_neighbors: int | None = None,
-    reading: Reading = Reading(),
+    reading: ScoringSettings = ScoringSettings(),
 ) -> dict[str, Any]:
     """Bits per byte against parameters: "lm" of plain LMs, RETRO[OFF] and RETRO[ON] of the others.
 
@@ -179,7 +179,7 @@ def sweep_tokens(
     open_model: Callable[[Path], Any] | None = None,
     num_neighbors: int | None = None,
     baseline: Any = None,
-    reading: Reading = Reading(),
+    reading: ScoringSettings = ScoringSettings(),
 ) -> dict[str, Any]:
     """Bits per byte against tokens seen, over the checkpoints of one run of training or RETRO-fitting.
 
@@ -263,7 +263,7 @@ def _over_models(
     documents: Sequence[Document],
     retriever: Retriever,
     num_neighbors: int | None,
-    reading: Reading,
+    reading: ScoringSettings,
 ) -> tuple[list[dict[str, Any]], EvaluationData, dict[str, Any]]:
     """One point for each place and column of its model, the data, and how it was read."""
     points, data, given = [], None, {}

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from retro.model.call import Call, Parts
+from retro.model.call import ForwardPass, Parts
 from retro.modules.attention import attendable
 from retro.modules.cross_attention import ChunkedCrossAttention, cca_positions
 from retro.modules.positions import turns
@@ -45,7 +45,7 @@ class RetroCache(Cache):
 
     # One call
 
-    def begin(self, batch_size: int, length: int, attention_mask: Any = None) -> Call:
+    def begin(self, batch_size: int, length: int, attention_mask: Any = None) -> ForwardPass:
         """Where the next `length` tokens of each row stand.
 
         attention_mask: [b, all columns so far], 0 only before a row's first real token; masks of other forms, which a
@@ -58,7 +58,7 @@ class RetroCache(Cache):
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             self.padding = self._padding(attention_mask, length)
         first = [self.length - padding for padding in self.padding]
-        return Call(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))
+        return ForwardPass(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))
 
     def _padding(self, attention_mask: Tensor, length: int) -> list[int]:
         columns = self.length + length
@@ -76,13 +76,15 @@ class RetroCache(Cache):
                 raise ValueError(f"attention_mask of row {row} is 0 after a real token; pad on the left.")
         return padding
 
-    def bring(self, call: Call, neighbor_ids: Int[Tensor, "b l k r"] | None, neighbor_mask: Tensor | None) -> None:
+    def bring(
+        self, call: ForwardPass, neighbor_ids: Int[Tensor, "b l k r"] | None, neighbor_mask: Tensor | None
+    ) -> None:
         """Give a call its neighbors; None for none."""
         call.bring(neighbor_ids, neighbor_mask)
         if call.is_step and call.found:
             self.hold("mask", call.neighbor_mask, call)
 
-    def end(self, call: Call, input_ids: Int[Tensor, "b s"] | None) -> None:
+    def end(self, call: ForwardPass, input_ids: Int[Tensor, "b s"] | None) -> None:
         """Count the tokens of a call that is over."""
         if input_ids is not None:
             self.record("tokens", input_ids, call, 2 * self.chunk_len)
@@ -101,7 +103,7 @@ class RetroCache(Cache):
 
     # What is kept of every token
 
-    def record(self, name: str, x: Shaped[Tensor, "b s *d"], call: Call, size: int) -> None:
+    def record(self, name: str, x: Shaped[Tensor, "b s *d"], call: ForwardPass, size: int) -> None:
         """Keep the last `size` values of each row; that of position p stands at p % size."""
         x = x.detach()
         if name not in self.rows:
@@ -114,7 +116,7 @@ class RetroCache(Cache):
         positions = torch.tensor(ends, device=x.device)[:, None] + torch.arange(-kept, 0, device=x.device)
         ring[torch.arange(x.shape[0], device=x.device)[:, None], positions % size] = x[:, -kept:]
 
-    def tokens(self, call: Call, input_ids: np.ndarray, row: int, start: int, stop: int) -> np.ndarray:
+    def tokens(self, call: ForwardPass, input_ids: np.ndarray, row: int, start: int, stop: int) -> np.ndarray:
         """Tokens of a row by position: among the last 2m and the call's own `input_ids` [b, s]."""
         positions = np.arange(start, stop)
         new, out = positions >= call.first[row], np.empty(stop - start, dtype=np.int64)
@@ -127,7 +129,7 @@ class RetroCache(Cache):
             out[~new] = ring[positions[~new] % len(ring)]
         return out
 
-    def conditions(self, h: Float[Tensor, "b s d"], call: Call) -> Float[Tensor, "c m d"] | None:
+    def conditions(self, h: Float[Tensor, "b s d"], call: ForwardPass) -> Float[Tensor, "c m d"] | None:
         """H_u of each chunk of `call.found`, from the states held and the new ones, which are held from now on."""
         m, device, conditions = self.chunk_len, h.device, None
         if call.found:
@@ -151,7 +153,7 @@ class RetroCache(Cache):
 
     # What is kept of the current neighbors
 
-    def hold(self, name: str, new: Shaped[Tensor, "c *s"], call: Call) -> None:
+    def hold(self, name: str, new: Shaped[Tensor, "c *s"], call: ForwardPass) -> None:
         """Keep for each row what belongs to the last of its chunks in `call.found`."""
         last = {chunk.row: i for i, chunk in enumerate(call.found)}
         index = torch.tensor(list(last.values()), device=new.device)
@@ -165,7 +167,7 @@ class RetroCache(Cache):
         if name == "mask":
             self._step_mask = None
 
-    def of_parts(self, name: str, new: Shaped[Tensor, "c *s"] | None, parts: Parts, call: Call) -> Tensor:
+    def of_parts(self, name: str, new: Shaped[Tensor, "c *s"] | None, parts: Parts, call: ForwardPass) -> Tensor:
         """For each part what it reads: held by its row, or `new` with this call."""
         held = self.rows.get(name)
         if new is None:
@@ -182,7 +184,7 @@ class RetroCache(Cache):
         return self._step_mask[0]
 
     def read(
-        self, name: str, call: Call, cca: ChunkedCrossAttention, h: Float[Tensor, "b s d"]
+        self, name: str, call: ForwardPass, cca: ChunkedCrossAttention, h: Float[Tensor, "b s d"]
     ) -> Float[Tensor, "b s d"]:
         """CCA(H, E) of the call's tokens; `name` tells the layers apart."""
         names = (f"{name}.keys", f"{name}.values")
@@ -202,7 +204,7 @@ class RetroCache(Cache):
         out = cca.attend(given, keys, values, attendable(mask.flatten(1)[:, None]), positions, self.tables)
         return call.scatter(out, parts)
 
-    def _hold_both(self, names: tuple[str, str], new: tuple[Tensor | None, Tensor | None], call: Call) -> None:
+    def _hold_both(self, names: tuple[str, str], new: tuple[Tensor | None, Tensor | None], call: ForwardPass) -> None:
         for name, x in zip(names, new, strict=True):
             if x is not None:
                 self.hold(name, x, call)

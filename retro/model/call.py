@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
 
 @dataclass
-class Call:
+class ForwardPass:
     """One run of a model over new tokens: where they stand in the chunks of their rows, and which neighbors they bring.
 
     first: the position of each row's first new token, counted from its first real one; negative inside padding.

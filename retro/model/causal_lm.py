@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from retro.model.cache import GrowingLayer, RetroCache, require_retro_cache
-from retro.model.call import Call
+from retro.model.call import ForwardPass
 from retro.model.config import RetroConfig
 from retro.model.generation import RetrievalGeneration, refuse_assisted
 from retro.model.padding import align_left, align_right
@@ -94,7 +94,7 @@ class RetroModel(RetroPreTrainedModel):
             return None
         return turns(torch.arange(h.shape[1], device=h.device), self.config.head_dim, self.config.rope_theta)
 
-    def _continue(self, h, cache: RetroCache, call: Call) -> list[Float[Tensor, "b s d"]]:
+    def _continue(self, h, cache: RetroCache, call: ForwardPass) -> list[Float[Tensor, "b s d"]]:
         """The same for new tokens, after those that the cache has seen.
 
         E_u needs H_u of all of C_u: at a chunk's last token the stack runs to ATTN of the first layer of P, then the
@@ -115,7 +115,7 @@ class RetroModel(RetroPreTrainedModel):
             states.append(h)
         return states
 
-    def _past(self, h, cache: RetroCache, call: Call) -> Past:
+    def _past(self, h, cache: RetroCache, call: ForwardPass) -> Past:
         """What self-attention needs of the tokens before; columns are positions, since only distances count."""
         if cache.attention is None:
             cache.attention = Cache(layer_class_to_replicate=GrowingLayer)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from retro.model.cache import RetroCache
-from retro.model.call import Call, Whole
+from retro.model.call import ForwardPass, Whole
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -76,7 +76,7 @@ class RetrievalSession:
             self._thread.shutdown(cancel_futures=True)
 
     def of_call(
-        self, cache: RetroCache, call: Call, input_ids: Int[Tensor, "b s"], is_prompt: bool
+        self, cache: RetroCache, call: ForwardPass, input_ids: Int[Tensor, "b s"], is_prompt: bool
     ) -> tuple[Int[Tensor, "c k r"], Bool[Tensor, "c k r"]] | None:
         """The neighbors of the chunks that the call makes whole; None if there is no such chunk."""
         if is_prompt:
@@ -114,7 +114,7 @@ class RetrievalSession:
         end = end if end <= self.prompt_lens[row] else end - self.lookahead
         return np.ascontiguousarray(tokens(row, max(end - m, 0), end), dtype=np.int64)
 
-    def _ends_ahead(self, call: Call) -> list[tuple[int, int]]:
+    def _ends_ahead(self, call: ForwardPass) -> list[tuple[int, int]]:
         """Rows with a chunk that ends within `lookahead` tokens of what is known, and where."""
         m, found = self.chunk_len, []
         for row, first in enumerate(call.first):
@@ -231,7 +231,7 @@ class GivenNeighbors:
         self.ids, self.mask = neighbor_ids, neighbor_mask.bool()
 
     def of_call(
-        self, cache: RetroCache, call: Call, input_ids: Int[Tensor, "b s"], is_prompt: bool
+        self, cache: RetroCache, call: ForwardPass, input_ids: Int[Tensor, "b s"], is_prompt: bool
     ) -> tuple[Int[Tensor, "c k r"], Bool[Tensor, "c k r"]] | None:
         """The neighbors of the chunks that the call makes whole; None if there is no such chunk."""
         num_rows, num_given = len(call.first), self.ids.shape[1]

@@ -111,7 +111,7 @@ def _attention_of(layer: nn.Module) -> str | None:
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a part of a layer: the tensors it was given, and the one it gave."""
 
     name: str
@@ -124,7 +124,7 @@ class Trace:
     """What entered a layer, what its parts did, what left it."""
 
     x: Tensor | None = None
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
     out: Tensor | None = None
 
 
@@ -150,7 +150,7 @@ def _watched(layer: nn.Module, trace: Trace) -> Iterator[None]:
         def hook(module, args, kwargs, out):
             given = [t.detach().clone() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             if isinstance(first_tensor(out), Tensor):
-                trace.calls.append(Call(name, given, first_tensor(out).detach().clone()))
+                trace.calls.append(ModuleCall(name, given, first_tensor(out).detach().clone()))
 
         return hook
 

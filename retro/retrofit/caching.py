@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from retro.model.call import Call
+from retro.model.call import ForwardPass
 from retro.retrofit.anatomy import evaluating
 
 NUM_TOKENS, NUM_PADDED = 8, 3
@@ -25,7 +25,7 @@ WAYS = {"at once": (5, 1, 1, 1), "in several calls": (5, 2, 1), "with padding in
 _tried: WeakKeyDictionary[nn.Module, dict[tuple[type, bool, str], bool]] = WeakKeyDictionary()
 
 
-def check_cache(base: nn.Module, held: Cache | None, call: Call, start: int, padded: bool) -> None:
+def check_cache(base: nn.Module, held: Cache | None, call: ForwardPass, start: int, padded: bool) -> None:
     """ValueError if a text that goes on with this call at column `start` does not come out as it should.
 
     padded: Rows have padding on the left. Caches other than dynamic (None) and static ones are not tried: quantized,

@@ -23,7 +23,7 @@ from retro.modules.encoder import chunks_of
 from retro.modules.feed_forward import ResidualLinear
 from retro.retrofit.anatomy import Anatomy
 from retro.retrofit.config import RetrofitConfig, attention_sizes
-from retro.retrofit.hooks import Place, Reading
+from retro.retrofit.hooks import Place, RetrofitContext
 from retro.retrofit.pointer import PointerForm
 from retro.retrofit.starts import (
     encoder_rope_theta,
@@ -44,7 +44,9 @@ class Form(Protocol):
     def start(self, base: nn.Module, anatomy: Anatomy) -> None:
         """Give every weight its start, such that every update is exactly 0. Not called when weights are loaded."""
 
-    def update(self, place: Place, h: Float[Tensor, "b n d"], reading: Reading) -> Float[Tensor, "b n d"] | None:
+    def update(
+        self, place: Place, h: Float[Tensor, "b n d"], reading: RetrofitContext
+    ) -> Float[Tensor, "b n d"] | None:
         """What to add to the residual stream h at a place, in any type; None to only look.
 
         With `reading.cache` h is that of new tokens, and what later ones need is kept there.
@@ -53,7 +55,7 @@ class Form(Protocol):
         checkpointing a place is computed again, in the backward pass: the same place must do the same work again.
         """
 
-    def mixture(self, reading: Reading) -> Mixture | None:
+    def mixture(self, reading: RetrofitContext) -> Mixture | None:
         """What to mix with the base's logits, once it has run over the text; None for a form that wrote before."""
 
 
@@ -126,7 +128,9 @@ class PaperForm(nn.Module):
             for layer, cca in self.cca.items():
                 start_cca_from_self_attention(cca, self.config, base, anatomy, int(layer))
 
-    def update(self, place: Place, h: Float[Tensor, "b n d"], reading: Reading) -> Float[Tensor, "b n d"] | None:
+    def update(
+        self, place: Place, h: Float[Tensor, "b n d"], reading: RetrofitContext
+    ) -> Float[Tensor, "b n d"] | None:
         cca = self.cca[str(place.layer)]
         h = h.to(cca.gate.dtype)
         if reading.cache is not None:
@@ -143,7 +147,7 @@ class PaperForm(nn.Module):
         return cca(h, encoded, mask, documents)
 
     def _update_held(
-        self, place: Place, cca: GatedCrossAttention, h: Float[Tensor, "b s d"], reading: Reading
+        self, place: Place, cca: GatedCrossAttention, h: Float[Tensor, "b s d"], reading: RetrofitContext
     ) -> Float[Tensor, "b s d"] | None:
         """With a cache: only neighbors of chunks that the new tokens make whole are encoded."""
         cache, call = reading.cache, reading.call
@@ -154,12 +158,12 @@ class PaperForm(nn.Module):
                 call.encoded = self._encode(reading, ids, mask, conditions[:, None])[:, 0]
         return cca.read_held(h, partial(cache.read, f"cca.{place.layer}", call)) if call.reads else None
 
-    def mixture(self, reading: Reading) -> None:
+    def mixture(self, reading: RetrofitContext) -> None:
         """None: what there was to say is in the stream."""
 
     def _encode(
         self,
-        reading: Reading,
+        reading: RetrofitContext,
         neighbor_ids: Int[Tensor, "b l k r"],
         neighbor_mask: Bool[Tensor, "b l k r"],
         conditions: Float[Tensor, "b l m d"],

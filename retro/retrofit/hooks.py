@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retro.model import RetroCache
-from retro.model.call import Call
+from retro.model.call import ForwardPass
 from retro.retrofit.anatomy import Anatomy, entering, first_tensor, with_first
 
 
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Reading:
+class RetrofitContext:
     """One run of the base with neighbors.
 
     Over whole texts rows are aligned left: padding, if any, stands at the end. With a cache the run is over new tokens
@@ -39,7 +39,7 @@ class Reading:
     document_ids: Int[Tensor, "b n"] | None = None
     condition_mask: Bool[Tensor, "b l m"] | None = None  # real tokens of each whole chunk
     cache: RetroCache | None = None
-    call: Call | None = None
+    call: ForwardPass | None = None
     keep: int | None = None  # logits of so many last tokens are wanted
     embed: Callable[[Tensor], Tensor] | None = None  # the base's token embeddings
     hidden_after: Callable[[Tensor, Tensor, int], Tensor] | None = None  # the base over other text: see anatomy
@@ -47,11 +47,11 @@ class Reading:
     state: dict[str, Any] = field(default_factory=dict)  # what the form keeps from one place to the next
 
 
-_reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
+_reading: ContextVar[RetrofitContext | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def active(reading: Reading | None) -> Iterator[None]:
+def active(reading: RetrofitContext | None) -> Iterator[None]:
     """The reading whose neighbors the hooks read; None for none."""
     token = _reading.set(reading)
     try:
@@ -60,7 +60,7 @@ def active(reading: Reading | None) -> Iterator[None]:
         _reading.reset(token)
 
 
-def _of(key: object) -> Reading | None:
+def _of(key: object) -> RetrofitContext | None:
     reading = _reading.get()
     return reading if reading is not None and reading.key is key else None
 
@@ -146,6 +146,6 @@ def _checkpoint(function: Callable, layer: Callable, *args, **kwargs):
     return function(partial(_resumed, _reading.get(), layer), *args, **kwargs)
 
 
-def _resumed(reading: Reading | None, layer: Callable, *args, **kwargs):
+def _resumed(reading: RetrofitContext | None, layer: Callable, *args, **kwargs):
     with active(reading):
         return layer(*args, **kwargs)

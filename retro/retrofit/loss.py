@@ -15,7 +15,7 @@ from retro.retrofit.anatomy import evaluating, probe_tokens
 from retro.retrofit.forms import Mixture
 
 
-def before_head(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
+def head_inputs(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
     """What the base's output embeddings are given, and its logits: with `shorten` those of the first token only."""
     given: list[Tensor] = []
 
@@ -38,7 +38,7 @@ def head_is_plain(base: PreTrainedModel) -> bool:
     if type(head) is not nn.Linear or head.bias is not None:
         return False
     with evaluating(base):
-        hidden, logits = before_head(base, shorten=False, input_ids=probe_tokens(base), use_cache=False)
+        hidden, logits = head_inputs(base, shorten=False, input_ids=probe_tokens(base), use_cache=False)
         return torch.equal(head(hidden), logits)
 
 

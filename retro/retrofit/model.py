@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.model import RetroCache
 from retro.model.cache import require_retro_cache
-from retro.model.call import Call
+from retro.model.call import ForwardPass
 from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
 from retro.model.padding import align_left, align_right
 from retro.modules.cross_attention import checked_neighbor_mask
@@ -27,8 +27,8 @@ from retro.retrofit.bases import open_base
 from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
-from retro.retrofit.hooks import Reading, active, add_hooks, bind_checkpoints
-from retro.retrofit.loss import before_head, head_is_plain, mixed_loss, plain_loss
+from retro.retrofit.hooks import RetrofitContext, active, add_hooks, bind_checkpoints
+from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         kept = slice(-keep, None) if isinstance(keep, int) else keep
         if not return_logits and self._head_is_plain:
             with active(reading):
-                hidden, _ = before_head(self.base, shorten=True, **inputs)
+                hidden, _ = head_inputs(self.base, shorten=True, **inputs)
             return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels, reading))
         alone = keep if isinstance(keep, int) and labels is None and padding is None else 0
         with active(reading):
@@ -163,7 +163,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             attentions=outputs.get("attentions"),
         )
 
-    def _run_on(self, cache: RetroCache, call: Call, inputs, labels, return_logits) -> CausalLMOutputWithPast:
+    def _run_on(self, cache: RetroCache, call: ForwardPass, inputs, labels, return_logits) -> CausalLMOutputWithPast:
         """The base over new tokens, with its own cache."""
         tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         keep = inputs.pop("logits_to_keep", 0)
@@ -172,7 +172,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         if inputs.get("position_ids") is None:
             padding = torch.tensor(cache.padding, device=tokens.device)
             inputs |= positions_of(self.base, padding, cache.length, call.length)
-        reading = Reading(
+        reading = RetrofitContext(
             form=self.form,
             key=self._key,
             cache=cache,
@@ -207,11 +207,11 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             attentions=outputs.get("attentions"),
         )
 
-    def _mixture(self, reading: Reading | None) -> Mixture | None:
+    def _mixture(self, reading: RetrofitContext | None) -> Mixture | None:
         return None if reading is None else self.form.mixture(reading)
 
     def _sliced_loss(
-        self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"], reading: Reading | None
+        self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"], reading: RetrofitContext | None
     ) -> Float[Tensor, ""]:
         head, mixture = self.base.get_output_embeddings(), self._mixture(reading)
         if mixture is not None:
@@ -228,12 +228,12 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             document_ids = document_ids.masked_fill(attention_mask == 0, int(document_ids.max()) + 1)
         return packed_inputs(self.base, self._packing_way, document_ids)
 
-    def _reading(self, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> Reading | None:
+    def _reading(self, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> RetrofitContext | None:
         m = self.config.chunk_len
         if neighbor_ids.shape[1] == 0:
             return None
         condition_mask = None if attention_mask is None else chunks_of(attention_mask.bool()[..., None], m)[..., 0]
-        return Reading(
+        return RetrofitContext(
             form=self.form,
             key=self._key,
             neighbor_ids=neighbor_ids,

@@ -35,7 +35,7 @@ from retro.modules.cross_attention import in_sequence, may_read
 from retro.modules.loss import SLICE_TOKENS
 from retro.retrofit.anatomy import Anatomy, hidden_after
 from retro.retrofit.config import RetrofitConfig
-from retro.retrofit.hooks import Place, Reading
+from retro.retrofit.hooks import Place, RetrofitContext
 
 START_SHARPNESS = 18.0  # tau
 LAG_DECAY = 0.7
@@ -74,11 +74,11 @@ class PointerForm(nn.Module):
         self.log_sharpness.fill_(math.log(START_SHARPNESS))
         self.gate.start()
 
-    def update(self, place: Place, h: Float[Tensor, "b n d"], reading: Reading) -> None:
+    def update(self, place: Place, h: Float[Tensor, "b n d"], reading: RetrofitContext) -> None:
         """Keep the stream as it is here."""
         reading.state[place.layer] = h
 
-    def mixture(self, reading: Reading) -> CopyMixture | None:
+    def mixture(self, reading: RetrofitContext) -> CopyMixture | None:
         """What each token of the text may copy, how likely, and how far it is believed."""
         if reading.cache is not None:
             return self._mixture_held(reading)
@@ -100,7 +100,7 @@ class PointerForm(nn.Module):
         copied = (in_sequence(rearrange(x, "(b l) m c -> b l m c", b=b), n) for x in copied)
         return self._mixed(*copied, in_sequence(readable[..., None], n), reading)
 
-    def _mixture_held(self, reading: Reading) -> CopyMixture | None:
+    def _mixture_held(self, reading: RetrofitContext) -> CopyMixture | None:
         """The same for new tokens: of the neighbors the cache holds keys and tokens, of the text the lagged queries."""
         cache, call, lags = reading.cache, reading.call, self.config.key_lags
         new = self._queries(reading)
@@ -128,7 +128,7 @@ class PointerForm(nn.Module):
         )
         return self._mixed(*scattered, reading)
 
-    def _mixture_of_step(self, queries, keys, ids, reading: Reading) -> CopyMixture:
+    def _mixture_of_step(self, queries, keys, ids, reading: RetrofitContext) -> CopyMixture:
         cache, call, device = reading.cache, reading.call, queries.device
         self._hold(keys, ids, reading)
         keys, ids, mask = (cache.rows[name].to(device) for name in ("keys", "ids", "mask"))
@@ -138,16 +138,16 @@ class PointerForm(nn.Module):
         copied = self._copied(queries, keys, ids, mask, readable)
         return self._mixed(*copied, readable[..., None], reading)
 
-    def _hold(self, keys: Tensor | None, ids: Tensor | None, reading: Reading) -> None:
+    def _hold(self, keys: Tensor | None, ids: Tensor | None, reading: RetrofitContext) -> None:
         if keys is not None:
             reading.cache.hold("keys", keys, reading.call)
             reading.cache.hold("ids", ids, reading.call)
 
-    def _queries(self, reading: Reading) -> Float[Tensor, "b n d"]:
+    def _queries(self, reading: RetrofitContext) -> Float[Tensor, "b n d"]:
         return F.normalize(self.query(reading.state[self.config.key_layer].to(self.lags)), dim=-1)
 
     def _keys(
-        self, neighbor_ids: Int[Tensor, "c k r"], neighbor_mask: Bool[Tensor, "c k r"], reading: Reading
+        self, neighbor_ids: Int[Tensor, "c k r"], neighbor_mask: Bool[Tensor, "c k r"], reading: RetrofitContext
     ) -> Float[Tensor, "c k r d"]:
         read = reading.hidden_after(neighbor_ids.flatten(0, 1), neighbor_mask.flatten(0, 1), self.config.key_layer)
         keys = F.normalize(self.key(read.to(self.lags)), dim=-1)
@@ -177,7 +177,7 @@ class PointerForm(nn.Module):
         best = torch.where(readable, matches.masked_fill(no_key, least).amax(-1), 0.0)
         return repeat(neighbor_ids[..., 1:], "c k r -> c w (k r)", w=w), attention, best[..., None]
 
-    def _mixed(self, tokens, attention, best, readable, reading: Reading) -> CopyMixture:
+    def _mixed(self, tokens, attention, best, readable, reading: RetrofitContext) -> CopyMixture:
         last = reading.state[self.last_layer][:, -tokens.shape[1] :].to(attention)
         belief = self.gate(last, best[..., 0]).masked_fill(~readable[..., 0], -torch.inf)
         return CopyMixture(tokens, attention, belief, self.gate.likelihood, self.gate.opened())

@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
-from retro.serve.engine import Engine
+from retro.serve.engine import GenerationEngine
 from retro.serve.requests import ChatRequest, CompletionRequest, RowMaker
 from retro.serve.responses import Answer, gather, stream, submit
 from retro.version import __version__
@@ -22,7 +22,9 @@ from retro.web.guard import Guard, answer_errors, unless_gone
 STATIC = Path(__file__).parent / "static"
 
 
-def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Sequence[str] | None = None) -> FastAPI:
+def create_app(
+    engine: GenerationEngine, name: str, api_key: str | None = None, hosts: Sequence[str] | None = None
+) -> FastAPI:
     """The server as an ASGI application, which runs the engine from its startup to its shutdown.
 
     Arguments:
@@ -45,7 +47,7 @@ def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Seq
     return app
 
 
-def _openai_routes(engine: Engine, name: str) -> APIRouter:
+def _openai_routes(engine: GenerationEngine, name: str) -> APIRouter:
     routes, maker = APIRouter(), RowMaker(engine)
 
     @routes.post("/completions")
@@ -63,7 +65,7 @@ def _openai_routes(engine: Engine, name: str) -> APIRouter:
     return routes
 
 
-async def _answer(request: Request, asked: Any, answer: Answer, engine: Engine) -> Response:
+async def _answer(request: Request, asked: Any, answer: Answer, engine: GenerationEngine) -> Response:
     events = submit(engine, answer.rows)
     if not asked.stream:
         return JSONResponse(await unless_gone(request, gather(answer, events)))
@@ -89,7 +91,7 @@ def _add_lists(routes: APIRouter, name: str, about_model: dict[str, Any], about_
         return {"object": "list", "data": about_stores}
 
 
-def _about_model(engine: Engine, name: str, maker: RowMaker) -> dict[str, Any]:
+def _about_model(engine: GenerationEngine, name: str, maker: RowMaker) -> dict[str, Any]:
     config = engine.model.config
     about = {"chunk_len": config.chunk_len, "num_neighbors": config.num_neighbors, "chat": maker.can_chat}
     about |= {"max_prompt_tokens": maker.max_prompt_tokens, "max_new_tokens": maker.max_new_tokens()}
@@ -102,7 +104,7 @@ def _about_store(name: str, maker: RowMaker) -> dict[str, Any]:
     return {"id": name, "object": "store", **counts, "max_num_neighbors": maker.max_neighbors(name)}
 
 
-def _add_page(app: FastAPI, engine: Engine) -> None:
+def _add_page(app: FastAPI, engine: GenerationEngine) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         status = "ok" if engine.is_alive else "shutting down"

@@ -27,7 +27,7 @@ class Full(Exception):
     """The queue is full."""
 
 
-class Engine(Worker):
+class GenerationEngine(Worker):
     """Continues rows, several at once where they retrieve alike; a context in which its thread runs.
 
     A batch holds rows of one store and one k (or RETRO[OFF]), left-padded. All else is a row's own: length, stop

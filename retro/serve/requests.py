@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from retro.sampling import prompt_tokens
-from retro.serve.engine import Engine
+from retro.serve.engine import GenerationEngine
 from retro.serve.rows import Row
 from retro.web.errors import HALF, ApiError, shown
 
@@ -155,7 +155,7 @@ class ChatRequest(_Sampling):
 class RowMaker:
     """Requests to rows, within the limits. Has a copy of the tokenizer: threads must not share a fast one."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: GenerationEngine) -> None:
         self.engine, self._tokenizer = engine, deepcopy(engine.tokenizer)
         self._positions = getattr(engine.model.config, "max_position_embeddings", None) or sys.maxsize
 

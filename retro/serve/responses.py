@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from retro.serve.engine import Engine, Full
+from retro.serve.engine import Full, GenerationEngine
 from retro.serve.rows import Closed, Row
 from retro.web.errors import ApiError
 
@@ -75,7 +75,7 @@ class Answer:
         return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
 
-def submit(engine: Engine, rows: Sequence[Row]) -> AsyncGenerator[Event, None]:
+def submit(engine: GenerationEngine, rows: Sequence[Row]) -> AsyncGenerator[Event, None]:
     """Queue rows; gives their events until all have ended. Closing it early cancels them.
 
     Raises ApiError: at once 429 if the queue is full; 503 at shutdown; later 504 when time runs out, and 500 when the

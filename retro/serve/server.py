@@ -13,7 +13,7 @@ from retro.retrieval import Retriever, Store
 from retro.retrieval.remote.client import RemoteRetriever, is_url
 from retro.retrieval.search.lexical import KINDS
 from retro.retrieval.search.searchers import embedder_of, is_keyless, parse_kind
-from retro.serve.engine import Engine
+from retro.serve.engine import GenerationEngine
 from retro.web.listening import listen, names_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def _retriever(store: Store, index: str, embedders: dict[str, Any]) -> Retriever
     return Retriever(store, index, embedder)
 
 
-def serve_app(engine: Engine, name: str, host: str, port: int, api_key: str | None) -> tuple[FastAPI, socket.socket]:
+def serve_app(
+    engine: GenerationEngine, name: str, host: str, port: int, api_key: str | None
+) -> tuple[FastAPI, socket.socket]:
     """The application and the socket it shall listen on."""
     from retro.serve.app import create_app
 

@@ -27,7 +27,7 @@ from retro.training.batches import count_targets, sum_over_processes, to_device
 from retro.training.checkpoint import last_checkpoint
 from retro.training.output import finish, log_metrics, prepare_output, save
 from retro.training.settings import learning_rate
-from retro.training.setup import Run
+from retro.training.setup import TrainingRun
 from retro.training.sharding import whole
 from retro.training.validation import validate
 from retro.training.windows import Batch
@@ -35,7 +35,7 @@ from retro.training.windows import Batch
 logger = logging.getLogger(__name__)
 
 
-def fit(run: Run) -> bool:
+def fit(run: TrainingRun) -> bool:
     """Train to the last step; True if it was reached, False if SIGTERM or SIGINT asked to stop (the state is saved).
 
     Raises ValueError, naming the step, if the loss is not finite; the last good checkpoint stays.
@@ -72,7 +72,7 @@ def fit(run: Run) -> bool:
 
 
 @fast_products()
-def train_step(run: Run, micro_batches: list[Batch], num_targets: int) -> float:
+def train_step(run: TrainingRun, micro_batches: list[Batch], num_targets: int) -> float:
     """One step of the optimizer: the loss is the mean over all predicted tokens of all processes' micro-batches.
 
     The model gives the mean over its own micro-batch, and data-parallel gradients are averaged over processes; so each
@@ -108,7 +108,7 @@ def _agree(accelerator: Accelerator, micro_batches: list[Batch], stop_requested:
     return int(total), stops > 0
 
 
-def _require_finite(run: Run, loss: float, grad_norm: float) -> None:
+def _require_finite(run: TrainingRun, loss: float, grad_norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     kept = last_checkpoint(run.output)
@@ -120,7 +120,7 @@ def _require_finite(run: Run, loss: float, grad_norm: float) -> None:
     )
 
 
-def _log_training(run: Run, progress: tqdm, grad_norm: float, pace: Pace) -> None:
+def _log_training(run: TrainingRun, progress: tqdm, grad_norm: float, pace: Pace) -> None:
     """Log the mean loss over the tokens since the last line, and start the next line."""
     state = run.state
     loss, rate = state.loss_sum / max(1, state.loss_tokens), learning_rate(state.step - 1, run.num_steps, run.settings)
@@ -146,11 +146,11 @@ class Pace:
         self.seconds += time.monotonic() - self._entered
 
 
-def _is_due(run: Run, every: int) -> bool:
+def _is_due(run: TrainingRun, every: int) -> bool:
     return run.state.step % every == 0 or run.state.step == run.num_steps
 
 
-def _progress(run: Run) -> tqdm:
+def _progress(run: TrainingRun) -> tqdm:
     hidden = not run.accelerator.is_main_process
     return tqdm(total=run.num_steps, initial=run.state.step, unit="step", desc="train", disable=hidden or None)
 

@@ -12,11 +12,11 @@ import torch
 from retro.common.settings import save_settings, to_plain
 from retro.provenance import write_provenance
 from retro.training.checkpoint import save_checkpoint, sync_files
-from retro.training.setup import Run, without_loading_bars
+from retro.training.setup import TrainingRun, without_loading_bars
 from retro.training.sharding import whole_weights
 
 
-def prepare_output(run: Run) -> None:
+def prepare_output(run: TrainingRun) -> None:
     """Make the output folder, write the settings, and cut from metrics.jsonl what comes after the state's step."""
     if run.accelerator.is_main_process:
         run.output.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def prepare_output(run: Run) -> None:
         run.accelerator.init_trackers("retro", config=flat, init_kwargs={"wandb": {"dir": str(run.output)}})
 
 
-def log_metrics(run: Run, values: dict[str, float]) -> None:
+def log_metrics(run: TrainingRun, values: dict[str, float]) -> None:
     """One line of metrics.jsonl, and the same for the tracker."""
     state = run.state
     line = {"step": state.step, "tokens": state.tokens, **values, "elapsed_seconds": round(state.elapsed_seconds, 3)}
@@ -45,7 +45,7 @@ def log_metrics(run: Run, values: dict[str, float]) -> None:
         run.accelerator.log(values, step=state.step)
 
 
-def save(run: Run) -> Path:
+def save(run: TrainingRun) -> Path:
     """Write a checkpoint of the state."""
     weights = whole_weights(run.state.model, keep=run.accelerator.is_main_process)
     return save_checkpoint(
@@ -58,7 +58,7 @@ def save(run: Run) -> Path:
     )
 
 
-def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+def write_model(run: TrainingRun, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
     """The trained folder: model, tokenizer, resolved settings and where it comes from.
 
     weights: of a model that is sharded.
@@ -70,7 +70,7 @@ def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor] | None)
     write_provenance(folder, run.store, run.loader.windows.index)
 
 
-def finish(run: Run) -> None:
+def finish(run: TrainingRun) -> None:
     """Put the trained model into the output folder itself, each file written aside and renamed."""
     weights = whole_weights(run.state.model, keep=run.accelerator.is_main_process)
     if run.accelerator.is_main_process:

@@ -19,7 +19,7 @@ from retro.retrieval import Store
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, open_base, retrofit
 from retro.training.loop import fit
 from retro.training.settings import TrainSettings
-from retro.training.setup import Run, setup
+from retro.training.setup import TrainingRun, setup
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
     the user can mend.
     """
     settings = load_settings(RetrofitSettings, find_config(config, "retrofit"), list(overrides))
-    return fit(prepare(settings))
+    return fit(prepare_run(settings))
 
 
-def prepare(settings: RetrofitSettings) -> Run:
+def prepare_run(settings: RetrofitSettings) -> TrainingRun:
     """Open base and data, and fit the base or read what was trained from the last checkpoint."""
     fitting = Fitting(settings)
     run = setup(settings, fitting.config, fitting)

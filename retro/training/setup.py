@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What does not change during a run, and its state."""
 
     settings: TrainSettings
@@ -54,7 +54,7 @@ def setup(
     make_config: Callable[[TrainSettings, Store], PreTrainedConfig],
     model_class: type[PreTrainedModel],
     make_windows: Callable[[TrainSettings, Store, int], Windows] | None = None,
-) -> Run:
+) -> TrainingRun:
     """Open the data, make the model or read it from the last checkpoint of the output folder, check that both fit.
 
     make_config: the model's configuration for a store. model_class: makes a model of it, and reads checkpoints.
@@ -80,7 +80,7 @@ def setup(
         logger.info("going on from %s", checkpoint)
     loader = make_loader(settings, windows, accelerator, state.position)
     num_steps = settings.num_steps(accelerator.num_processes)
-    return Run(settings, accelerator, store, loader, valid, wrapped, state, identity, output, num_steps)
+    return TrainingRun(settings, accelerator, store, loader, valid, wrapped, state, identity, output, num_steps)
 
 
 def make_model(

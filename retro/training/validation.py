@@ -11,13 +11,13 @@ import torch
 from retro.common.products import fast_products
 from retro.retrieval import Store
 from retro.training.batches import count_targets, sum_over_processes, to_device
-from retro.training.setup import Run
+from retro.training.setup import TrainingRun
 from retro.training.windows import IGNORED, Batch
 
 
 @torch.no_grad()
 @fast_products()
-def validate(run: Run) -> dict[str, float]:
+def validate(run: TrainingRun) -> dict[str, float]:
     """Bits per token and per byte of the validation windows, with neighbors (on) and without (off).
 
     Sums in float64 over all processes, divided once. Bytes are the scored tokens' share of their documents' UTF-8 bytes
@@ -58,7 +58,7 @@ def scored_bytes(store: Store, batch: Batch) -> float:
     return float(sum(count * one.num_bytes / one.num_tokens for count, one in zip(counts, records, strict=True)))
 
 
-def _own_validation(run: Run) -> Iterator[np.ndarray]:
+def _own_validation(run: TrainingRun) -> Iterator[np.ndarray]:
     """This process's batches of validation windows: evenly spread over the store, at most `eval_windows` in all.
 
     All processes have the same number of batches; the last may be empty.

@@ -12,7 +12,7 @@ import torch
 from retro.cli import main
 from retro.evaluation import prepare, score
 from retro.evaluation.baselines import METHODS, BaselineSettings, baselines_rows, baselines_table, measure_baselines
-from retro.evaluation.baselines.bench import Bench
+from retro.evaluation.baselines.bench import BaselineEvaluator
 from retro.evaluation.baselines.methods import plan, resolved
 from retro.evaluation.baselines.sample import draw_sample
 from retro.text.documents import Document
@@ -45,10 +45,10 @@ def pointer(make_lm):
 def make_bench(pointer, planted_retriever):
     """make_bench(k=2, positions=None, **settings): over the planted store, with a RETRO-fit and its base."""
 
-    def make(k=2, positions=None, **given) -> Bench:
+    def make(k=2, positions=None, **given) -> BaselineEvaluator:
         pointer.base.config.max_position_embeddings = positions or 2048
         settings = resolved(BaselineSettings(**{**SMALL, **given}), planted_retriever, pointer.base, k)
-        return Bench(pointer, pointer.base, planted_retriever, settings, [d.id for d in HELD_OUT])
+        return BaselineEvaluator(pointer, pointer.base, planted_retriever, settings, [d.id for d in HELD_OUT])
 
     return make
 
@@ -97,7 +97,7 @@ def next_token(lm, ids) -> torch.Tensor:
         return lm(torch.as_tensor(np.asarray(ids))[None]).logits[0, -1].double().log_softmax(-1)
 
 
-def slowly(bench: Bench, sample, stride: int, positions=None):
+def slowly(bench: BaselineEvaluator, sample, stride: int, positions=None):
     """For each target: log p with each document in front and with all of them, and the scores, one token at a time."""
     m, apart, together, scores = 8, [], [], []
     for window, (text, places) in enumerate(zip(sample.texts, sample.places, strict=True)):

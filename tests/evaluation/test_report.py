@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retro.cli import main
-from retro.evaluation import Reading, bits_per_byte, measure_leakage, sweep_neighbors
+from retro.evaluation import ScoringSettings, bits_per_byte, measure_leakage, sweep_neighbors
 from retro.evaluation.baselines import BaselineSettings, measure_baselines
 from retro.evaluation.plots import write_json
 from retro.evaluation.report import read_runs, report_page
@@ -53,7 +53,8 @@ def results(model, planted_retriever, words_tokenizer, attributions):
     return {
         "evaluate": bits_per_byte(model, HELD_OUT, planted_retriever, 2, **reading) | about,
         "leakage": measure_leakage(model, HELD_OUT, planted_retriever, 2, **reading) | about,
-        "sweep": sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 1, 3), reading=Reading(**reading)) | about,
+        "sweep": sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 1, 3), reading=ScoringSettings(**reading))
+        | about,
         "baselines": measure_baselines(model, HELD_OUT, planted_retriever, settings=few) | about,
         "task": measure_lambada(reader, last_words) | about | {"data": ["last.jsonl"]},
         "generate": {"texts": [as_json(text) for text in attributions], "model": "run", "store": "store"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retro.evaluation import (
-    Reading,
+    ScoringSettings,
     bits_per_byte,
     sweep_datastore,
     sweep_models,
@@ -20,7 +20,7 @@ from retro.retrieval import Retriever
 from tests.evaluation.conftest import HELD_OUT
 from tests.stand_ins import HashingEmbedder
 
-READING = Reading(window_len=64, stride=32, cache=False)
+READING = ScoringSettings(window_len=64, stride=32, cache=False)
 
 
 def plain(model, retriever, k, **given):

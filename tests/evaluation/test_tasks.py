@@ -23,7 +23,7 @@ from retro.evaluation.tasks import (
 )
 from retro.evaluation.tasks.lambada import last_word
 from retro.evaluation.tasks.passages import passage_tokens
-from retro.evaluation.tasks.question_answering import in_context, prompt_tokens
+from retro.evaluation.tasks.question_answering import aligned_prompt, in_context
 from retro.evaluation.tasks.summaries import Summary
 from retro.text.documents import Document
 from tests.stand_ins import make_store, words, write_jsonl
@@ -158,7 +158,7 @@ def test_answers_equal_a_loop_over_forward_passes(letters_model, letters_tokeniz
     for question, answer in zip(questions, result["answers"], strict=True):
         text = f"question: {question.question} \n answer:"
         plain = letters_tokenizer.encode(text)
-        prompt = prompt_tokens(reader, text).tolist()
+        prompt = aligned_prompt(reader, text).tolist()
         assert len(prompt) % 8 == 0 and prompt[-len(plain) :] == plain and set(prompt[: -len(plain)]) <= {1}
         ids, mask = passage_tokens(letters_tokenizer, question.passages, 2, 24)
         first = str(f"title: {question.passages[0].title}, source: {question.passages[0].text}")

@@ -42,7 +42,7 @@ def overrides(made, name, questions, **more):
 def test_a_window_is_what_the_task_reads_and_an_answer(words_store, pointer, made):
     from retro.evaluation.tasks import Reader, read_questions
     from retro.evaluation.tasks.passages import passage_tokens
-    from retro.evaluation.tasks.question_answering import PROMPT, prompt_tokens
+    from retro.evaluation.tasks.question_answering import PROMPT, aligned_prompt
     from retro.training.finetune import QuestionWindows
 
     questions = read_questions(made / "fid.jsonl")
@@ -51,7 +51,7 @@ def test_a_window_is_what_the_task_reads_and_an_answer(words_store, pointer, mad
     batch = windows.batch(np.array([2, 0]))
     assert set(windows.answers) == {"w11 w12", "w13"}, "drawn of all right answers"
     for row, number in enumerate([2, 0]):
-        prompt = prompt_tokens(reader, PROMPT.format(question=questions[number].question)).tolist()
+        prompt = aligned_prompt(reader, PROMPT.format(question=questions[number].question)).tolist()
         answer = [*words_store.tokenizer.encode(windows.answers[number]), 1]
         padding = 24 - len(prompt) - len(answer)
         assert batch["input_ids"][row].tolist() == prompt + answer + [0] * padding and len(prompt) % 8 == 0

@@ -45,9 +45,9 @@ def metrics(output):
 def test_only_what_is_new_is_trained_and_kept(form, make_settings, tmp_path, capsys):
     from retro.retrofit import RetrofitForCausalLM
     from retro.training.loop import fit
-    from retro.training.retrofit import prepare
+    from retro.training.retrofit import prepare_run
 
-    run = prepare(make_settings(form=form))
+    run = prepare_run(make_settings(form=form))
     assert "trainable%" in capsys.readouterr().out
     before = {n: p.clone() for n, p in run.state.model.base.named_parameters()}
     assert fit(run)
@@ -65,15 +65,15 @@ def test_only_what_is_new_is_trained_and_kept(form, make_settings, tmp_path, cap
 @forms
 def test_a_run_in_two_parts_is_one_run(form, make_settings, tmp_path, monkeypatch):
     from retro.training import loop
-    from retro.training.retrofit import prepare
+    from retro.training.retrofit import prepare_run
 
-    assert loop.fit(prepare(make_settings("whole", form)))
-    cut = prepare(make_settings("cut", form))
+    assert loop.fit(prepare_run(make_settings("whole", form)))
+    cut = prepare_run(make_settings("cut", form))
     monkeypatch.setattr(loop, "finish", lambda run: None)
     cut.num_steps = 3
     assert loop.fit(cut)
     monkeypatch.undo()
-    rest = prepare(make_settings("cut", form))
+    rest = prepare_run(make_settings("cut", form))
     assert rest.state.step == 3 and loop.fit(rest)
     whole = RunWeights(tmp_path / "whole")
     assert whole == RunWeights(tmp_path / "cut")
@@ -92,16 +92,16 @@ class RunWeights:
 
 
 def test_refusals(make_settings, stores, make_base, tmp_path):  # noqa: F811
-    from retro.training.retrofit import prepare
+    from retro.training.retrofit import prepare_run
 
     with pytest.raises(ValueError, match="retrieval is false, so that nothing would be trained"):
         make_settings(retrieval=False)
     with pytest.raises(ValueError, match="has 64 tokens, the base .* 63; build a store with the base's tokenizer"):
-        prepare(make_settings(store=str(stores["other"]), valid_store=None))
+        prepare_run(make_settings(store=str(stores["other"]), valid_store=None))
     with pytest.raises(ValueError, match="layers: unknown model field"):
-        prepare(make_settings(model={"layers": 3}))
+        prepare_run(make_settings(model={"layers": 3}))
     with pytest.raises(ValueError, match="model.chunk_len: 4 is not the store's 8; leave it out"):
-        prepare(make_settings(model={"chunk_len": 4}))
+        prepare_run(make_settings(model={"chunk_len": 4}))
     make_words_tokenizer(59).save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="another tokenizer than that of the base"):
-        prepare(make_settings())
+        prepare_run(make_settings())

@@ -13,7 +13,7 @@ import uvicorn
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import BuildSettings, Retriever, build_store
 from retro.serve.app import create_app
-from retro.serve.engine import Engine
+from retro.serve.engine import GenerationEngine
 from retro.serve.limits import Limits
 from retro.web.listening import listen, url_of
 from tests.conftest import TINY
@@ -72,7 +72,7 @@ def stores(tokenizer, tmp_path_factory):
 @pytest.fixture
 def make_engine(model, tokenizer, stores):
     """make_engine(**limits): not yet running."""
-    return lambda **limits: Engine(model, tokenizer, stores, Limits(**limits))
+    return lambda **limits: GenerationEngine(model, tokenizer, stores, Limits(**limits))
 
 
 @pytest.fixture

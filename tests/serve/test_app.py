@@ -77,7 +77,7 @@ def test_chat_says_what_its_template_completes_to(ask):
 
 
 def test_the_length_is_what_the_models_positions_leave(model, tokenizer, stores, monkeypatch):
-    from retro.serve.engine import Engine
+    from retro.serve.engine import GenerationEngine
 
     monkeypatch.setattr(model.config, "max_position_embeddings", 24)
     requests = [
@@ -87,7 +87,9 @@ def test_the_length_is_what_the_models_positions_leave(model, tokenizer, stores,
         (COMPLETIONS, {"prompt": PROMPT, "temperature": 0}),
         (CHAT, {"messages": HELLO, "temperature": 0}),
     ]
-    models, long, longer, default, chat = (r.json() for r in ask_all(Engine(model, tokenizer, stores), requests))
+    models, long, longer, default, chat = (
+        r.json() for r in ask_all(GenerationEngine(model, tokenizer, stores), requests)
+    )
     assert models["data"][0]["retro"]["max_prompt_tokens"] == models["data"][0]["retro"]["max_new_tokens"] == 23
     assert "max_tokens is 5; at most 4 can follow" in long["error"]["message"]
     assert "24 tokens; this server reads at most 23" in longer["error"]["message"]
@@ -195,10 +197,10 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def refusals(model, tokenizer, stores):
     """The responses to all of REFUSED, asked of one application."""
-    from retro.serve.engine import Engine
+    from retro.serve.engine import GenerationEngine
 
     bodies = [json.dumps({"prompt": "w1", **given}).encode() for given, *_ in REFUSED.values()]
-    responses = ask_all(Engine(model, tokenizer, stores), [(COMPLETIONS, body) for body in bodies])
+    responses = ask_all(GenerationEngine(model, tokenizer, stores), [(COMPLETIONS, body) for body in bodies])
     return dict(zip(REFUSED, responses, strict=True))
 
 

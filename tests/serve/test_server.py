@@ -30,9 +30,9 @@ PROMPT = words(20)
 
 @pytest.fixture(scope="module")
 def url(model, tokenizer, stores):
-    from retro.serve.engine import Engine
+    from retro.serve.engine import GenerationEngine
 
-    with serving(Engine(model, tokenizer, stores), api_key="s3cret-token") as url:
+    with serving(GenerationEngine(model, tokenizer, stores), api_key="s3cret-token") as url:
         yield url
 
 

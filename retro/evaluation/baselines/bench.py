@@ -28,7 +28,7 @@ from retro.retrieval.store.random_rows import random_rows
 
 
 @dataclass(frozen=True)
-class Scored:
+class MethodScores:
     """What a method made of the targets, log p and ids of each, and what that took.
 
     seconds: of reading. search_seconds, search_flops: of `searches`. chosen: what was tuned or resolved for it.
@@ -54,7 +54,7 @@ class ReadApart:
     log_p: Float[np.ndarray, "t k"]
     present: Bool[np.ndarray, "s k"]
     scores: Float[np.ndarray, "s k"]
-    cost: Scored
+    cost: MethodScores
 
     def mixed(self, mixture: Callable, temperature: float) -> Float[np.ndarray, " t"]:
         """log p under `token_mixture` or `sequence_mixture`."""
@@ -62,7 +62,7 @@ class ReadApart:
         return mixture(self.log_p, weights, self.spans.of_target)
 
 
-class Bench:
+class BaselineEvaluator:
     """Models, store and settings of a measurement, and what several methods share: searches, readings, keys.
 
     Shared work is done once, and told in every row that needs it. excluded: ids of documents that kNN-LM leaves out.
@@ -82,7 +82,7 @@ class Bench:
         self.store, self.excluded, self.progress = retriever.store, excluded, progress
         self._done: dict[tuple, Any] = {}
 
-    def run(self, name: str, sample: Sample, tuning: Sample | None = None) -> Scored:
+    def run(self, name: str, sample: Sample, tuning: Sample | None = None) -> MethodScores:
         """One method by its name. tuning: a sample of validation documents."""
         kind, _, neighbors = name.partition("retro_on")
         if name in ("rag_token", "rag_sequence"):
@@ -94,26 +94,26 @@ class Bench:
 
     # the reader alone
 
-    def _lm(self, sample: Sample) -> Scored:
+    def _lm(self, sample: Sample) -> MethodScores:
         return self._lm_with_states(sample)[0]
 
-    def _lm_with_states(self, sample: Sample) -> tuple[Scored, Float[np.ndarray, "t d"]]:
+    def _lm_with_states(self, sample: Sample) -> tuple[MethodScores, Float[np.ndarray, "t d"]]:
         read = lambda: self._read(sample.texts, sample.places, "LM", hidden=True)  # noqa: E731
         return self._shared(("lm", id(sample)), read)
 
-    def _read(self, texts: list, places: list, label: str, hidden: bool = False) -> tuple[Scored, Any]:
+    def _read(self, texts: list, places: list, label: str, hidden: bool = False) -> tuple[MethodScores, Any]:
         started = time.perf_counter()
         log_p, targets, states = log_likelihoods(self.reader, texts, places, self._bar(label), hidden)
         lengths = zip(texts, places, strict=True)
         work = sum(costs.lm_flops(self.reader, len(text), len(place)) for text, place in lengths)
-        return Scored(log_p, targets, time.perf_counter() - started, flops=work), states
+        return MethodScores(log_p, targets, time.perf_counter() - started, flops=work), states
 
     # RETRO
 
-    def _retro_off(self, sample: Sample) -> Scored:
+    def _retro_off(self, sample: Sample) -> MethodScores:
         return self._retro(sample, None)
 
-    def _retro_on(self, neighbors: str, sample: Sample) -> Scored:
+    def _retro_on(self, neighbors: str, sample: Sample) -> MethodScores:
         """neighbors: "" the retriever's, "random", "oracle", or a kind of index."""
         if neighbors == "random":
             return replace(self._retro(sample, self._random(sample)), store_bytes=costs.text_bytes(self.store))
@@ -144,7 +144,7 @@ class Bench:
         drawn = random_rows(self.store, chunks, np.full_like(chunks, -1), rows.shape[1], self.settings.seed)
         return np.where(rows >= 0, drawn, -1)
 
-    def _retro(self, sample: Sample, rows: np.ndarray | None) -> Scored:
+    def _retro(self, sample: Sample, rows: np.ndarray | None) -> MethodScores:
         """OFF for rows None."""
         m, of_window = sample.data.chunk_len, None
         if rows is not None:
@@ -155,11 +155,11 @@ class Bench:
         (log_p, targets), seconds = _timed(lambda: log_likelihoods_with_neighbors(*given))
         k = 0 if rows is None else rows.shape[1]
         work = sum(costs.retro_flops(self.model, len(text), len(text), k) for text in sample.texts)
-        return Scored(log_p, targets, seconds, flops=work)
+        return MethodScores(log_p, targets, seconds, flops=work)
 
     # retrieved text in front
 
-    def _prepend(self, sample: Sample) -> Scored:
+    def _prepend(self, sample: Sample) -> MethodScores:
         spans, found = self._searched(sample, self.settings.retrieval_stride)
         started = time.perf_counter()
         documents = documents_of(
@@ -171,7 +171,7 @@ class Bench:
         scored = replace(scored, seconds=time.perf_counter() - started, chosen=chosen)
         return self._with_searches(scored, spans, found.seconds / max(1, spans.num_searches), self.retriever)
 
-    def _replug(self, sample: Sample, tuning: Sample | None) -> Scored:
+    def _replug(self, sample: Sample, tuning: Sample | None) -> MethodScores:
         stride, temperature = self.settings.retrieval_stride, self.settings.temperature
         if tuning is not None:
             apart = self._apart(tuning, stride)
@@ -181,7 +181,7 @@ class Bench:
         chosen = {"temperature": temperature, "on_validation": tuning is not None, "retrieval_stride": stride}
         return replace(apart.cost, log_p=apart.mixed(ensembles.token_mixture, temperature), chosen=chosen)
 
-    def _rag(self, name: str, sample: Sample) -> Scored:
+    def _rag(self, name: str, sample: Sample) -> MethodScores:
         mixture = {"rag_token": ensembles.token_mixture, "rag_sequence": ensembles.sequence_mixture}[name]
         apart = self._apart(sample, sample.data.chunk_len)
         return replace(apart.cost, log_p=apart.mixed(mixture, 1.0))
@@ -207,7 +207,7 @@ class Bench:
                 assert np.array_equal(read.targets, sample.targets[at]), "each document stands before its own span"
                 log_p[at, d] = read.log_p
                 flops += read.flops
-        cost = Scored(log_p[:, 0], sample.targets, time.perf_counter() - started, flops=flops)
+        cost = MethodScores(log_p[:, 0], sample.targets, time.perf_counter() - started, flops=flops)
         cost = self._with_searches(cost, spans, found.seconds / max(1, spans.num_searches), self.retriever)
         return ReadApart(spans, log_p, present, scores, cost)
 
@@ -222,7 +222,7 @@ class Bench:
 
     # kNN-LM
 
-    def _knn(self, sample: Sample, tuning: Sample) -> Scored:
+    def _knn(self, sample: Sample, tuning: Sample) -> MethodScores:
         made, s = self._token_store(), self.settings
         read, states = self._lm_with_states(tuning)
         found = made.search(states, max(s.knn_ks), self.progress)
@@ -258,7 +258,9 @@ class Bench:
     def _retriever(self, kind: str) -> Retriever:
         return self._shared(("retriever", kind), lambda: Retriever(self.store, kind)) if kind else self.retriever
 
-    def _with_searches(self, scored: Scored, spans: Spans, seconds_each: float, retriever: Retriever) -> Scored:
+    def _with_searches(
+        self, scored: MethodScores, spans: Spans, seconds_each: float, retriever: Retriever
+    ) -> MethodScores:
         """The cost of what the spans ask for: text that is only read was searched for when it was scored."""
         searches = spans.num_searches
         return replace(

@@ -102,7 +102,7 @@ def resolved(settings: BaselineSettings, retriever: Retriever, reader: Any, k: i
     return replace(settings, **made)
 
 
-def plan(
+def plan_methods(
     settings: BaselineSettings, model: Any, reader: Any, retriever: Retriever, validation: Sequence[Document] | None
 ) -> list[str]:
     """The methods to run, the first row first; ValueError, in one sentence, for one that was asked for and cannot.

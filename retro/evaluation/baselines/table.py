@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from retro.common.settings import to_plain
-from retro.evaluation.baselines.bench import Bench, Scored
-from retro.evaluation.baselines.methods import METHODS, BaselineSettings, plan, resolved
+from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
+from retro.evaluation.baselines.methods import METHODS, BaselineSettings, plan_methods, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
 from retro.evaluation.bits import LITTLE_OVERLAP, bpb_interval, gain, measured_with, neighbors_of
 from retro.evaluation.scorer import LEAKAGE_NEIGHBORS, ChunkScores, overlap_of, prepare, reads_neighbors, window_of
@@ -43,7 +43,7 @@ def measure_baselines(
     model, reader = _roles(model, reader, retriever)
     k = neighbors_of(reader if model is None else model, settings.num_neighbors)
     settings = resolved(settings, retriever, reader, k)
-    names = plan(settings, model, reader, retriever, validation)
+    names = plan_methods(settings, model, reader, retriever, validation)
     present = [one for one in (model, reader) if one is not None]
     window_len, stride = window_of(present, retriever.store.chunk_len, settings.window_len, settings.stride)
     settings = replace(settings, window_len=window_len, stride=stride)
@@ -51,7 +51,7 @@ def measure_baselines(
     sample = _sample(documents, retriever, settings)
     tuning = None if validation is None else _sample(validation, retriever, settings)
     excluded = [document.id for document in (*documents, *(validation or ()))]
-    bench = Bench(model, reader, retriever, settings, excluded, progress)
+    bench = BaselineEvaluator(model, reader, retriever, settings, excluded, progress)
     modes = [(one, one.training) for one in present]
     for one in present:
         one.eval()
@@ -105,7 +105,7 @@ def _little_overlap(sample: Sample, retriever: Retriever) -> np.ndarray:
     return (overlap / data.lens <= LITTLE_OVERLAP) & data.scored.any(1)
 
 
-def _rows(scored: dict[str, Scored], sample: Sample, little: np.ndarray, seed: int) -> list[dict[str, Any]]:
+def _rows(scored: dict[str, MethodScores], sample: Sample, little: np.ndarray, seed: int) -> list[dict[str, Any]]:
     scores = {name: sample.chunk_scores(found.log_p, found.seconds) for name, found in scored.items()}
     reference = next(iter(scores.values()))
     return [_row(name, scored[name], scores[name], reference, sample, little, seed) for name in scored]
@@ -113,7 +113,7 @@ def _rows(scored: dict[str, Scored], sample: Sample, little: np.ndarray, seed: i
 
 def _row(
     name: str,
-    found: Scored,
+    found: MethodScores,
     scores: ChunkScores,
     reference: ChunkScores,
     sample: Sample,

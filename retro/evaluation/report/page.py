@@ -23,7 +23,6 @@ from retro.evaluation.report.pictures import Picture, picture_of, picture_of_bit
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.report.tables import (
     Table,
-    bits_table,
     data_of,
     gains_line,
     model_of,
@@ -31,6 +30,7 @@ from retro.evaluation.report.tables import (
     plain_cell,
     share,
     store_of,
+    table_of_bits,
     tables_of,
     title_of,
 )
@@ -113,7 +113,7 @@ def _part(basis: Basis, members: list[Result], stores: Sequence[StoreRecord]) ->
     views = []
     if bits:
         lines = [(result.name, gains_line(result.value)) for result in bits]
-        views.append(_view(bits, [bits_table(bits)], picture_of_bits(bits), [line for line in lines if line[1]]))
+        views.append(_view(bits, [table_of_bits(bits)], picture_of_bits(bits), [line for line in lines if line[1]]))
     for result in (result for result in members if result.kind != "evaluate"):
         views.append(_view([result], tables_of(result), picture_of(result), examples=_examples(result)))
     first = members[0].value

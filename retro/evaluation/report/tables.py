@@ -72,12 +72,12 @@ def store_of(value: dict[str, Any]) -> str:
 
 
 def tables_of(result: Result) -> list[Table]:
-    """The tables of any result but "evaluate" (see `bits_table`)."""
+    """The tables of any result but "evaluate" (see `table_of_bits`)."""
     makers = {"leakage": _leakage, "sweep": _sweep, "baselines": _baselines, "task": _task, "lm_eval": _lm_eval}
     return makers[result.kind](result.value)
 
 
-def bits_table(results: Sequence[Result]) -> Table:
+def table_of_bits(results: Sequence[Result]) -> Table:
     """Bits per byte and perplexity by model and column: of results over the same text, store and tokens."""
     rows = []
     for result in results:

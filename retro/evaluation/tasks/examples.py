@@ -26,7 +26,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredContinuation:
     """Log-probability of each token of a continuation, in nats, whether it is the most likely one, and how many
     neighbors its first token could read."""
 

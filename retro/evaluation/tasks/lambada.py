@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from retro.evaluation.tasks.examples import Example, Scored
+from retro.evaluation.tasks.examples import Example, ScoredContinuation
 from retro.evaluation.tasks.reading import Reader
 from retro.evaluation.tasks.results import about, figures_table, mean, with_intervals
 from retro.text.documents import Document
@@ -67,7 +67,7 @@ def last_word(reader: Reader, document: Document) -> Example:
     return reader.pair(found["context"], found["word"], document.id, document.text)
 
 
-def _perplexity(scores: Sequence[Scored], seed: int) -> tuple[float, list[float]]:
+def _perplexity(scores: Sequence[ScoredContinuation], seed: int) -> tuple[float, list[float]]:
     value, ends = mean(np.array([-one.log_prob for one in scores]), seed)
     return math.exp(value), [math.exp(end) for end in ends]
 

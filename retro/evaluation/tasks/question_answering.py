@@ -99,7 +99,7 @@ def _answers(
             texts = [in_context(text, one.passages[:num_passages]) for text, one in zip(texts, questions, strict=True)]
         prompts, passages = [reader.encode(text) for text in texts], None
     else:
-        prompts = [prompt_tokens(reader, text) for text in texts]
+        prompts = [aligned_prompt(reader, text) for text in texts]
         given = questions if column == "retro_on" else _of_others(questions, reader.seed)
         passages = None if column == "retro_off" else [
             passage_tokens(reader.tokenizer, one.passages, num_passages, reader.retrieved_len) for one in given
@@ -107,7 +107,7 @@ def _answers(
     return [answer.strip() for answer in plain.complete(prompts, max_new_tokens, STOP, passages, strip=True)]
 
 
-def prompt_tokens(reader: Reader, text: str) -> np.ndarray:
+def aligned_prompt(reader: Reader, text: str) -> np.ndarray:
     """A prompt that ends with a chunk."""
     return aligned(reader.encode(text), reader.chunk_len, reader.filler)
 

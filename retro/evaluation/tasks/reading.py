@@ -29,7 +29,7 @@ from retro.common.products import fast_products
 from retro.evaluation.bits import neighbors_of
 from retro.evaluation.neighbors import neighbor_rows
 from retro.evaluation.scorer import MAX_LOGITS, RETRIEVAL, reads_neighbors
-from retro.evaluation.tasks.examples import Example, Scored, aligned, encode, passage_texts
+from retro.evaluation.tasks.examples import Example, ScoredContinuation, aligned, encode, passage_texts
 from retro.model.padding import pad_left
 from retro.retrieval.filters import shares_run
 from retro.retrieval.store.random_rows import random_rows
@@ -138,7 +138,7 @@ class Reader:
 
     # Scoring
 
-    def score(self, examples: Sequence[Example], of: str = "context") -> list[Scored]:
+    def score(self, examples: Sequence[Example], of: str = "context") -> list[ScoredContinuation]:
         """Every continuation, by one forward pass over context and continuation.
 
         of: "context" or "text", whose chunks are queries; see above.
@@ -172,7 +172,7 @@ class Reader:
 
     @torch.inference_mode()
     @fast_products()
-    def _score(self, examples: list[Example], rows: list[np.ndarray]) -> list[Scored]:
+    def _score(self, examples: list[Example], rows: list[np.ndarray]) -> list[ScoredContinuation]:
         texts = [np.concatenate([one.context, one.continuation]) for one in examples]
         n = max(map(len, texts)) - 1
         ids = np.full((len(texts), n), pad_token_id(self.tokenizer))
@@ -187,13 +187,13 @@ class Reader:
             logits = self.model(**inputs).logits[:, first:]
         return [self._scored(one, logits[i, len(one.context) - 1 - first :], rows[i]) for i, one in enumerate(examples)]
 
-    def _scored(self, example: Example, logits: torch.Tensor, rows: np.ndarray) -> Scored:
+    def _scored(self, example: Example, logits: torch.Tensor, rows: np.ndarray) -> ScoredContinuation:
         targets = torch.from_numpy(example.continuation).to(logits.device)
         log_probs = logits[: len(targets)].float().log_softmax(-1)
         chosen = log_probs.gather(-1, targets[:, None])[:, 0].double().cpu().numpy()
         last = len(example.context) // self.chunk_len - 1
         num_read = int((rows[last] >= 0).sum()) if 0 <= last < len(rows) else 0
-        return Scored(chosen, (log_probs.argmax(-1) == targets).cpu().numpy(), num_read)
+        return ScoredContinuation(chosen, (log_probs.argmax(-1) == targets).cpu().numpy(), num_read)
 
     # Neighbors
 

@@ -121,7 +121,7 @@ def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 @dataclass
-class _Shard:
+class _NewShard:
     """A new shard: where it stands, and what its tasks have brought so far."""
 
     name: str
@@ -169,9 +169,9 @@ class _Settling:
         self.count: Counter[str] = Counter()
         self.filtered_by: Counter[str] = Counter()
         self.key_rows = KEY_ROWS if dim else job.shard_chunks
-        self.shards: dict[str, _Shard] = {}
-        self._open: _Shard | None = None
-        self._last: _Shard | None = None
+        self.shards: dict[str, _NewShard] = {}
+        self._open: _NewShard | None = None
+        self._last: _NewShard | None = None
         self._resumed: set[str] = set()  # blocks that were there
         self._read: dict[str, dict[str, Any]] = {}  # records of parts that wait for the ones before them
         self._num_settled = 0
@@ -265,7 +265,7 @@ class _Settling:
             last = self._last
             first_row = last.first_row + last.rows if last else self._first_row
             first_document = last.first_document + last.documents if last else self._first_document
-            self._open = _Shard(f"{self._next_name + len(self.shards):05d}", first_row, first_document)
+            self._open = _NewShard(f"{self._next_name + len(self.shards):05d}", first_row, first_document)
         self._open.append(part, row, num_chunks)
         return closed
 
@@ -284,7 +284,7 @@ class _Settling:
 
     # Shards, in any order
 
-    def _tables_written(self, shard: _Shard, record: dict[str, Any]) -> list[Task]:
+    def _tables_written(self, shard: _NewShard, record: dict[str, Any]) -> list[Task]:
         assert (record["rows"], record["documents"]) == (shard.rows, shard.documents)
         shard.take_files(record)
         join = self.job.join(shard.name, [], shard.rows, 0)
@@ -298,14 +298,14 @@ class _Settling:
         self._resumed |= {task.name for task in tasks if finished(self.job.folder, task.name) is not None}
         return tasks
 
-    def _block_embedded(self, shard: _Shard, task: Task, record: dict[str, Any]) -> list[Task]:
+    def _block_embedded(self, shard: _NewShard, task: Task, record: dict[str, Any]) -> list[Task]:
         self.bars.embedded(task.spec["stop"] - task.spec["start"], resumed=task.name in self._resumed)
         shard.blocks[task.name] = record["truncated_chunks"]
         if None in shard.blocks.values():
             return []
         return [self.job.join(shard.name, list(shard.blocks), shard.rows, sum(shard.blocks.values()))]
 
-    def _keys_joined(self, shard: _Shard, record: dict[str, Any]) -> list[Task]:
+    def _keys_joined(self, shard: _NewShard, record: dict[str, Any]) -> list[Task]:
         shard.take_files(record)
         if not self.executor.shared:
             for name in shard.blocks:

@@ -73,7 +73,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 @dataclass
-class _Part:
+class _TokenizedRange:
     """What reading a part of the inputs gives; every record is counted or has a row."""
 
     count: Counter[str] = field(default_factory=Counter)
@@ -88,7 +88,7 @@ def read_part(spec: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError for a record that is no document, unless on_bad is "reject", and for a token id that does not fit.
     """
     filters, duplicates = _filters(json.dumps(spec["filters"]), json.dumps(spec["held_out"]), spec["text_field"])
-    tokenizer, part = saved_tokenizer(spec["tokenizer"], spec["tokenizer_fingerprint"]), _Part()
+    tokenizer, part = saved_tokenizer(spec["tokenizer"], spec["tokenizer_fingerprint"]), _TokenizedRange()
     waiting: list[tuple[dict[str, Any], Document]] = []
     for document in _documents(spec, part):
         row = _row(document, filters)
@@ -107,7 +107,7 @@ def pieces_to_spec(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     return [asdict(piece) for piece in pieces]
 
 
-def _documents(spec: dict[str, Any], part: _Part) -> Iterator[Document]:
+def _documents(spec: dict[str, Any], part: _TokenizedRange) -> Iterator[Document]:
     """Documents with text; what is none is counted, and listed if it is rejected."""
     for piece in spec["pieces"]:
         for record in read_piece(Piece(**{**piece, "item": Input(**piece["item"])}), spec["text_field"]):
@@ -142,7 +142,9 @@ def _row(document: Document, filters: Sequence[DocumentFilter]) -> dict[str, Any
     }
 
 
-def _tokenize(tokenizer: Any, waiting: list[tuple[dict[str, Any], Document]], part: _Part, dtype: str) -> None:
+def _tokenize(
+    tokenizer: Any, waiting: list[tuple[dict[str, Any], Document]], part: _TokenizedRange, dtype: str
+) -> None:
     """Tokenize what waits; a document without any token keeps none."""
     texts, limit = [document.text for _, document in waiting], np.iinfo(dtype).max
     for (row, document), ids in zip(waiting, tokenize_ids(tokenizer, texts) if texts else (), strict=True):
@@ -153,7 +155,7 @@ def _tokenize(tokenizer: Any, waiting: list[tuple[dict[str, Any], Document]], pa
     waiting.clear()
 
 
-def _save_part(folder: Path, name: str, part: _Part, dtype: str) -> dict[str, Any]:
+def _save_part(folder: Path, name: str, part: _TokenizedRange, dtype: str) -> dict[str, Any]:
     tokens = np.concatenate([np.zeros(0, dtype), *part.tokens])
     save_npy(folder / f"{name}.npy", tokens)
     _save_table(folder / f"{name}.parquet", part.rows, _part_schema())

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from retro.common.files import stable_hash
-from retro.retrieval.embedding.layouts import Layout, check_own_code, read_layout
+from retro.retrieval.embedding.layouts import EncoderConfig, check_own_code, read_layout
 from retro.retrieval.embedding.layouts import quiet_loading as quiet_loading
 from retro.retrieval.embedding.presets import ATTENTIONS, MINILM, POOLINGS, SAME, SIMILARITIES, preset_of
 from retro.text.chunks import TokenIds, decode_chunks, tokenizer_fingerprint
@@ -166,7 +166,7 @@ def _check_asked(asked: Mapping[str, Any], normalize: bool | None, batch_size: i
 
 def _chosen(
     name: str, where: str, asked: dict[str, Any], normalize: bool | None, similarity: str | None
-) -> tuple[dict[str, Any], Layout]:
+) -> tuple[dict[str, Any], EncoderConfig]:
     """What was asked (or the preset says), else what the folder says, else the usual; and the folder's layout so."""
     layout = read_layout(name, where, asked["pooling"])
     if asked["attention"] is None:
@@ -184,7 +184,7 @@ def _chosen(
 def _load_encoder(
     name: str,
     where: str,
-    layout: Layout,
+    layout: EncoderConfig,
     max_length: int | None,
     *,
     bidirectional: bool,

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from retro.common.products import fast_products
-from retro.retrieval.embedding.layouts import Dense, Layout, quiet_loading
+from retro.retrieval.embedding.layouts import Dense, EncoderConfig, quiet_loading
 from retro.retrieval.embedding.presets import nearest_preset
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 65536
@@ -43,7 +43,7 @@ class Encoder:
         self,
         tokenizer: Any,
         model: Any,
-        layout: Layout,
+        layout: EncoderConfig,
         max_length: int,
         device: str,
         dtype: str | None = None,
@@ -183,7 +183,7 @@ class _Head(torch.nn.Module):
 def load_encoder(
     name: str,
     folder: str,
-    layout: Layout,
+    layout: EncoderConfig,
     bidirectional: bool,
     asked_length: int | None,
     device: str,
@@ -249,7 +249,7 @@ def _sees_what_follows(model: Any) -> bool:
     return all(not torch.equal(hidden[0, 0], hidden[1, 0]) for hidden in (whole, padded))
 
 
-def _max_length(layout: Layout, tokenizer: Any, model: Any, asked: int | None) -> int:
+def _max_length(layout: EncoderConfig, tokenizer: Any, model: Any, asked: int | None) -> int:
     limit = min(tokenizer.model_max_length, _positions(model))
     if asked is not None and not 3 <= asked <= limit:
         raise ValueError(f"max_length must be from 3 to {limit} for this embedder, not {asked}")
@@ -289,7 +289,7 @@ def _weights_digest(model: Any, heads: Sequence[torch.nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def longest_vector(model: Any, layout: Layout) -> float:
+def longest_vector(model: Any, layout: EncoderConfig) -> float:
     """A length that no vector of an encoder exceeds, from the norm that closes its model.
 
     z of LayerNorm and RMSNorm has |z|^2 <= d, so |w * z + b| <= sqrt(d) max |w| + |b|, and so any mean of such vectors.

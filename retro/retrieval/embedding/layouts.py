@@ -44,7 +44,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Layout:
+class EncoderConfig:
     """How a folder wants its encoder used; None is what it does not say."""
 
     subfolder: str = ""
@@ -58,7 +58,7 @@ class Layout:
     pool_prefix: bool = True
 
 
-def read_layout(name: str, folder: str, pooling: str | None = None) -> Layout:
+def read_layout(name: str, folder: str, pooling: str | None = None) -> EncoderConfig:
     """The layout of an encoder's folder or hub repository; that of any other encoder where it has no modules.json.
 
     `pooling`, if given, goes before the folder's, which may then be one that this library has not.
@@ -66,7 +66,7 @@ def read_layout(name: str, folder: str, pooling: str | None = None) -> Layout:
     """
     modules = folder_json(folder, "modules.json", list)
     if not modules:
-        return Layout()
+        return EncoderConfig()
     kinds = [_kind(name, module) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in kinds[2:-1]):
         raise ValueError(
@@ -77,7 +77,7 @@ def read_layout(name: str, folder: str, pooling: str | None = None) -> Layout:
     pooling_config = folder_json(folder, f"{paths[1]}/config.json", dict)
     transformer = _transformer_config(name, folder, paths[0])
     query_prefix, passage_prefix, similarity = _prompts(name, folder)
-    return Layout(
+    return EncoderConfig(
         subfolder=paths[0],
         pooling=pooling or _pooling(name, pooling_config),
         heads=tuple(_dense(name, folder, p) for p, kind in zip(paths, kinds, strict=True) if kind == "Dense"),

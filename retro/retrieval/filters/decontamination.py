@@ -94,7 +94,7 @@ class Decontamination:
             self.ids.append(document.id)
             self._words.append(word_hashes(document.text))
         widths = {measure.width for measure in self.measures}
-        self._indexes = {width: _Postings([ngrams(words, width) for words in self._words]) for width in widths}
+        self._indexes = {width: _NgramIndex([ngrams(words, width) for words in self._words]) for width in widths}
         self._warn_of_short_texts()
 
     def verdict(self, document: Any) -> dict[str, Any] | None:
@@ -136,7 +136,7 @@ class Decontamination:
             )
 
 
-class _Postings:
+class _NgramIndex:
     """Which of many sets hold a gram."""
 
     def __init__(self, sets: list[UInt64[np.ndarray, " _"]]) -> None:

@@ -19,7 +19,7 @@ from retro.retrieval.building.settings import KEY_DTYPES
 from retro.retrieval.building.tasks import token_dtype
 from retro.retrieval.planning.calibration import INDEX_ROWS, Calibration
 from retro.retrieval.planning.shapes import EmbedderShape
-from retro.retrieval.search.engines import Layout, choose_layout
+from retro.retrieval.search.engines import IndexLayout, choose_layout
 from retro.retrieval.search.index import MAX_SEGMENT_ROWS, resolve_kind
 from retro.retrieval.store.format import CHUNK_DTYPE
 
@@ -209,7 +209,7 @@ class IndexPlan:
     kind: str
     segments: int
     rows_per_segment: int
-    layout: Layout | None
+    layout: IndexLayout | None
     disk: int
     memory: int
     peak: int
@@ -238,7 +238,7 @@ def index_plan(chunks: int, settings: PlanSettings, dim: int, memory: int | None
     return IndexPlan(kind, -(-chunks // rows), rows, layout, disk, held, peak)
 
 
-def segment_bytes(layout: Layout, rows: int, dim: int) -> int:
+def segment_bytes(layout: IndexLayout, rows: int, dim: int) -> int:
     """What a segment's files hold: codes (ScaNN's: a byte for each block), its copy of keys, leaves, row numbers."""
     held = layout.row_bytes(dim)
     if layout.engine == "scann" and not layout.is_exact:

@@ -68,7 +68,7 @@ def sample_corpus(
 
 
 @dataclass
-class _Reading:
+class _InputSample:
     """Documents counted, and some of them kept with the number they drew."""
 
     documents: int = 0
@@ -76,12 +76,12 @@ class _Reading:
     kept: list[tuple[float, Document]] | None = None
 
 
-def _read(items: list[Input], text_field: str, limit: int, keep_bytes: int, seed: int) -> tuple[_Reading, float]:
+def _read(items: list[Input], text_field: str, limit: int, keep_bytes: int, seed: int) -> tuple[_InputSample, float]:
     """What was read, and which share of all it is."""
     sizes = [Path(item.path).stat().st_size if item.kind in ("jsonl", "parquet", "text") else 0 for item in items]
     draw, left, done = np.random.default_rng(seed), limit, 0.0
     order = range(len(items)) if sum(sizes) <= limit else draw.permutation(len(items)).tolist()
-    reading, threshold, kept_bytes = _Reading(kept=[]), 1.0, 0
+    reading, threshold, kept_bytes = _InputSample(kept=[]), 1.0, 0
     with tempfile.TemporaryDirectory() as folder:
         for number in order:
             if sizes[number] and left <= 0:

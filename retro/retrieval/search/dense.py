@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from retro.common.files import check_files, open_npy, save_json, save_npy
-from retro.retrieval.search.engines import Layout, choose_layout, open_engine, write_engine
+from retro.retrieval.search.engines import IndexLayout, choose_layout, open_engine, write_engine
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
-from retro.retrieval.search.segments import Run, row_range, write_segment
+from retro.retrieval.search.segments import ShardRange, row_range, write_segment
 from retro.retrieval.store.store import Store
 
 TUNED_NEIGHBORS = 10  # k of the recall that is tuned and stored
@@ -49,11 +49,11 @@ class Effort:
 class Segment:
     """The rows of some shards, searched through codes; documents that were removed are dropped from the answers."""
 
-    def __init__(self, store: Store, run: Run) -> None:
+    def __init__(self, store: Store, run: ShardRange) -> None:
         self.store, self.run = store, run
         self.folder: Path = run.folder
         self.record: dict[str, Any] = run.record
-        self.layout = Layout(**run.record["layout"])
+        self.layout = IndexLayout(**run.record["layout"])
         self.first_row, _ = row_range(store, run)
         self._rows = np.asarray(open_npy(run.folder / "rows.npy"))
         self._has_removed = len(store.removed_documents) > 0
@@ -126,16 +126,16 @@ def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarra
     return merge(*no_hits(len(rows), k), rows, distances, k)
 
 
-def open_segment(store: Store, run: Run) -> Segment:
+def open_segment(store: Store, run: ShardRange) -> Segment:
     """Open one segment; ValueError names a file that is missing or damaged, on which ScaNN would abort the process."""
     check_files(run.folder, run.record["files"], checksums=True)
     return Segment(store, run)
 
 
-def write_dense(store: Store, run: Run, kind: str, settings: dict[str, Any], target: float) -> Run:
+def write_dense(store: Store, run: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
     """Write the segment of a run, tuned to a recall, and return the run with its folder and record.
 
-    The peak of memory is `Layout.peak_bytes`.
+    The peak of memory is `IndexLayout.peak_bytes`.
     """
 
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def write_dense(store: Store, run: Run, kind: str, settings: dict[str, Any], tar
             layout, store, start + rows.astype(np.int64), folder, settings["training_sample"], settings["seed"]
         )
         record = {"layout": asdict(layout), "settings": settings}
-        segment = Segment(store, Run(run.first, run.stop, folder, record))
+        segment = Segment(store, ShardRange(run.first, run.stop, folder, record))
         return {"layout": asdict(layout), "recall": tune(segment, target)}
 
     return write_segment(store, run, {"format_version": 2, "kind": kind, "settings": settings}, write)
@@ -173,7 +173,7 @@ def tune(segment: Segment, target: float) -> dict[str, Any]:
     Returns what index.json stores: recall, whether it reaches the target, lists_searched, candidates (for 10
     neighbors), queries per second of the sample, and how it was measured.
     """
-    sample, candidates = _Sample(segment), _candidates(segment)
+    sample, candidates = _QuerySample(segment), _candidates(segment)
     reached = _reached(segment, sample, target, candidates)
     further = [] if reached else [Effort(_lists(segment)[-1], count) for count in candidates[-1:] + _more(segment)]
     for effort in further:
@@ -187,7 +187,7 @@ def tune(segment: Segment, target: float) -> dict[str, Any]:
     return sample.record | measured | {"queries_per_second": sample.rate(effort)}
 
 
-def _reached(segment: Segment, sample: _Sample, target: float, candidates: list[int]) -> list[Effort]:
+def _reached(segment: Segment, sample: _QuerySample, target: float, candidates: list[int]) -> list[Effort]:
     """Efforts that reach the target: for ever more lists, with the fewest candidates that do."""
     found: list[Effort] = []
     left = list(candidates)
@@ -235,7 +235,7 @@ def _cost(segment: Segment, effort: Effort) -> float:
     return scanned + effort.candidates * 4 * width * (1 if layout.has_copy else _KEY_READ)
 
 
-class _Sample:
+class _QuerySample:
     """Some rows of a segment as queries, and the scores of their exact neighbors; their own rows do not count."""
 
     def __init__(self, segment: Segment) -> None:

@@ -40,7 +40,7 @@ _GPU_LIMIT = 2048  # of candidates and of lists, in faiss on a GPU
 
 
 @dataclass(frozen=True)
-class Layout:
+class IndexLayout:
     """How the keys of one segment are held.
 
     lists: leaves of ScaNN's tree or inverted lists of faiss; 0 = every row is compared.
@@ -96,7 +96,7 @@ class Layout:
         return fixed + 2 * rows * key + training + held
 
 
-def choose_layout(engine: str, settings: dict[str, Any], rows: int, width: int) -> Layout:
+def choose_layout(engine: str, settings: dict[str, Any], rows: int, width: int) -> IndexLayout:
     """The layout for a segment of so many rows, of what the settings leave open.
 
     scann: brute force below 20,000 rows, AH codes above, on a tree of sqrt(rows) leaves from 100,000 and with SOAR from
@@ -110,24 +110,24 @@ def choose_layout(engine: str, settings: dict[str, Any], rows: int, width: int) 
         lists = settings["leaves"] or (round(rows**0.5) if rows >= SCANN_TREE_ROWS else 0)
         codes = codes or ("brute" if rows < SCANN_BRUTE_ROWS and not lists else "ah-float32" if small else "ah")
         if codes == "brute" or (rows < _FEW_ROWS and not settings["leaves"]) or rows < 16:
-            return Layout("scann", "brute")
+            return IndexLayout("scann", "brute")
         block = max(2, -(-(width + 1) // 256))  # up to 256 blocks keep the fast path
         soar = bool(lists) and (rows >= SCANN_SOAR_ROWS if settings["soar"] is None else settings["soar"])
-        return Layout("scann", codes, min(lists, rows), block, soar=soar)
+        return IndexLayout("scann", codes, min(lists, rows), block, soar=soar)
     automatic = "flat" if rows < FAISS_FLAT_ROWS and not settings["lists"] else "ivf-flat" if small else "ivf-pq"
     codes = codes or automatic
     if rows < _FEW_ROWS and not settings["lists"]:
         codes = "flat"
     lists = min(settings["lists"] or round(4 * rows**0.5), rows) if codes.startswith("ivf") else 0
     if not codes.endswith("pq"):
-        return Layout("faiss", codes, lists)
+        return IndexLayout("faiss", codes, lists)
     block = max(size for size in range(1, 9) if width % size == 0)
     sample = min(max(settings.get("training_sample") or rows, 40 * lists), rows)
-    return Layout("faiss", codes, lists, block, bits=int(min(max(log2(sample / 39), 1), 8)))
+    return IndexLayout("faiss", codes, lists, block, bits=int(min(max(log2(sample / 39), 1), 8)))
 
 
 @runtime_checkable
-class Engine(Protocol):
+class IndexEngine(Protocol):
     """candidates: the `wanted` local rows that the engine takes for the nearest, or all that it `considered` where it
     cannot order them well; -1 where there are fewer."""
 
@@ -137,14 +137,14 @@ class Engine(Protocol):
 
 
 def write_engine(
-    layout: Layout, store: Store, rows: Int64[np.ndarray, " c"], folder: Path, training_sample: int, seed: int
+    layout: IndexLayout, store: Store, rows: Int64[np.ndarray, " c"], folder: Path, training_sample: int, seed: int
 ) -> None:
     """Write the codes of the keys of some store rows into a folder, trained on a uniform sample of them."""
     write = {"scann": _write_scann, "faiss": _write_faiss}[layout.engine]
     write(layout, store, rows, folder, training_sample, seed)
 
 
-def open_engine(layout: Layout, folder: Path) -> Engine:
+def open_engine(layout: IndexLayout, folder: Path) -> IndexEngine:
     """The engine of a folder that `write_engine` wrote and whose files were checked."""
     return {"scann": ScannEngine, "faiss": FaissEngine}[layout.engine](layout, folder)
 
@@ -157,7 +157,9 @@ def _key_blocks(store: Store, rows: np.ndarray) -> Iterator[tuple[slice, np.ndar
 # ScaNN
 
 
-def _write_scann(layout: Layout, store: Store, rows: np.ndarray, folder: Path, training_sample: int, seed: int) -> None:
+def _write_scann(
+    layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, training_sample: int, seed: int
+) -> None:
     """ScaNN draws its own uniform sample, by a fixed seed of its own."""
     import scann
     from scann.scann_ops.py.scann_builder import ReorderType
@@ -187,7 +189,7 @@ class ScannEngine:
 
     _THREAD_QUERIES = 256
 
-    def __init__(self, layout: Layout, folder: Path) -> None:
+    def __init__(self, layout: IndexLayout, folder: Path) -> None:
         import scann
 
         self.layout = layout
@@ -196,7 +198,7 @@ class ScannEngine:
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
     ) -> Int64[np.ndarray, "q c"]:
-        """See `Engine`; a copy in bfloat16 or int8 orders candidates almost, so twice as many as wanted are given."""
+        """See `IndexEngine`; a copy in bfloat16 or int8 orders candidates almost: twice as many as wanted are given."""
         given = {"brute": wanted, "ah-float32": wanted, "ah": considered}
         final = given.get(self.layout.codes, min(2 * wanted + 16, considered))
         queries = np.concatenate([queries, np.ones((len(queries), 1), np.float32)], axis=1)
@@ -213,7 +215,9 @@ class ScannEngine:
 # faiss
 
 
-def _write_faiss(layout: Layout, store: Store, rows: np.ndarray, folder: Path, training_sample: int, seed: int) -> None:
+def _write_faiss(
+    layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, training_sample: int, seed: int
+) -> None:
     import faiss
 
     index = faiss.index_factory(store.key_dim, _factory(layout, store.key_dim))
@@ -230,7 +234,7 @@ def _write_faiss(layout: Layout, store: Store, rows: np.ndarray, folder: Path, t
     faiss.write_index(index, str(folder / "faiss.index"))
 
 
-def _factory(layout: Layout, width: int) -> str:
+def _factory(layout: IndexLayout, width: int) -> str:
     code = {"flat": "Flat", "sq8": "SQ8"}.get(layout.codes.removeprefix("ivf-"))
     code = code or f"PQ{width // layout.block}x{layout.bits}"
     return f"IVF{layout.lists},{code}" if layout.lists else code
@@ -245,7 +249,7 @@ def _num_gpus() -> int:
 class FaissEngine:
     """An index of faiss, on all GPUs where faiss-gpu is installed and has the kind (flat and inverted lists)."""
 
-    def __init__(self, layout: Layout, folder: Path) -> None:
+    def __init__(self, layout: IndexLayout, folder: Path) -> None:
         import faiss
 
         self.layout = layout
@@ -262,7 +266,7 @@ class FaissEngine:
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
     ) -> Int64[np.ndarray, "q c"]:
-        """See `Engine`."""
+        """See `IndexEngine`."""
         import faiss
 
         count = wanted if self.layout.codes.endswith("flat") else considered

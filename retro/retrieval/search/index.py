@@ -35,7 +35,7 @@ from retro.retrieval.search.exact import (
     rescore,
 )
 from retro.retrieval.search.segments import (
-    Run,
+    ShardRange,
     cover,
     find_segments,
     plan_segments,
@@ -163,7 +163,7 @@ def open_index(store: Store, kind: str = "auto") -> Index:
     return ApproximateIndex(store, _named(record["kind"], record["settings"]), segments)
 
 
-def served_by(store: Store, kind: str = "auto") -> list[Run]:
+def served_by(store: Store, kind: str = "auto") -> list[ShardRange]:
     """The segments that `open_index` opens, none where it searches exactly; ValueError as there."""
     if kind == "exact":
         return []
@@ -262,13 +262,13 @@ def _check_recall(recall: float | None) -> None:
         raise ValueError(f"recall must be above 0 and at most 1, not {recall}")
 
 
-def _write(store: Store, run: Run, kind: str, settings: dict[str, Any], target: float) -> Run:
+def _write(store: Store, run: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
     written = write_dense(store, run, kind, settings, target)
     _say_recall(written)
     return written
 
 
-def _say_recall(run: Run) -> None:
+def _say_recall(run: ShardRange) -> None:
     found, layout = run.record["recall"], run.record["layout"]
     log.log(
         logging.INFO if found["reached"] else logging.WARNING,
@@ -284,7 +284,7 @@ def _target(store: Store, kind: str, settings: dict[str, Any]) -> float:
     return max((record["recall"]["target"] for record in records), default=RECALL)
 
 
-def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[Run]:
+def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[ShardRange]:
     """The segments of these settings that serve the store; damaged ones are deleted."""
     found = [run for run in find_segments(store, kind) if run.record["settings"] == settings]
     for run in found:
@@ -296,19 +296,19 @@ def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[Run]:
     return cover(store, [run for run in found if run.folder.is_dir()])
 
 
-def _families(store: Store, kind: str, codes: str | None = None) -> list[list[Run]]:
+def _families(store: Store, kind: str, codes: str | None = None) -> list[list[ShardRange]]:
     """Of each group of segments of the same settings, those that serve the store."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[ShardRange]] = {}
     for run in find_segments(store, kind):
         if codes in (None, run.record["settings"]["codes"]):
             groups.setdefault(stable_hash(run.record["settings"]), []).append(run)
     return [cover(store, group) for group in groups.values()]
 
 
-def _rows(store: Store, runs: list[Run]) -> int:
+def _rows(store: Store, runs: list[ShardRange]) -> int:
     return sum(run.record["rows"] for run in runs)
 
 
-def _recall(runs: list[Run]) -> float:
+def _recall(runs: list[ShardRange]) -> float:
     rows = [run.record["rows"] for run in runs]
     return float(np.average([run.record["recall"]["recall"] for run in runs], weights=rows))

@@ -26,7 +26,7 @@ from retro.retrieval.search.index import Hits, check_searchable
 from retro.retrieval.search.postings import KINDS, Postings, buckets, words_of, write_postings, write_weights
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.segments import (
-    Run,
+    ShardRange,
     cover,
     find_segments,
     plan_segments,
@@ -195,7 +195,7 @@ def _is_damaged(folder: Path) -> bool:
     return False
 
 
-def _segments(store: Store, kind: str) -> tuple[list[Run], Path]:
+def _segments(store: Store, kind: str) -> tuple[list[ShardRange], Path]:
     """The segments that serve the store, written where they are missing, and the folder of their weights."""
     check_searchable(store)
     settings = {"tokenizer": store.tokenizer_fingerprint}
@@ -222,7 +222,7 @@ def _written(store: Store, kind: str, write: Any) -> Any:
         ) from None
 
 
-def _write_segment(store: Store, run: Run, kind: str, settings: dict[str, Any]) -> Run:
+def _write_segment(store: Store, run: ShardRange, kind: str, settings: dict[str, Any]) -> ShardRange:
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
         write_postings(store, run, kind, rows, folder)
         return {}

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float32, Int64, UInt32
 from retro.common.files import load_json, open_npy, save_json, save_npy
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.search.queries import Queries
-from retro.retrieval.search.segments import Run, row_range
+from retro.retrieval.search.segments import ShardRange, row_range
 from retro.retrieval.store.store import Store
 
 KINDS = ("bm25", "tfidf")
@@ -122,7 +122,7 @@ def _read_block(terms: _BucketTerms | _WordTerms, store: Store, rows: np.ndarray
 # Writing a segment
 
 
-def write_postings(store: Store, run: Run, kind: str, rows: UInt32[np.ndarray, " c"], folder: Path) -> None:
+def write_postings(store: Store, run: ShardRange, kind: str, rows: UInt32[np.ndarray, " c"], folder: Path) -> None:
     """Write the counts of a run's searchable rows; ValueError if there is no word at all.
 
     The bytes depend on the rows only.
@@ -185,7 +185,7 @@ def _place(folder: Path, parts: list[Path], used: np.ndarray, places: np.ndarray
 class Postings:
     """The counts of one segment, memory-mapped; live: which chunks are not removed."""
 
-    def __init__(self, store: Store, run: Run) -> None:
+    def __init__(self, store: Store, run: ShardRange) -> None:
         self.run, self.folder = run, run.folder
         self.kind: str = run.record["kind"]
         self.first_row, _ = row_range(store, run)

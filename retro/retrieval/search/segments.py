@@ -31,7 +31,7 @@ _BLOCK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Run:
+class ShardRange:
     """The shards first .. stop - 1 of a store, and the folder and record of the segment that serves them, if any."""
 
     first: int
@@ -40,25 +40,25 @@ class Run:
     record: dict[str, Any] | None = None
 
 
-def row_range(store: Store, run: Run) -> tuple[int, int]:
+def row_range(store: Store, run: ShardRange) -> tuple[int, int]:
     """The first row of a run and the first behind it."""
     first, last = store.shards[run.first], store.shards[run.stop - 1]
     return first["first_row"], last["first_row"] + last["rows"]
 
 
-def num_rows(store: Store, run: Run) -> int:
+def num_rows(store: Store, run: ShardRange) -> int:
     start, stop = row_range(store, run)
     return stop - start
 
 
-def find_segments(store: Store, kind: str) -> list[Run]:
+def find_segments(store: Store, kind: str) -> list[ShardRange]:
     """The segments of a kind that serve shards of the store as it is, whatever their settings."""
     fingerprints = [store.shard_fingerprint(number) for number in range(len(store.shards))]
     found = []
     for folder, record in segment_records(store, kind):
         shards = record["shards"]
         for first in range(len(fingerprints) - len(shards) + 1):
-            run = Run(first, first + len(shards), folder, record)
+            run = ShardRange(first, first + len(shards), folder, record)
             if fingerprints[first : run.stop] == shards and _is_whole(store, run):
                 found.append(run)
     return found
@@ -79,7 +79,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_whole(store: Store, run: Run) -> bool:
+def _is_whole(store: Store, run: ShardRange) -> bool:
     """Whether a segment that was built after a removal has all rows that this generation of the store searches."""
     if run.record["skipped"] is None:
         return True
@@ -96,16 +96,16 @@ def searchable_block(store: Store, first: int, part: tuple[int, int]) -> UInt32[
     return (store.searchable_in(*part) - first).astype(np.uint32)
 
 
-def segment_rows(store: Store, run: Run) -> UInt32[np.ndarray, " c"]:
+def segment_rows(store: Store, run: ShardRange) -> UInt32[np.ndarray, " c"]:
     """The searchable rows of a run, counted from its first."""
     first, last = row_range(store, run)
     found = [searchable_block(store, first, part) for part in blocks(first, last, _BLOCK_ROWS)]
     return np.concatenate([np.zeros(0, np.uint32), *found])
 
 
-def cover(store: Store, found: Iterable[Run]) -> list[Run]:
+def cover(store: Store, found: Iterable[ShardRange]) -> list[ShardRange]:
     """Of the segments found, those that together serve the most rows, each row once; fewer are better than more."""
-    ending: dict[int, list[Run]] = {}
+    ending: dict[int, list[ShardRange]] = {}
     for run in found:
         ending.setdefault(run.stop, []).append(run)
     best: list[tuple[int, int, Any]] = [(0, 0, None)]  # rows, -segments, (segment, those before it)
@@ -122,17 +122,17 @@ def cover(store: Store, found: Iterable[Run]) -> list[Run]:
     return chosen[::-1]
 
 
-def uncovered(store: Store, chosen: list[Run]) -> list[Run]:
+def uncovered(store: Store, chosen: list[ShardRange]) -> list[ShardRange]:
     """The runs of shards between the segments of a cover."""
     gaps, at = [], 0
-    for run in [*chosen, Run(len(store.shards), len(store.shards))]:
+    for run in [*chosen, ShardRange(len(store.shards), len(store.shards))]:
         if at < run.first:
-            gaps.append(Run(at, run.first))
+            gaps.append(ShardRange(at, run.first))
         at = run.stop
     return gaps
 
 
-def plan_segments(store: Store, chosen: list[Run], max_rows: int) -> list[Run]:
+def plan_segments(store: Store, chosen: list[ShardRange], max_rows: int) -> list[ShardRange]:
     """The segments that should serve a store of which some are there: see the rule above; new ones have no folder."""
     new = [part for gap in uncovered(store, chosen) for part in _split(store, gap, max_rows)]
     planned = sorted([*chosen, *new], key=lambda run: run.first)
@@ -142,23 +142,23 @@ def plan_segments(store: Store, chosen: list[Run], max_rows: int) -> list[Run]:
             joined, start = joined + rows, start - 1
         if start == len(planned) - 1:
             break
-        planned[start:] = [Run(planned[start].first, planned[-1].stop)]
+        planned[start:] = [ShardRange(planned[start].first, planned[-1].stop)]
     return planned
 
 
-def _split(store: Store, run: Run, max_rows: int) -> list[Run]:
+def _split(store: Store, run: ShardRange, max_rows: int) -> list[ShardRange]:
     """A run cut into runs of at most `max_rows` rows, or of one shard where that has more."""
-    parts: list[Run] = []
+    parts: list[ShardRange] = []
     for number in range(run.first, run.stop):
-        longer = Run(parts[-1].first, number + 1) if parts else None
+        longer = ShardRange(parts[-1].first, number + 1) if parts else None
         if longer and num_rows(store, longer) <= max_rows:
             parts[-1] = longer
         else:
-            parts.append(Run(number, number + 1))
+            parts.append(ShardRange(number, number + 1))
     return parts
 
 
-def write_segment(store: Store, run: Run, record: dict[str, Any], write: Any) -> Run:
+def write_segment(store: Store, run: ShardRange, record: dict[str, Any], write: Any) -> ShardRange:
     """Write the segment of a run through write(folder, rows) -> further fields of its record.
 
     record: kind and settings. Returns the run with its folder and record.
@@ -174,7 +174,7 @@ def write_segment(store: Store, run: Run, record: dict[str, Any], write: Any) ->
         rows = segment_rows(store, run)
         return record | {"rows": len(rows)} | write(aside, rows)
 
-    return Run(run.first, run.stop, folder, write_index(store, folder, write_record, range(run.first, run.stop)))
+    return ShardRange(run.first, run.stop, folder, write_index(store, folder, write_record, range(run.first, run.stop)))
 
 
 def write_index(

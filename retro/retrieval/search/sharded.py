@@ -37,7 +37,7 @@ from retro.retrieval.search.searchers import (
     parse_kind,
     search_excluding,
 )
-from retro.retrieval.search.segments import Run, num_rows, row_range, uncovered
+from retro.retrieval.search.segments import ShardRange, num_rows, row_range, uncovered
 from retro.retrieval.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class MissingShards(ConnectionError):
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardAssignment:
     """What one shard holds of one kind of search: ranges of rows that are searched exactly, segments (their first shard
     of the store, the one behind the last, and the folder's name), or all of an index of words."""
 
@@ -64,7 +64,7 @@ class Part:
         return ", ".join(rows + segments) or f"all of {self.kind}"
 
 
-Plan = list[dict[str, Part]]  # of each shard, by kind
+Plan = list[dict[str, ShardAssignment]]  # of each shard, by kind
 
 
 class ShardedHits(tuple):
@@ -93,7 +93,7 @@ def plan_shards(store: Store, kind: str, num_shards: int) -> Plan:
     shards: Plan = [{} for _ in range(num_shards)]
     names = parse_kind(kind, is_keyless(store))
     for place, name in enumerate(name for name in names if name in lexical.KINDS):
-        shards[-1 - place % num_shards][name] = Part(name)
+        shards[-1 - place % num_shards][name] = ShardAssignment(name)
     for name in names:
         if name not in lexical.KINDS:
             runs = served_by(store, name)
@@ -103,15 +103,15 @@ def plan_shards(store: Store, kind: str, num_shards: int) -> Plan:
     return [shard for shard in shards if shard]
 
 
-def _exact_parts(store: Store, num_shards: int) -> list[Part]:
+def _exact_parts(store: Store, num_shards: int) -> list[ShardAssignment]:
     borders = [number * store.num_chunks // num_shards for number in range(num_shards + 1)]
     ranges = [(start, stop) for start, stop in zip(borders[:-1], borders[1:], strict=True) if start < stop]
-    return [Part("exact", [part]) for part in ranges]
+    return [ShardAssignment("exact", [part]) for part in ranges]
 
 
-def _segment_parts(store: Store, kind: str, runs: list[Run], num_shards: int) -> list[Part]:
+def _segment_parts(store: Store, kind: str, runs: list[ShardRange], num_shards: int) -> list[ShardAssignment]:
     """Segments, and runs of shards without one, each to the shard with the fewest rows so far; the largest first."""
-    parts = [Part(kind) for _ in range(num_shards)]
+    parts = [ShardAssignment(kind) for _ in range(num_shards)]
     loads = [0] * num_shards
     for run in sorted([*runs, *uncovered(store, runs)], key=lambda run: (-num_rows(store, run), run.first)):
         least = loads.index(min(loads))
@@ -129,12 +129,12 @@ def _segment_parts(store: Store, kind: str, runs: list[Run], num_shards: int) ->
 class _PartIndex:
     """Nearest keys of a part: the rows of its ranges and segments, and no others."""
 
-    def __init__(self, store: Store, part: Part) -> None:
+    def __init__(self, store: Store, part: ShardAssignment) -> None:
         self.store, self.kind, self.ranges = store, part.kind, part.ranges
         self.segments: list[Segment] = []
         for first, stop, name in part.segments:
             folder = store.path / "index" / name
-            self.segments.append(open_segment(store, Run(first, stop, folder, load_json(folder / "index.json"))))
+            self.segments.append(open_segment(store, ShardRange(first, stop, folder, load_json(folder / "index.json"))))
         in_ranges = sum(len(store.searchable_in(*rows)) for rows in part.ranges)
         self.num_rows = in_ranges + sum(segment.num_live for segment in self.segments)
 
@@ -152,7 +152,7 @@ class _PartIndex:
 class _PartSearcher:
     """The search of a part, by keys."""
 
-    def __init__(self, store: Store, part: Part) -> None:
+    def __init__(self, store: Store, part: ShardAssignment) -> None:
         self.store, self.index = store, _PartIndex(store, part)
         self.kind, self.num_rows, self.recall = part.kind, self.index.num_rows, 1.0
 
@@ -163,7 +163,7 @@ class _PartSearcher:
         return search_excluding(self.index, self.store, keys, k, excluded)
 
 
-class Shard:
+class ShardActor:
     """What an actor is: a store opened on its node, and the parts of it that it searches."""
 
     def __init__(self, store: str, fingerprint: str, parts: dict[str, dict[str, Any]]) -> None:
@@ -175,7 +175,9 @@ class Shard:
         self._tokenizer = self.store.tokenizer if parts.keys() & set(lexical.KINDS) else None
         self._searchers: dict[str, Searcher] = {}
         for name, fields in parts.items():
-            part = Part(fields["kind"], *([tuple(item) for item in fields[key]] for key in ("ranges", "segments")))
+            part = ShardAssignment(
+                fields["kind"], *([tuple(item) for item in fields[key]] for key in ("ranges", "segments"))
+            )
             is_lexical = name in lexical.KINDS
             self._searchers[name] = open_searcher(self.store, name) if is_lexical else _PartSearcher(self.store, part)
 
@@ -364,7 +366,7 @@ class ShardedSearcher:
         strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
         options = {"scheduling_strategy": strategy, **self._options}
         parts = {name: asdict(part) for name, part in self.plan[number].items()}
-        return ray.remote(Shard).options(**options).remote(self._place, self.store.fingerprint, parts)
+        return ray.remote(ShardActor).options(**options).remote(self._place, self.store.fingerprint, parts)
 
     def _replace_if_dead(self, ray: Any, number: int, error: Exception) -> None:
         """Start an actor again that Ray has given up, as it does one that could not be opened."""

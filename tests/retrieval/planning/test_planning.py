@@ -24,7 +24,7 @@ from retro.retrieval.planning.plan import (
 )
 from retro.retrieval.planning.sampling import sample_corpus
 from retro.retrieval.planning.shapes import EmbedderShape, embedder_shape, shape_of_config
-from retro.retrieval.search.engines import Layout
+from retro.retrieval.search.engines import IndexLayout
 from tests.stand_ins import make_store, words, write_jsonl
 
 COUNTS = {"1": 1, "10k": 10_000, "1.5M": 1_500_000, "28B": 28 * 10**9, "1.8T": 18 * 10**11, "2e9": 2 * 10**9}
@@ -237,7 +237,7 @@ def test_hours_by_hand():
     assert set(found) == {"starting", "reading and tokenizing", "embedding", "writing and checksums"}
     joined = hours(corpus, PlanSettings(num_neighbors=2, index="none"), SHAPE, index, disk, CONSTANTS)
     assert 3600 * joined["neighbors, exact"] == pytest.approx(1e10 * (1e-10 + 384 * 2e-11))
-    large = IndexPlan("scann", 4, 6_000_000, Layout("scann", "ah", 100, 2), 0, 0, 0)
+    large = IndexPlan("scann", 4, 6_000_000, IndexLayout("scann", "ah", 100, 2), 0, 0, 0)
     joined = hours(corpus_of_numbers(chunks=24_000_000), PlanSettings(), SHAPE, large, disk, CONSTANTS)
     assert 3600 * joined["neighbors, scann"] == pytest.approx(24e6 * 4 * 10 / 1000)
 

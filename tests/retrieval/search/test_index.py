@@ -13,7 +13,7 @@ from retro.retrieval.search import index as index_module
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, Segment, tune
 from retro.retrieval.search.engines import CODES, choose_layout
 from retro.retrieval.search.index import exact_search, measured_recall, resolve_kind
-from retro.retrieval.search.segments import Run
+from retro.retrieval.search.segments import ShardRange
 from tests.stand_ins import make_store, words
 
 APPROXIMATE = [kind for kind in ("scann", "faiss") if index_module._importable(kind)]
@@ -316,7 +316,7 @@ def test_recall_does_not_depend_on_the_length_of_keys(scale):
         record = {"settings": {"seed": 0, "candidates": None}}
 
         def __init__(self, answer):
-            self.store, self.run, self.answer = store, Run(0, 1), answer
+            self.store, self.run, self.answer = store, ShardRange(0, 1), answer
 
         def attempt(self, queries, k, effort, fetch=None):
             rows = self.answer(queries, k)

@@ -15,7 +15,7 @@ from retro.retrieval.search.index import exact_search
 from retro.retrieval.search.lexical import build_lexical
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.searchers import open_searcher
-from retro.retrieval.search.segments import MAX_SEGMENTS, Run, cover, num_rows, plan_segments
+from retro.retrieval.search.segments import MAX_SEGMENTS, ShardRange, cover, num_rows, plan_segments
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 APPROXIMATE = [kind for kind in ("scann", "faiss") if index_module._importable(kind)]
@@ -148,7 +148,7 @@ def test_many_small_segments_are_joined_and_large_ones_left():
         planned = plan_segments(store, there, 50_000)
         written += sum(num_rows(store, run) for run in planned if run.folder is None)
         assert len(planned) <= MAX_SEGMENTS and [run.stop for run in planned[:-1]] == [run.first for run in planned[1:]]
-        there = [Run(run.first, run.stop, Path("there")) for run in planned]
+        there = [ShardRange(run.first, run.stop, Path("there")) for run in planned]
         rows.append(10)
     assert there[0].stop == 1 and written < 10_000 + 10 * 100 * 6
 
@@ -156,14 +156,14 @@ def test_many_small_segments_are_joined_and_large_ones_left():
 def test_segments_hold_whole_shards_up_to_a_size():
     store = Sized(40, 40, 40, 300, 10, 80)
     assert [(run.first, run.stop) for run in plan_segments(store, [], 100)] == [(0, 2), (2, 3), (3, 4), (4, 6)]
-    assert [(run.first, run.stop) for run in plan_segments(store, [Run(1, 3)], 1000)] == [(0, 1), (1, 3), (3, 6)]
+    assert [(run.first, run.stop) for run in plan_segments(store, [ShardRange(1, 3)], 1000)] == [(0, 1), (1, 3), (3, 6)]
 
 
 def test_the_cover_serves_most_rows_each_once():
     store = Sized(10, 10, 10, 10)
-    found = [Run(0, 1), Run(1, 2), Run(0, 2), Run(1, 4), Run(2, 3)]
-    assert cover(store, found) == [Run(0, 1), Run(1, 4)]
-    assert cover(store, found[:3]) == [Run(0, 2)] and cover(store, []) == []
+    found = [ShardRange(0, 1), ShardRange(1, 2), ShardRange(0, 2), ShardRange(1, 4), ShardRange(2, 3)]
+    assert cover(store, found) == [ShardRange(0, 1), ShardRange(1, 4)]
+    assert cover(store, found[:3]) == [ShardRange(0, 2)] and cover(store, []) == []
 
 
 # Words, and both

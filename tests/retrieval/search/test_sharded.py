@@ -16,7 +16,7 @@ from retro.retrieval.search.exact import as_hits, merge, no_hits
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.searchers import open_searcher, parse_kind
 from retro.retrieval.search.segments import row_range
-from retro.retrieval.search.sharded import MissingShards, Shard, plan_shards
+from retro.retrieval.search.sharded import MissingShards, ShardActor, plan_shards
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 
@@ -39,7 +39,7 @@ def merged(store, kind, num_shards, queries, k, excluded=None):
     """What the shards of a plan answer, each opened as its actor would, merged by score and row."""
     rows, distances = no_hits(len(queries), k)
     for parts in plan_shards(store, kind, num_shards):
-        shard = Shard(str(store.path), store.fingerprint, {name: asdict(part) for name, part in parts.items()})
+        shard = ShardActor(str(store.path), store.fingerprint, {name: asdict(part) for name, part in parts.items()})
         asked = {"texts": queries.texts, "keys": queries.keys}
         found, scores = shard.search(kind, asked, k, excluded)
         rows, distances = merge(rows, distances, found, -scores.astype(np.float64), k)
@@ -93,7 +93,7 @@ def test_refusals(store):
     with pytest.raises(ValueError, match="has no scann index|needs a library"):
         plan_shards(store, "scann", 2)
     with pytest.raises(ValueError, match="is another store here, or has been changed; open the search again"):
-        Shard(str(store.path), "0" * 64, {})
+        ShardActor(str(store.path), "0" * 64, {})
     with pytest.raises(ValueError, match=r"timeout must be above 0, not 0\.0"):
         open_sharded(store, timeout=0.0)
     assert [str(part) for parts in plan_shards(store, "exact", 2) for part in parts.values()] == [
