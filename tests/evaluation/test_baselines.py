@@ -13,7 +13,7 @@ from retro.cli import main
 from retro.evaluation import prepare, score
 from retro.evaluation.baselines import METHODS, BaselineSettings, baselines_rows, baselines_table, measure_baselines
 from retro.evaluation.baselines.bench import BaselineEvaluator
-from retro.evaluation.baselines.methods import plan, resolved
+from retro.evaluation.baselines.methods import plan_methods, resolved
 from retro.evaluation.baselines.sample import draw_sample
 from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT
@@ -252,7 +252,7 @@ def test_the_whole_table(pointer, planted_retriever):
 
 def test_what_cannot_run_is_left_out_or_refused(make_model, make_lm, planted_retriever, words_tokenizer):
     retro = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
-    names = lambda model, reader, given=None: plan(  # noqa: E731
+    names = lambda model, reader, given=None: plan_methods(  # noqa: E731
         resolved(BaselineSettings(given), planted_retriever, reader, 2), model, reader, planted_retriever, None
     )
     assert names(retro, None) == [name for name in METHODS if name.startswith("retro")]
