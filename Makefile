@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Shapes of public signatures are checked in tests only. Not in those of training: beartype draws from Python's random.
 SHAPES := --jaxtyping-packages=retro.modules,retro.model.causal_lm,retro.model.start,retro.model.call,retro.model.cache,retro.model.generation,retro.model.padding,retro.text.corpus,retro.text.documents,retro.text.formats,retro.text.packages,retro.text.tokenizer,retro.text.chunks,retro.text.overlap,retro.retrieval,retro.training.windows,retro.evaluation,retro.serve.rows,retro.serve.engine,beartype.beartype
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check docs clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -27,6 +27,9 @@ test-slow: $(INSTALLED)  ## the tests that `make test` leaves out: SmolLM2-135M 
 check: $(INSTALLED)  ## lint and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(INSTALLED)  ## the documentation as a site, build/docs/index.html; a broken link is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs
 
 clean:  ## remove what the above made
 	rm -rf $(VENV) demo *.egg-info build

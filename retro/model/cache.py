@@ -20,11 +20,12 @@ from retro.modules.positions import turns
 class RetroCache(Cache):
     """What a RETRO keeps while it generates. It keeps no gradients, and is not for torch.compile.
 
-    attention: The cache of self-attention. Default: one that grows, or what a retrofitted base makes itself.
-    length: Columns so far, padding included; `padding` counts those before each row's first real token.
-    reading: The number (1-based) of the chunk whose neighbors each row reads; 0 = none.
-    rows: Under names of the model's, tensors with one row for each of the batch: the last m hidden states at the first
-        layer of P, what is read of the current neighbors, the last 2m tokens.
+    Attributes:
+        attention: The cache of self-attention. Default: one that grows, or what a retrofitted base makes itself.
+        length: Columns so far, padding included; `padding` counts those before each row's first real token.
+        reading: The number (1-based) of the chunk whose neighbors each row reads; 0 = none.
+        rows: Under names of the model's, tensors with one row for each of the batch: the last m hidden states at the
+            first layer of P, what is read of the current neighbors, the last 2m tokens.
     """
 
     def __init__(self, chunk_len: int, attention: Cache | None = None):

@@ -37,7 +37,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         key_layer: The layer whose output, of text and neighbors, is compared; default 8 of 30, and in proportion.
         key_lags: How many tokens before the compared ones count too; fewer than chunk_len.
 
-    The paper's form:
+    The paper form:
         cca_layers: The layers P with chunked cross-attention, 1-based; or "middle", one layer halfway. Default: every
             third layer from 6 in a base of 12 layers or more; in a shallower one every third from the middle.
         cca_init: "random", or "self_attention" to copy CCA's projections and norm from its layer's self-attention.

@@ -24,17 +24,15 @@ class BuildSettings(FilterSettings):
         store: the folder to write.
         inputs: see `retro.text.corpus.read_documents`.
         tokenizer: Hugging Face name, folder, GGUF file, or "package:NAME" for the GGUF file of an installed package.
-        embedder, pooling, query_prefix, passage_prefix, max_length, normalize, similarity, query_encoder, attention,
-            pool_prefix: see `load_embedder`; the embedder "none" makes a store without keys, which is searched by its
-            words ("tfidf", "bm25").
+        embedder: see `load_embedder`, and for the fields that bear its names; "none" makes a store without keys, which
+            is searched by its words ("tfidf", "bm25").
         key_dtype: "float32", "float16" or "bfloat16".
         chunk_len: m, tokens of a chunk.
         min_chunk_len: chunks with fewer tokens keep their row, but no search returns them.
         text_field: field or column that holds the text.
         on_bad: "error" stops at the first record that is no document; "reject" lists it in rejects/.
         index: "none", or a kind of retro.retrieval.search.searchers: "auto", "exact", "scann", "faiss", "tfidf",
-        "bm25",
-            or several joined by "+".
+            "bm25", or several joined by "+".
         recall: share of the true nearest keys that an approximate index is tuned to find; None is its default.
         shard_chunks: a shard is closed before the document that would take it beyond this many chunks.
         batch_size: chunks per forward pass of the embedder; None suits the device.

@@ -1,0 +1,58 @@
+"""The documentation: Markdown pages, the API from docstrings, the command line from its own help."""
+
+import os
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["COLUMNS"] = "100"  # the width of help texts
+
+from retro.cli import _parser  # noqa: E402
+from retro.version import __version__  # noqa: E402
+
+project, release = "retro-lm", __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"retro-lm {release}"
+html_show_copyright = html_show_sphinx = html_copy_source = False
+
+myst_heading_anchors = 4
+napoleon_custom_sections = [("The pointer", "params_style"), ("The paper form", "params_style")]
+default_role = "literal"  # docstrings write `code`
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 80
+
+
+def help_texts():
+    verbs = next(a for a in _parser()._actions if getattr(a, "choices", None))
+    return {f"retro {n}": p.format_help() for n, p in verbs.choices.items()}
+
+
+class CommandLine(SphinxDirective):
+    """`{command-line}`: what each verb says to --help, under a heading of its own."""
+
+    def run(self) -> list[nodes.Node]:
+        text = "\n\n".join(f"## {name}\n\n```text\n{help_text}\n```" for name, help_text in help_texts().items())
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
+documented: set[int] = set()
+
+
+def skip_what_is_there_already(app, what, name, value, skip, options):
+    """A name that two packages offer is described once, where it comes first."""
+    if what != "module" or skip:
+        return None
+    seen = id(value) in documented
+    documented.add(id(value))
+    return seen or None
+
+
+def setup(app) -> None:
+    app.add_directive("command-line", CommandLine)
+    app.connect("autodoc-skip-member", skip_what_is_there_already)
