@@ -30,7 +30,7 @@ def a_mask(b, i, j, seed=0):
     return mask
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     b=st.integers(1, 5), h=st.integers(1, 3), i=st.integers(1, 40), j=st.integers(1, 40), kind=st.integers(0, 4),
     scores=st.sampled_from([1, 64, 1000, 1 << 19]), queries=st.sampled_from([1, 7, 64]),

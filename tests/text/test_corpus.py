@@ -44,7 +44,7 @@ LINES = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lines=st.lists(LINES, max_size=12), end=st.sampled_from([b"\n", b"\r\n"]), bom=st.booleans(), final=st.booleans()
 )

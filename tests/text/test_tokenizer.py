@@ -31,7 +31,7 @@ def test_loads_as_a_fast_tokenizer_with_special_tokens(trained):
     assert len(trained("The quick brown fox", add_special_tokens=False)["input_ids"]) <= 6
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=60))
 def test_round_trip_and_bytes(trained, text):
     found = tokenize_document(trained, text)

@@ -105,7 +105,7 @@ def naive_window(store: Store, table, window: int, chunks_per_window: int, retri
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stores, st.integers(1, 4), st.integers(M, 3 * M), st.randoms(use_true_random=False))
 def test_batches_are_what_a_naive_reading_gives(store, chunks_per_window, retrieved_len, random):
     table = make_table(store)
@@ -119,7 +119,7 @@ def test_batches_are_what_a_naive_reading_gives(store, chunks_per_window, retrie
     assert {t.dtype for t in batch.values()} == {torch.int64, torch.bool}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(stores, st.integers(1, 4))
 def test_each_token_is_predicted_once_an_epoch_but_the_first_of_windows_and_documents(store, chunks_per_window):
     windows = Windows(store, window_len=M * chunks_per_window)
@@ -195,7 +195,7 @@ def test_a_table_of_another_store_is_refused():
 # Random neighbors
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(stores, st.integers(0, 2**40))
 def test_random_neighbors_are_of_other_documents_and_missing_where_none_was_found(store, seed):
     table = make_table(store)
@@ -236,7 +236,7 @@ def numbered(num_windows: int) -> Windows:
     return Windows(store, window_len=M)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_windows=st.integers(1, 30),
     batch_size=st.integers(1, 4),
@@ -260,7 +260,7 @@ def test_ranks_see_together_what_one_process_sees_with_the_batch_of_all(
             assert sum((ranks[rank][step][micro] for rank in range(world_size)), []) == alone[step][micro]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 7), st.integers(0, 2**40))
 def test_each_epoch_sees_every_window_once_in_its_own_order(num_windows, batch_size, seed):
     steps = -(-3 * num_windows // batch_size)
@@ -271,7 +271,7 @@ def test_each_epoch_sees_every_window_once_in_its_own_order(num_windows, batch_s
         assert part == epoch_order(num_windows, seed, epoch).tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 7), st.integers(0, 6), st.integers(0, 3))
 def test_a_loader_goes_on_exactly_from_a_saved_position(num_windows, batch_size, stop_at, prefetch):
     windows = numbered(num_windows)

@@ -111,7 +111,7 @@ LINES = st.one_of(
 )
 
 
-@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     lines=st.lists(LINES, max_size=12),
     end=st.sampled_from([b"\n", b"\r\n"]),

@@ -98,7 +98,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_any_sequence_of_updates_against_a_dictionary(built, tmp_path_factory, steps):
     path = shutil.copytree(built.path, tmp_path_factory.mktemp("any") / "store")

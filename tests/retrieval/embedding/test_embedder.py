@@ -191,7 +191,7 @@ def test_a_key_depends_on_its_text_only(folders):
     assert embedder.embed([]).shape == (0, 32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 50), max_size=40), st.sampled_from([None, 1, 3]), st.integers(1, 120))
 def test_batches_hold_every_row_once_and_few_tokens(lens, batch_size, tokens):
     batches = list(length_batches(lens, batch_size, tokens))

@@ -50,7 +50,7 @@ TEXTS = st.lists(st.sampled_from(["a", "b", "c", "D"]), min_size=1, max_size=12)
 # What two texts share
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS, held_out=st.lists(TEXTS, min_size=1, max_size=4), threshold=st.sampled_from([0.3, 0.5, 0.8]))
 def test_against_sets(text, held_out, threshold):
     documents = [Document(str(i), other) for i, other in enumerate(held_out)]
@@ -65,7 +65,7 @@ def test_against_sets(text, held_out, threshold):
 LONG = st.lists(st.sampled_from(["a", "b", "C"]), min_size=1, max_size=40).map(" ".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     text=LONG,
     held_out=st.lists(LONG, min_size=1, max_size=3),
@@ -231,7 +231,7 @@ def test_rules_by_hand():
 COMPARED = st.one_of(st.integers(-5, 5), st.floats(-5, 5), st.sampled_from(["", "a", "3", "-1.5"]), st.booleans())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=COMPARED, sign=st.sampled_from(["==", "!=", "<", "<=", ">", ">="]), number=st.integers(-5, 5))
 def test_a_comparison_with_a_number_is_that_of_numbers(value, sign, number):
     passes = parse_rule(f"x{sign}{number}").verdict(Document("d", "t", extra={"x": value})) is None

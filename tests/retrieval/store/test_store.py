@@ -59,7 +59,7 @@ def stored(request, store, tokenizer, tmp_path_factory):
     return store, ()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data(), retrieved_len=st.integers(1, 13))
 def test_values_against_a_naive_loop(stored, data, retrieved_len):
     store, removed = stored
