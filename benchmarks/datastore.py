@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 from made_stores import K, built, in_turns, made_store, queries_of, recall, show, timed
 
+from retro.evaluation.plots import OTHER_LOOKS, picture, short
 from retro.retrieval import Retriever, build_index, build_neighbors, load_embedder
 from retro.retrieval.planning.calibration import machine
 from retro.retrieval.planning.synthetic import MadeUpEmbedder
@@ -380,26 +382,18 @@ def exponents_of(points: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(points: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, name, label in zip(
-        axes, ("build_seconds", "ms_per_query"), ("build, s", "search, ms a query"), strict=True
-    ):
-        for kind in dict.fromkeys(p["kind"] for p in points):
-            known = [(p["rows"], p[name]) for p in points if p["kind"] == kind and p[name] > 0]
-            if known:
-                axis.loglog(*zip(*known, strict=True), marker="o", label=kind)
-        axis.set_xlabel("keys")
-        axis.set_ylabel(label)
-        axis.grid(True, which="major", alpha=0.3)
-        axis.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    with picture(file, columns=2, size=(7.0, 3.4)) as panels:
+        for axes, name, label in zip(
+            panels, ("build_seconds", "ms_per_query"), ("build, s", "search, ms a query"), strict=True
+        ):
+            for look, kind in zip(cycle(OTHER_LOOKS), dict.fromkeys(p["kind"] for p in points)):
+                known = [(p["rows"], p[name]) for p in points if p["kind"] == kind and p[name] > 0]
+                if known:
+                    axes.plot(*zip(*known, strict=True), label=kind, **look)
+            axes.set(xlabel="keys", ylabel=label, xscale="log", yscale="log")
+            axes.xaxis.set_major_formatter(lambda number, _: short(number))
+            axes.yaxis.set_major_formatter("{x:g}")
 
 
 PARTS = {"embed": embed, "curve": curve, "overhead": overhead, "join": join, "size": size, "growth": growth}

@@ -32,7 +32,7 @@ import torch
 from contestants import Contestant, Shape
 
 from retro.common.settings import find_config, read_yaml
-from retro.evaluation.plots import picture
+from retro.evaluation.plots import OTHER_LOOKS, curve, picture
 from retro.retrieval import BuildSettings, Store, build_index, build_neighbors, build_store
 from retro.retrieval.planning.calibration import machine
 from retro.text.corpus import read_documents
@@ -214,24 +214,23 @@ def plot(results: dict[str, Any], file: Path) -> None:
     causes = [cause for cause in CAUSES if cause in results]
     if not causes:
         raise SystemExit("there is nothing to draw: give --parts of corpus, k, n and l")
-    with picture(file, rows=len(causes), size=(6.0, 3.2 * len(causes))) as rows:
+    with picture(file, rows=len(causes), size=(6.5, 2.6 * len(causes))) as rows:
         for cause, axes in zip(causes, rows if len(causes) > 1 else [rows], strict=True):
             draw(axes, {what: found for what, found in results[cause].items() if what != "operations"})
             axes.set(xlabel=CAUSES[cause], ylabel="seconds")
+        axes.figure.suptitle("median; bars: least and greatest", fontsize=9)
 
 
 def draw(axes: Any, lines: dict[str, Any]) -> None:
-    for what, found in lines.items():
-        label = f"{what}, exponent {found['exponent']:.2f}"
-        (line,) = axes.plot(found["sizes"], found["values"], marker="o", label=label)
-        axes.fill_between(found["sizes"], found["min"], found["max"], alpha=0.2, color=line.get_color())
+    for look, (what, found) in zip(OTHER_LOOKS, lines.items(), strict=False):
+        values = list(zip(found["values"], found["min"], found["max"], strict=True))
+        curve(axes, found["sizes"], values, f"{what}, exponent {found['exponent']:.2f}", look)
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(found["sizes"], [f"{size:,}" for size in found["sizes"]])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
     low, high = axes.get_ylim()
     axes.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else "")
-    axes.legend()
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ from trials import PROBE_SECONDS, Trial, evaluation_data, part_of, step_tokens
 from retro.common.files import save_json
 from retro.common.settings import find_config, read_yaml, to_plain, unknown_name
 from retro.evaluation import bits
-from retro.evaluation.plots import check_plot, picture, plain
+from retro.evaluation.plots import OTHER_LOOKS, check_plot, curve, picture, plain
 from retro.evaluation.scorer import ChunkScores, EvaluationData
 from retro.provenance import versions
 from retro.retrieval import Store
@@ -347,20 +347,20 @@ def plot(points: list[dict[str, Any]], file: Path) -> None:
     if not kept:
         return
     widths, starts = ([*dict.fromkeys(row[name] for row in kept)] for name in ("width", "start"))
-    with picture(file, 2, (6.5, 7.0), sharex=True) as panels:
+    lines = dict.fromkeys((row["width"], row["start"]) for row in kept)
+    with picture(file, 2, size=(6.0, 5.6), sharex=True) as panels:
         for axes, (name, label) in zip(panels, CHUNKS.items(), strict=True):
-            for width, start in dict.fromkeys((row["width"], row["start"]) for row in kept):
+            for place, (width, start) in enumerate(lines):
                 own = sorted((r for r in kept if (r["width"], r["start"]) == (width, start)), key=lambda r: r["tokens"])
                 x = [row["tokens"] / 1e6 for row in own]
-                y = np.array([row["chunks"][name]["gain"]["ON below its LM"] for row in own]).T * 100
-                look = dict(color=f"C{widths.index(width)}", marker="os^Dv"[widths.index(width) % 5])
-                look["linestyle"] = ("-", "--", ":")[starts.index(start)]
-                axes.plot(x, y[0], label=f"d {width}, {start}", **look)
-                axes.fill_between(x, y[1], y[2], color=look["color"], alpha=0.12, linewidth=0)
+                y = 100 * np.array([row["chunks"][name]["gain"]["ON below its LM"] for row in own])
+                look = OTHER_LOOKS[widths.index(width) % len(OTHER_LOOKS)]
+                look = look | {"linestyle": ("-", "--", ":")[starts.index(start)]}
+                curve(axes, x, y, f"d {width}, {start}", look, 2.5 * (place - (len(lines) - 1) / 2))
             axes.axhline(0, color="black", linewidth=0.8)
-            axes.set(ylabel="RETRO[ON] below the LM, %", title=label.replace("r <=", "chunks with r(C) $\\leq$"))
+            axes.set(ylabel="RETRO[ON] below the LM, %", title=label.replace("r <=", "chunks with r(C) \u2264"))
+        panels[0].set_title("all chunks; bars: 95% intervals over documents")
         panels[-1].set(xlabel="tokens of training, millions")
-        panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def parsed() -> argparse.Namespace:

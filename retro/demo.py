@@ -157,16 +157,17 @@ def _sample(output: Path, store) -> str:
 
 def plot_losses(output: Path) -> None:
     """Training loss of both runs over tokens -> loss.png."""
-    from retro.evaluation.plots import picture
+    from retro.evaluation.plots import LOOKS, picture
 
     with picture(output / "loss.png") as axes:
         dropped = read_yaml(find_config(RECIPE))["drop_neighbors"]
-        for name, label in (("lm", "LM, no retrieval"), ("retro", f"RETRO, {dropped:.0%} of chunks without neighbors")):
+        reading = f"RETRO, {dropped:.0%} of chunks without neighbors"
+        for name, column, label in (("lm", "lm", "LM, no retrieval"), ("retro", "retro_on", reading)):
             lines = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
             lines = [line for line in lines if "loss" in line]
-            axes.plot([line["tokens"] / 1e6 for line in lines], [line["loss"] for line in lines], label=label)
-        axes.set(xlabel="training tokens, millions", ylabel="training loss, nats per token", title="retro demo")
-        axes.legend()
+            x, y = [line["tokens"] / 1e6 for line in lines], [line["loss"] for line in lines]
+            axes.plot(x, y, label=label, **LOOKS[column] | {"marker": ""})
+        axes.set(xlabel="training tokens, millions", ylabel="training loss, nats per token")
 
 
 def closing_page(output: Path, result: dict[str, Any], sample: str) -> str:

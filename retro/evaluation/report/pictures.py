@@ -8,13 +8,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from retro.evaluation.baselines import baselines_rows
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.leakage import leakage_rows
-from retro.evaluation.plots import COLORS, check_plot, picture, plot_leakage, plot_sweep
+from retro.evaluation.plots import LOOKS, OTHER_LOOKS, picture, plot_leakage, plot_sweep
 from retro.evaluation.report.files import Result, TrainedModel, figures_of
 from retro.evaluation.report.tables import Table, records_table
 from retro.evaluation.sweeps import sweep_rows
@@ -75,11 +76,11 @@ def picture_of_losses(models: Sequence[TrainedModel]) -> Picture | None:
 
     def draw(file: Path) -> None:
         with picture(file) as axes:
-            for name in dict.fromkeys(record["run"] for record in records):
+            for name, look in zip(dict.fromkeys(record["run"] for record in records), cycle(OTHER_LOOKS)):
                 own = [record for record in records if record["run"] == name]
-                axes.plot([one["tokens"] for one in own], [one["loss"] for one in own], label=_short(name))
+                x, y = ([one[what] for one in own] for what in ("tokens", "loss"))
+                axes.plot(x, y, label=_short(name), **look | {"marker": ""})
             axes.set(xlabel="training tokens", ylabel="training loss, nats per token")
-            axes.legend()
 
     return _drawn(draw, "Training loss, as it was logged", records)
 
@@ -91,28 +92,25 @@ def _bar(name: str, column: str, value: float | int, ends: Sequence[float] | Non
 
 def _bars(bars: list[dict[str, Any]], what: str, records: list[dict[str, Any]] | None = None) -> Picture:
     """A dot for each value, with its interval."""
+    known = any(not math.isnan(bar["low"]) for bar in bars)
 
     def draw(file: Path) -> None:
-        with picture(file, size=(7.0, 1.0 + 0.34 * len(bars))) as axes:
+        with picture(file, size=(6.0, 0.8 + 0.27 * len(bars))) as axes:
             for place, bar in enumerate(bars):
-                color = COLORS.get(bar["column"], "tab:purple")
-                axes.plot([bar["low"], bar["high"]], [place, place], color=color, linewidth=2)
-                axes.plot([bar["value"]], [place], marker="o", color=color)
+                look = LOOKS.get(bar["column"], OTHER_LOOKS[-2]) | {"linestyle": ""}
+                ends = [[bar["value"] - bar["low"]], [bar["high"] - bar["value"]]]
+                axes.errorbar(bar["value"], place, xerr=ends, **look)
             axes.set_yticks(range(len(bars)), [bar["name"] for bar in bars])
-            axes.set(xlabel=what, ylim=(len(bars) - 0.5, -0.5))
+            axes.set(xlabel=what + "; bars: 95% intervals over documents" * known, ylim=(len(bars) - 0.5, -0.5))
+            axes.grid(False, axis="y")
 
-    known = any(not math.isnan(bar["low"]) for bar in bars)
     caption = what[:1].upper() + what[1:] + ", with 95% intervals" * known
     return _drawn(draw, caption, bars if records is None else records)
 
 
 def _drawn(draw: Callable[[Path], None], caption: str, records: list[dict[str, Any]]) -> Picture:
-    """The picture that a plotting function writes. Names in it are taken as they are, not as formulas."""
-    check_plot("picture.svg")
-    from matplotlib import rc_context
-
-    settings = rc_context({"text.parse_math": False, "svg.hashsalt": "retro"})
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), settings:
+    """The picture that a plotting function writes."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of characters that the font has not
         file = Path(folder) / "picture.svg"
         draw(file)
