@@ -14,6 +14,7 @@ except ImportError:  # without wrapt, register at import, which is slower
     when_imported = lambda name: lambda hook: hook(import_module(name))  # noqa: E731
 
 _HOME = {
+    "load": "retro.loading",
     "RetroConfig": "retro.model.config",
     "RetroForCausalLM": "retro.model.causal_lm",
     "RetroModel": "retro.model.causal_lm",
@@ -28,10 +29,13 @@ _HOME = {
     "build_store": "retro.retrieval",
     "Store": "retro.retrieval",
     "Retriever": "retro.retrieval",
+    "RemoteRetriever": "retro.retrieval",
+    "open_sharded": "retro.retrieval",
     "Neighbors": "retro.retrieval",
     "build_index": "retro.retrieval",
     "build_neighbors": "retro.retrieval",
     "load_embedder": "retro.retrieval",
+    "sample": "retro.sampling",
     "bits_per_byte": "retro.evaluation",
 }
 __all__ = ["__version__", *_HOME]

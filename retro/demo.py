@@ -123,30 +123,26 @@ def _train(output: Path, name: str, seed: int) -> None:
 
 
 def _measure(output: Path, store, seed: int) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
     from retro.evaluation import bits_per_byte
-    from retro.retrieval import Retriever
+    from retro.loading import load, load_model
     from retro.text.corpus import read_documents
 
-    lm, model = (AutoModelForCausalLM.from_pretrained(output / name) for name in ("lm", "retro"))
+    model, _, retriever = load(output / "retro", store)
     documents = list(read_documents([str(output / "valid.jsonl")]))
-    return bits_per_byte(model, documents, Retriever(store), baseline=lm, seed=seed, progress=True)
+    lm = load_model(output / "lm", store)
+    return bits_per_byte(model, documents, retriever, baseline=lm, seed=seed, progress=True)
 
 
 def _sample(output: Path, store) -> str:
     """Continue the opening of the first held-out document; the text and its sources."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from retro.retrieval import Retriever
+    from retro.loading import load
     from retro.sampling import as_json, html_page, sample, terminal_text
     from retro.text.corpus import read_documents
 
-    tokenizer = AutoTokenizer.from_pretrained(output / "retro")
-    model = AutoModelForCausalLM.from_pretrained(output / "retro")
+    model, tokenizer, retriever = load(output / "retro", store)
     document = next(iter(read_documents([str(output / "valid.jsonl")])))
     ids = tokenizer(document.text, add_special_tokens=False)["input_ids"][: model.config.chunk_len * 2]
-    (text,) = sample(model, tokenizer, [tokenizer.decode(ids)], Retriever(store), gains=True, max_new_tokens=128)
+    (text,) = sample(model, tokenizer, [tokenizer.decode(ids)], retriever, gains=True, max_new_tokens=128)
     told = terminal_text(text) + "\n"
     page = html_page([text], {"model": output / "retro", "store": output / "store"})
     value = json.dumps(as_json(text), indent=2, ensure_ascii=False) + "\n"

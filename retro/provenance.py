@@ -48,10 +48,13 @@ def write_provenance(model_folder: str | Path, store: Store, index: str | None =
     (Path(model_folder) / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_provenance(model_folder: str | Path) -> dict[str, Any] | None:
-    """The content of a model folder's `retro.json`, None if it has none; ValueError if it is unreadable."""
-    file = Path(model_folder) / FILE
-    if not file.is_file():
+def read_provenance(model: str | Path | None) -> dict[str, Any] | None:
+    """The content of the `retro.json` of a model's folder or Hugging Face name; ValueError if it is unreadable.
+
+    None if it has none, or the model no name.
+    """
+    file = None if model is None else _file_of(model)
+    if file is None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -63,7 +66,21 @@ def read_provenance(model_folder: str | Path) -> dict[str, Any] | None:
     return record
 
 
-def own_index(model_folder: str | Path, store: Store, index: str = "auto") -> str:
+def _file_of(model: str | Path) -> Path | None:
+    file = Path(model) / FILE
+    if file.parent.exists():
+        return file if file.is_file() else None
+    from transformers.utils import cached_file
+
+    missing = ("missing_entries", "connection_errors", "gated_repo")
+    try:
+        found = cached_file(str(model), FILE, **{f"_raise_exceptions_for_{what}": False for what in missing})
+    except OSError:  # no name of the hub
+        return None
+    return None if found is None else Path(found)
+
+
+def own_index(model: str | Path | None, store: Store, index: Any = "auto") -> Any:
     """What "auto" means for a model: the kind of search it was trained with, if that goes by words.
 
     Kinds that go by keys find the same neighbors, each as far as it is tuned to: there the store's best stays "auto".
@@ -72,36 +89,34 @@ def own_index(model_folder: str | Path, store: Store, index: str = "auto") -> st
     from retro.retrieval.search.lexical import KINDS
     from retro.retrieval.search.searchers import is_keyless
 
-    trained = (read_provenance(model_folder) or {}).get("index") if index == "auto" else None
+    trained = (read_provenance(model) or {}).get("index") if index == "auto" else None
     kinds = (trained or "").split("+")
     if not set(kinds) & set(KINDS):
         return index
     own = "+".join(kind for kind in kinds if kind in KINDS or not is_keyless(store))
-    logger.info("%s is searched by %s, as in the training of %s", store.path, own, model_folder)
+    logger.info("%s is searched by %s, as in the training of %s", store.path, own, model)
     return own
 
 
-def check_store(model_folder: str | Path, store: Store) -> None:
-    """Refuse a store that the model in `model_folder` cannot read: another tokenizer's, or one of another chunk length.
+def check_store(model: str | Path, store: Store) -> None:
+    """Refuse a store that a model cannot read: another tokenizer's, or one of another chunk length.
 
     Any store of the same tokenizer will do, larger or newer than that of training. A folder without `retro.json` passes
     with a warning. Raises ValueError that names both sides.
     """
-    mine = read_provenance(model_folder)
+    mine = read_provenance(model)
     if mine is None:
-        logger.warning(
-            "%s has no %s: whether its tokenizer is the one of %s is not checked", model_folder, FILE, store.path
-        )
+        logger.warning("%s has no %s: whether its tokenizer is the one of %s is not checked", model, FILE, store.path)
         return
     if mine["tokenizer_fingerprint"] != store.tokenizer_fingerprint:
         raise ValueError(
-            f"the model {model_folder} was trained with the tokenizer {mine['tokenizer']} "
+            f"the model {model} was trained with the tokenizer {mine['tokenizer']} "
             f"({mine['tokenizer_fingerprint'][:12]}), the store {store.path} was built with "
             f"{store.manifest['tokenizer']['name']} ({store.tokenizer_fingerprint[:12]}); "
             "build a store with the model's tokenizer"
         )
     if mine["chunk_len"] != store.chunk_len:
         raise ValueError(
-            f"the model {model_folder} reads chunks of {mine['chunk_len']} tokens, the store {store.path} has "
+            f"the model {model} reads chunks of {mine['chunk_len']} tokens, the store {store.path} has "
             f"chunks of {store.chunk_len}; build a store with chunk_len={mine['chunk_len']}"
         )

@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "retro.model": ("retro.common", "retro.modules", "retro.retrieval.neighbors"),
     "retro.retrofit": ("retro.common", "retro.modules", "retro.model"),
     "retro.provenance": ("retro.version", "retro.retrieval"),
+    "retro.loading": ("retro.provenance", "retro.retrieval", "retro.retrofit"),
     "retro.sampling": ("retro.text", "retro.retrieval", "retro.model"),
     "retro.evaluation": (
         "retro.version",
@@ -74,6 +75,7 @@ MAY_IMPORT = {
         "retro.model",
         "retro.retrofit",
         "retro.provenance",
+        "retro.loading",
         "retro.sampling",
     ),
     "retro.training": (
@@ -82,6 +84,7 @@ MAY_IMPORT = {
         "retro.model",
         "retro.retrofit",
         "retro.provenance",
+        "retro.loading",
         "retro.evaluation",
     ),
     "retro.serve": (
@@ -91,12 +94,14 @@ MAY_IMPORT = {
         "retro.retrieval",
         "retro.model",
         "retro.provenance",
+        "retro.loading",
         "retro.sampling",
     ),
     "retro.demo": (
         "retro.common",
         "retro.text",
         "retro.retrieval",
+        "retro.loading",
         "retro.sampling",
         "retro.evaluation",
         "retro.training",
@@ -110,13 +115,23 @@ MAY_IMPORT = {
         "retro.model",
         "retro.retrofit",
         "retro.provenance",
+        "retro.loading",
         "retro.sampling",
         "retro.evaluation",
         "retro.training",
         "retro.serve",
         "retro.demo",
     ),
-    "retro": ("retro.version", "retro.text", "retro.retrieval", "retro.model", "retro.retrofit", "retro.evaluation"),
+    "retro": (
+        "retro.version",
+        "retro.text",
+        "retro.retrieval",
+        "retro.model",
+        "retro.retrofit",
+        "retro.loading",
+        "retro.sampling",
+        "retro.evaluation",
+    ),
 }
 ROOMS = list(MAY_IMPORT)
 HEAVY = {"torch", "transformers", "scann", "faiss", "datasets", "pyarrow", "accelerate"}

@@ -12,7 +12,6 @@ from retro.cli.shared import (
     add_filters,
     add_json,
     given_filters,
-    open_retriever,
     stamp,
     verb,
     write_json,
@@ -194,6 +193,8 @@ def search(args: argparse.Namespace) -> int:
     """Print the nearest chunks with their continuations, scores (-squared L2 distance) and sources."""
     if not args.text.strip():
         raise ValueError("the text to search for is empty; give some words")
+    from retro.loading import open_retriever
+
     given = dict(num_neighbors=args.k, retrieved_len=args.retrieved_len, **given_filters(args))
     retriever = open_retriever(args.store, args.index, **given)
     hits = retriever.show(args.text)

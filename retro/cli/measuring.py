@@ -15,12 +15,18 @@ from retro.cli.shared import (
     check_outputs,
     held_out,
     only_documents,
-    open_lm,
-    open_model,
-    open_retriever,
     verb,
     write_measured,
 )
+
+
+def _opened(args: argparse.Namespace, model: Any = None) -> tuple[Any, Any, Any]:
+    """The model, what retrieves for it, and the plain LM beside it or None."""
+    from retro.loading import load, load_model
+
+    opened, _, retriever = load(model or args.model, args.store, index=args.index)
+    return opened, retriever, args.lm and load_model(args.lm, retriever.store)
+
 
 # evaluate
 
@@ -36,8 +42,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Bits per byte and perplexity of whole documents by windows: LM, RETRO[OFF], [ON], [ON] with random neighbors."""
     from retro.evaluation import bits_per_byte, bits_table, perplexity_table
 
-    model, retriever = open_model(args.model, args.store, args.index)
-    baseline = open_lm(args.lm, retriever.store)
+    model, retriever, baseline = _opened(args)
     documents, window = held_out(args), dict(window_len=args.window, stride=args.stride)
     given = dict(seed=args.seed, progress=True, cache=args.cache or True, **window)
     result = bits_per_byte(model, documents, retriever, args.k, baseline, **given)
@@ -71,8 +76,7 @@ def leakage(args: argparse.Namespace) -> int:
     from retro.evaluation.plots import plot_leakage
 
     check_outputs(args)
-    model, retriever = open_model(args.model, args.store, args.index)
-    baseline = open_lm(args.lm, retriever.store)
+    model, retriever, baseline = _opened(args)
     documents, window = held_out(args), dict(window_len=args.window, stride=args.stride)
     given = dict(exclude=args.exclude, seed=args.seed, progress=True, cache=args.cache or True, **window)
     result = measure_leakage(model, documents, retriever, args.k, baseline, **given)
@@ -111,8 +115,7 @@ def sweep_neighbors(args: argparse.Namespace) -> int:
     from retro.evaluation import sweep_neighbors
 
     check_outputs(args)
-    model, retriever = open_model(args.model, args.store, args.index)
-    baseline = open_lm(args.lm, retriever.store)
+    model, retriever, baseline = _opened(args)
     result = sweep_neighbors(model, held_out(args), retriever, args.ks, baseline, _reading(args))
     return _show_sweep(args, result)
 
@@ -121,14 +124,13 @@ def sweep_datastore(args: argparse.Namespace) -> int:
     """RETRO[ON] with nested shares of the datastore, several draws of each: mean, least and greatest. Nothing is built
     again: the search leaves out the other documents."""
     from retro.evaluation import sweep_datastore
-    from retro.provenance import check_store
+    from retro.loading import load_model
     from retro.retrieval import Store
 
     check_outputs(args)
     store = Store.open(args.store)
-    model, _ = open_model(args.model)
-    check_store(args.model, store)
-    baseline, documents = open_lm(args.lm, store), held_out(args)
+    model = load_model(args.model, store)
+    baseline, documents = args.lm and load_model(args.lm, store), held_out(args)
     given = dict(num_neighbors=args.k, baseline=baseline, index=args.index, reading=_reading(args))
     result = sweep_datastore(model, documents, store, args.shares, args.draws, **given)
     return _show_sweep(args, result)
@@ -137,10 +139,11 @@ def sweep_datastore(args: argparse.Namespace) -> int:
 def sweep_models(args: argparse.Namespace) -> int:
     """Bits per byte of several models against their parameters: RETRO[OFF] and RETRO[ON], or a plain LM."""
     from retro.evaluation import sweep_models
+    from retro.loading import load_model, open_retriever
 
     check_outputs(args)
     retriever = open_retriever(args.store, args.index)
-    models = ((name, open_lm(name, retriever.store)) for name in args.models)
+    models = ((name, load_model(name, retriever.store)) for name in args.models)
     result = sweep_models(models, held_out(args), retriever, args.k, _reading(args))
     return _show_sweep(args, result)
 
@@ -148,13 +151,12 @@ def sweep_models(args: argparse.Namespace) -> int:
 def sweep_tokens(args: argparse.Namespace) -> int:
     """Bits per byte of each checkpoint of a run against the tokens it has seen."""
     from retro.evaluation import sweep_tokens
+    from retro.evaluation.sweeps import checkpoints_of
 
     check_outputs(args)
-    retriever = open_retriever(args.store, args.index, args.folder)
-    open_checkpoint = lambda folder: open_lm(folder, retriever.store)  # noqa: E731
-    baseline = open_lm(args.lm, retriever.store)
-    documents = held_out(args)
-    result = sweep_tokens(args.folder, documents, retriever, open_checkpoint, args.k, baseline, _reading(args))
+    last = checkpoints_of(args.folder)[-1][1]
+    _, retriever, baseline = _opened(args, last)
+    result = sweep_tokens(args.folder, held_out(args), retriever, args.k, baseline, _reading(args))
     return _show_sweep(args, result)
 
 
@@ -216,7 +218,7 @@ def baselines(args: argparse.Namespace) -> int:
     """Bits per byte and cost of a plain LM, RETRO with several kinds of neighbors, text in front of the text, REPLUG,
     RAG and kNN-LM, with the same store over identical target tokens."""
     from retro.evaluation.baselines import BaselineSettings, baselines_rows, baselines_table, measure_baselines
-    from retro.retrieval import Store
+    from retro.loading import load, load_model
     from retro.text.corpus import read_documents
 
     check_outputs(args)
@@ -228,10 +230,8 @@ def baselines(args: argparse.Namespace) -> int:
         window_len=args.window,
         **{name: getattr(args, name) for name in chosen},
     )
-    store = Store.open(args.store)
-    model, reader = open_lm(args.model, store), open_lm(args.reader, store)
-    retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-    retriever = open_retriever(store, args.index, args.model, retrieved_len=retrieved_len)
+    model, _, retriever = load(args.model, args.store, index=args.index)
+    reader = args.reader and load_model(args.reader, retriever.store)
     validation = None if args.validation is None else list(only_documents(read_documents(args.validation)))
     result = measure_baselines(model, held_out(args), retriever, reader, validation, settings, progress=True)
     print(baselines_table(result))

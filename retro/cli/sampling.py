@@ -18,7 +18,6 @@ from retro.cli.shared import (
     add_listening,
     given_filters,
     given_limits,
-    open_model,
     stamp,
     verb,
     write_json,
@@ -66,14 +65,15 @@ def generate(args: argparse.Namespace) -> int:
 
     options = _generation_options(args)
     prompts = read_prompts(args.prompts, args.prompt_file, sys.stdin)
-    model, retriever = open_model(args.model, args.store, args.index or "auto", **given_filters(args))
 
     import torch
-    from transformers import AutoTokenizer
 
+    from retro.loading import load
     from retro.sampling import as_json, html_page, sample, terminal_stream, terminal_text, wants_color
 
-    tokenizer, color = AutoTokenizer.from_pretrained(args.model), wants_color(sys.stdout)
+    index, filters = args.index or "auto", given_filters(args)
+    model, tokenizer, retriever = load(args.model, args.store, index=index, **filters)
+    color = wants_color(sys.stdout)
     streams = len(prompts) == (args.num_beams or 1) == (args.num_return_sequences or 1) == 1
     if streams:
         options["streamer"] = terminal_stream(tokenizer, partial(print, end="", flush=True), color)
@@ -147,18 +147,15 @@ def serve(args: argparse.Namespace) -> int:
 
     limits = given_limits(args, Limits)
     try:
-        from retro.serve.server import open_stores, serve_app
+        from retro.serve.server import load_with_stores, serve_app
         from retro.web.listening import read_api_key, run, url_of
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
-    from transformers import AutoTokenizer
-
     from retro.serve.engine import GenerationEngine
 
     api_key = read_api_key(args.api_key_file)
-    model, _ = open_model(args.model)
-    stores = open_stores(args.store, args.model, model, args.index)
-    engine = GenerationEngine(model, AutoTokenizer.from_pretrained(args.model), stores, limits)
+    model, tokenizer, stores = load_with_stores(args.model, args.store, args.index)
+    engine = GenerationEngine(model, tokenizer, stores, limits)
     name = args.name or Path(args.model).resolve().name
     app, bound = serve_app(engine, name, args.host, args.port, api_key)
     print(f"{name} with {', '.join(stores)}: {url_of(bound)}", flush=True)

@@ -13,7 +13,6 @@ from retro.cli.shared import (
     add_listening,
     given_filters,
     given_limits,
-    open_retriever,
     verb,
 )
 
@@ -44,6 +43,7 @@ def serve_store(args: argparse.Namespace) -> int:
 
     From Python: RemoteRetriever(address), in place of a Retriever.
     """
+    from retro.retrieval import Retriever
     from retro.retrieval.remote.limits import RetrievalLimits
 
     for name in ("ray_address", "partial"):
@@ -58,7 +58,7 @@ def serve_store(args: argparse.Namespace) -> int:
     api_key = read_api_key(args.api_key_file)
     with ExitStack() as opened:
         given = dict(num_neighbors=args.k, retrieved_len=args.retrieved_len, **given_filters(args))
-        retriever = open_retriever(*_searched(args, limits, opened), **given)
+        retriever = Retriever(*_searched(args, limits, opened), **given)
         bound = listen(args.host, args.port)
         app = create_retrieval_app(retriever, limits, api_key, names_of(bound, args.host, api_key))
         print(f"{args.store} ({retriever.index.kind}): {url_of(bound)}", flush=True)

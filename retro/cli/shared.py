@@ -62,65 +62,6 @@ def given_filters(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in FILTERS if getattr(args, name) is not None}
 
 
-def open_model(folder: str, store: Any = None, index: str = "auto", **filters: Any) -> tuple[Any, Any]:
-    """A trained model and, with a store, a retriever over it, refused if the store is another tokenizer's.
-
-    store: a `Store`, a folder, or the address of a retrieval server. index: "auto" is what the model was trained with,
-    see `retro.provenance.own_index`. filters: see `retro.retrieval.Retriever`.
-    """
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    from retro.provenance import check_store
-    from retro.retrieval import Store
-    from retro.retrieval.remote.client import is_url
-
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (config.json is missing); give the folder of a trained model.")
-    retriever = None
-    if is_url(store):
-        retriever = open_retriever(store, index, **filters)
-    elif store is not None:
-        store = store if isinstance(store, Store) else Store.open(store)
-    if store is not None:
-        check_store(folder, store if retriever is None else retriever.store)
-    device = torch.accelerator.current_accelerator() or "cpu"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    except (SafetensorError, StrictDataclassError) as error:
-        raise ValueError(
-            f"{folder} holds a damaged model ({error}); copy it again from where it was trained."
-        ) from None
-    if retriever is not None:
-        retriever.retrieved_len = getattr(model.config, "retrieved_len", 2 * retriever.store.chunk_len)
-    elif store is not None:
-        retrieved_len = getattr(model.config, "retrieved_len", 2 * store.chunk_len)
-        retriever = open_retriever(store, index, folder, retrieved_len=retrieved_len, **filters)
-    return model, retriever
-
-
-def open_retriever(store: Any, index: str = "auto", model: str | None = None, **given: Any) -> Any:
-    """A Retriever, or a RemoteRetriever where `store` is the address of a retrieval server (`retro serve-store`).
-
-    model: folder of the one model that reads, see `retro.provenance.own_index`. given: what both take, and filters,
-    which a server has of its own.
-    """
-    from retro.provenance import own_index
-    from retro.retrieval import Retriever, Store
-    from retro.retrieval.remote.client import RemoteRetriever, is_url
-
-    if not is_url(store):
-        store = store if isinstance(store, Store) else Store.open(store)
-        return Retriever(store, index if model is None else own_index(model, store, index), **given)
-    own = ["index"] * (index != "auto") + [name for name in FILTERS if name in given]
-    if own:
-        option = own[0].replace("_", "-")
-        raise ValueError(f"--{option} is for a store of this machine; give it to the `retro serve-store` of {store}")
-    return RemoteRetriever(store, **given)
-
-
 def add_executor(parser: argparse.ArgumentParser) -> None:
     """Options of who does a long job."""
     about = (
@@ -225,24 +166,6 @@ def held_out(args: argparse.Namespace) -> list:
     if args.documents is not None and args.documents < 1:
         raise ValueError(f"--documents is {args.documents}; give at least 1.")
     return list(islice(only_documents(read_documents(args.data)), args.documents))
-
-
-def open_lm(name: str | Path | None, store: Any) -> Any:
-    """Any causal LM whose tokenizer is the store's: a trained folder of this library, or what `open_base` opens."""
-    import torch
-
-    from retro.provenance import FILE, check_store
-    from retro.retrofit.bases import base_tokenizer, open_base
-
-    if name is None:
-        return None
-    folder = Path(name)
-    if folder.is_dir() and ((folder / FILE).is_file() or not (folder / "config.json").is_file()):
-        model = open_model(name)[0]
-        check_store(name, store)
-        return model
-    store.check_tokenizer(base_tokenizer(name))
-    return open_base(name).to(torch.accelerator.current_accelerator() or "cpu")
 
 
 def only_documents(records: Any) -> Any:

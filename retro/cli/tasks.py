@@ -129,14 +129,14 @@ def task_qa(args: argparse.Namespace) -> int:
 def task_recall(args: argparse.Namespace) -> int:
     """For how many questions one of the first k passages is of the right document, or holds a right answer."""
     from retro.evaluation.tasks import find_passages, read_questions, recall, recall_table
+    from retro.loading import open_retriever
     from retro.provenance import versions
-    from retro.retrieval import Retriever
 
     if args.index and not args.store:
         raise ValueError("--index means nothing without --store; name a datastore.")
     questions, results = _first(args, read_questions(args.data)), {}
     for kind in args.index or ["auto"] if args.store else []:
-        found = find_passages(questions, Retriever(args.store, kind), max(args.ks), progress=True)
+        found = find_passages(questions, open_retriever(args.store, kind), max(args.ks), progress=True)
         results[kind] = recall(found, args.ks, args.seed)
     results = results or {"the file's": recall(questions, args.ks, args.seed)}
     print(recall_table(results))

@@ -10,7 +10,7 @@ Source: RETRO, sections 4.1-4.2 and figure 1; the datastore's curve is that of M
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from retro.evaluation.scorer import (
     score,
     window_of,
 )
+from retro.loading import load_model
 from retro.retrieval import Retriever, Store
 from retro.retrieval.filters import drawn
 from retro.text.documents import Document
@@ -176,7 +177,6 @@ def sweep_tokens(
     run: str | Path,
     documents: Sequence[Document],
     retriever: Retriever,
-    open_model: Callable[[Path], Any] | None = None,
     num_neighbors: int | None = None,
     baseline: Any = None,
     reading: ScoringSettings = ScoringSettings(),
@@ -185,16 +185,12 @@ def sweep_tokens(
 
     Args:
         run: The run's folder; it keeps as many checkpoints as its setting keep_checkpoints says.
-        open_model: Opens a checkpoint's folder; default AutoModelForCausalLM.from_pretrained.
 
     Raises ValueError if the run has no checkpoint.
     """
-    if open_model is None:
-        from transformers import AutoModelForCausalLM
-
-        open_model = AutoModelForCausalLM.from_pretrained
     places = (
-        ({"tokens": tokens, "checkpoint": folder.name}, open_model(folder)) for tokens, folder in checkpoints_of(run)
+        ({"tokens": tokens, "checkpoint": folder.name}, load_model(folder, retriever.store))
+        for tokens, folder in checkpoints_of(run)
     )
     points, data, given = _over_models(places, documents, retriever, num_neighbors, reading)
     references = _reference(baseline, data, given)

@@ -21,11 +21,15 @@ def open_base(base: Any, **options) -> Any:
     """
     if not isinstance(base, (str, Path)):
         return base
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     place, gguf = pretrained_place(base)
     try:
         return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{base} holds a damaged model ({error}); copy it again from where it was trained.") from None
     except (OSError, ImportError, KeyError) as error:
         raise ValueError(_sentence("base", base, error)) from None
 
@@ -37,7 +41,7 @@ def base_tokenizer(base: str | Path) -> Any:
     place, gguf = pretrained_place(base)
     try:
         return AutoTokenizer.from_pretrained(place, **gguf)
-    except (OSError, ImportError, KeyError) as error:
+    except (OSError, ImportError, KeyError, ValueError) as error:
         raise ValueError(_sentence("tokenizer", base, error)) from None
 
 

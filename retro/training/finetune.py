@@ -23,8 +23,9 @@ from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.tasks.passages import Question, find_passages, passage_tokens, read_questions
 from retro.evaluation.tasks.question_answering import PROMPT
 from retro.evaluation.tasks.reading import Reader
+from retro.loading import load
 from retro.provenance import check_store, own_index
-from retro.retrieval import Retriever, Store
+from retro.retrieval import Store
 from retro.training.loop import fit
 from retro.training.settings import TrainSettings
 from retro.training.setup import setup
@@ -94,7 +95,7 @@ class Start:
         questions = read_questions(settings.questions)
         index = own_index(settings.start, store, settings.index or "auto") if settings.retrieval else None
         if settings.retrieval and any(one.passages is None for one in questions):
-            retriever = Retriever(store, index, retrieved_len=retrieved_len)
+            retriever = load(self.model, store, index=index).retriever
             questions = find_passages(questions, retriever, settings.num_neighbors, progress=True)
         k = settings.num_neighbors if settings.retrieval else 0
         reader = Reader(model=self.model, tokenizer=store.tokenizer, align="end")

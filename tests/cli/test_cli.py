@@ -74,6 +74,7 @@ def test_the_python_of_the_readme_runs(made):
             exec(block, names)
     assert torch.isfinite(names["on"]) and names["on"] != names["off"]
     assert names["found"].sources[0][0].title and len(names["out"]["neighbors"]) == 1
+    assert names["found"].ids.shape == (1, names["model"].config.num_neighbors)
 
 
 def run(argv: list[str]) -> None:

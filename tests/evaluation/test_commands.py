@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from retro.cli import main
+from retro.loading import load
 from retro.provenance import write_provenance
 from retro.retrieval import Store
 from tests.stand_ins import make_words_tokenizer, words, write_jsonl
@@ -131,8 +132,6 @@ def test_refuses_in_one_line(case, made, capsys):
     [("bm25", "auto", "bm25"), ("bm25", "tfidf", "tfidf"), ("scann", "auto", "exact"), (None, "auto", "exact")],
 )
 def test_a_model_reads_as_it_was_trained_to(made, tmp_path, monkeypatch, trained, asked, expected):
-    from retro.cli.shared import open_model
-    from retro.evaluation.tasks.reading import open_reader
 
     folder = tmp_path / "model"
     shutil.copytree(made["retro"], folder, ignore=shutil.ignore_patterns("checkpoints"))
@@ -141,18 +140,15 @@ def test_a_model_reads_as_it_was_trained_to(made, tmp_path, monkeypatch, trained
     monkeypatch.setattr(
         "retro.retrieval.search.index.find_spec", lambda name: None
     )  # no engine: what "auto" takes is exact
-    assert open_model(str(folder), made["store"], asked)[1].index.kind == expected
-    assert open_reader(str(folder), made["store"], asked).retriever.index.kind == expected
+    assert load(folder, made["store"], index=asked).retriever.index.kind == expected
 
 
 def test_a_store_without_keys_is_read_by_words(made, tmp_path):
-    from retro.cli.shared import open_model
-
     folder = tmp_path / "model"
     shutil.copytree(made["retro"], folder, ignore=shutil.ignore_patterns("checkpoints"))
     store = Store.open(made["store"])
     write_provenance(folder, store, "exact+bm25")
-    assert open_model(str(folder), store)[1].index.kind == "exact+bm25"
+    assert load(folder, store).retriever.index.kind == "exact+bm25"
     build = ["build", str(tmp_path / "keyless"), made["heldout"], "--tokenizer", made["lm"], "--embedder", "none"]
     assert main([*build, "--chunk-len", "8", "--min-chunk-len", "1"]) == 0
-    assert open_model(str(folder), str(tmp_path / "keyless"))[1].index.kind == "bm25"
+    assert load(folder, tmp_path / "keyless").retriever.index.kind == "bm25"

@@ -126,7 +126,7 @@ def test_tokens(make_model, make_lm, words_tokenizer, planted_retriever, tmp_pat
         models[step * 100] = make_model(seed=step, vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
         models[step * 100].save_pretrained(folder)
         (folder / "state.json").write_text(json.dumps({"step": step, "tokens": step * 100}))
-    result = sweep_tokens(tmp_path, HELD_OUT, planted_retriever, None, 2, make_lm(), READING)
+    result = sweep_tokens(tmp_path, HELD_OUT, planted_retriever, 2, make_lm(), READING)
     assert [(point["tokens"], point["column"]) for point in result["points"]] == [
         (tokens, column) for tokens in (500, 1000) for column in ("retro_off", "retro_on")
     ]

@@ -19,7 +19,7 @@ from retro.cli import main
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import BuildSettings, build_store
 from retro.retrieval.embedding.embedder import NoEmbedder
-from retro.serve.server import open_stores, serve_app
+from retro.serve.server import load_with_stores, serve_app
 from retro.web.listening import read_api_key
 from tests.conftest import TINY
 from tests.serve.conftest import serving, wait_until
@@ -247,14 +247,14 @@ def test_stores_of_one_embedder_share_it(tmp_path, model, tokenizer, monkeypatch
 
     made = []
 
-    def load(store, embedder=None):
+    def load(description, folder):
         made.append(HashingEmbedder())
         return made[-1]
 
-    monkeypatch.setattr("retro.serve.server.embedder_of", load)
+    monkeypatch.setattr("retro.retrieval.search.searchers.embedder_from", load)
     paths = []
     for name in ("a", "b"):
         paths.append(str(make_store(tmp_path, [words(9)], tokenizer, name=name, chunk_len=8).path))
-    opened = open_stores(paths, str(tmp_path), model)
-    assert list(opened) == ["a", "b"] and len(made) == 1
+    same, _, opened = load_with_stores(model, paths)
+    assert same is model and list(opened) == ["a", "b"] and len(made) == 1
     assert os.path.samefile(opened["b"].store.path, paths[1])

@@ -30,6 +30,7 @@ from retro.evaluation.bits import neighbors_of
 from retro.evaluation.neighbors import neighbor_rows
 from retro.evaluation.scorer import MAX_LOGITS, RETRIEVAL, reads_neighbors
 from retro.evaluation.tasks.examples import Example, ScoredContinuation, aligned, encode, passage_texts
+from retro.loading import load
 from retro.model.padding import pad_left
 from retro.retrieval.filters import shares_run
 from retro.retrieval.store.random_rows import random_rows
@@ -347,39 +348,13 @@ class _Stop:
 def open_reader(
     model: Any, store: Any = None, index: str = "auto", tokenizer: Any = None, dtype: Any = None, **options: Any
 ) -> Reader:
-    """A reader of a model by folder, Hugging Face name, GGUF file or package, or in memory.
+    """A reader of what `retro.load` gives for these arguments.
 
-    Args:
-        store: A datastore or its folder, which the model's tokenizer must have made.
-        index: The kind of search; see `Retriever`. "auto" is what the model was trained with, if that goes by words.
-        tokenizer: Of a model in memory; default the store's.
-        dtype: As in from_pretrained.
-        options: Of Reader. `retrieval` is "on" by default if there is a store and the model reads neighbors.
+    options: Of Reader. `retrieval` is "on" by default if there is a store and the model reads neighbors.
     """
-    from retro.provenance import FILE, check_store, own_index
-    from retro.retrieval import Retriever, Store
-    from retro.retrofit.bases import base_tokenizer, open_base
-
-    named = isinstance(model, (str, Path))
-    store = Store.open(store) if isinstance(store, (str, Path)) else store
-    if named and tokenizer is None:
-        tokenizer = base_tokenizer(model)
-    elif tokenizer is None:
-        if store is None:
-            raise ValueError("a model in memory comes without a tokenizer; give tokenizer= or a store.")
-        tokenizer = store.tokenizer
-    if store is not None and named and (Path(model) / FILE).is_file():
-        check_store(model, store)
-        index = own_index(model, store, index)
-    elif store is not None:
-        store.check_tokenizer(tokenizer)
-    opened = open_base(model, **({} if dtype is None else {"dtype": dtype}))
-    if named:
-        opened = opened.to(torch.accelerator.current_accelerator() or "cpu")
-    r = getattr(opened.config, "retrieved_len", None) or 2 * (CHUNK_LEN if store is None else store.chunk_len)
-    retriever = None if store is None else Retriever(store, index, retrieved_len=r)
-    retrieval = "on" if retriever is not None and reads_neighbors(opened) else "off"
-    return Reader(model=opened, tokenizer=tokenizer, retriever=retriever, **{"retrieval": retrieval, **options})
+    model, tokenizer, retriever = load(model, store, index=index, tokenizer=tokenizer, dtype=dtype)
+    retrieval = "on" if retriever is not None and reads_neighbors(model) else "off"
+    return Reader(model=model, tokenizer=tokenizer, retriever=retriever, **{"retrieval": retrieval, **options})
 
 
 def _whole_chunks(ids: Int64[np.ndarray, " s"], chunk_len: int) -> Int64[np.ndarray, "l m"]:

@@ -11,6 +11,7 @@ that another embedder gives their texts. Source: Shao et al. 2025, CompactDS.
 from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -33,6 +34,7 @@ from retro.retrieval.search.queries import Queries
 from retro.retrieval.store.store import Store
 
 RANK_CONSTANT = 60
+_LOADED: WeakValueDictionary[str, Embedder] = WeakValueDictionary()  # by fingerprint
 _FETCHED_HITS = 1 << 20  # hits held at a time while the over-fetch grows
 
 
@@ -283,10 +285,14 @@ def _in_documents(store: Store, rows: np.ndarray, excluded: list[set[int]]) -> n
 
 
 def embedder_of(store: Store, embedder: Embedder | None = None) -> Embedder:
-    """The given embedder, or the one that the store's manifest names; refused if its fingerprint is not the store's."""
+    """The given embedder, or the one that the store's manifest names; refused if its fingerprint is not the store's.
+
+    Searches of one process share what is loaded here.
+    """
+    if embedder is None and is_keyless(store):
+        raise ValueError(f"{store.path} was built without an embedder; use an index of words, tfidf or bm25")
     if embedder is None:
-        if is_keyless(store):
-            raise ValueError(f"{store.path} was built without an embedder; use an index of words, tfidf or bm25")
-        embedder = embedder_from(store.manifest["embedder"], store.path)
+        embedder = _LOADED.get(store.embedder_fingerprint) or embedder_from(store.manifest["embedder"], store.path)
+        _LOADED[embedder.fingerprint] = embedder
     store.check_embedder(embedder)
     return embedder
