@@ -10,12 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 from retro.common.settings import find_config, load_settings
 from retro.evaluation import bits_per_byte, prepare, score
+from retro.loading import load
 from retro.model import RetroForCausalLM
-from retro.retrieval import Retriever, Store
 from retro.text.corpus import read_documents
 from retro.training.loop import fit
 from retro.training.pretrain import model_config
@@ -58,9 +56,8 @@ def run(variant: str, overrides: list[str], arguments: argparse.Namespace, folde
         TrainSettings, find_config("train_small", "train"), [*given, f"seed={arguments.seed}", *overrides]
     )
     fit(setup(settings, model_config, PlainKeys if "plain keys" in variant else RetroForCausalLM))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model, _, retriever = load(folder, arguments.demo / "store")
     documents = list(read_documents([str(arguments.demo / "valid.jsonl")]))[: arguments.documents]
-    retriever = Retriever(Store.open(arguments.demo / "store"))
     if not settings.retrieval:
         data = prepare(documents, retriever.store.tokenizer, retriever.store.chunk_len)
         return {"bpb": {"lm": score(model, data).bits_per_byte(data)}}

@@ -112,13 +112,12 @@ def stages(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def measured(model: Path, store: Store, arguments: argparse.Namespace) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM
-
     from retro.evaluation import bits_per_byte
-    from retro.retrieval import Retriever
+    from retro.loading import load
 
     documents = list(islice(read_documents(arguments.held_out), arguments.documents))
-    return bits_per_byte(AutoModelForCausalLM.from_pretrained(model), documents, Retriever(store))["bpb"]
+    opened, _, retriever = load(model, store)
+    return bits_per_byte(opened, documents, retriever)["bpb"]
 
 
 def recorded(demo: Path) -> dict[str, Any]:

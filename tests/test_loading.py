@@ -1,4 +1,4 @@
-"""`retro.load`: model, tokenizer and retriever belong together, and are those that commands, tasks and servers read with."""
+"""`retro.load`: model, tokenizer and retriever belong together, as commands, tasks and servers read with them."""
 
 import json
 import logging

@@ -11,6 +11,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from retro.loading import load
+from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import RemoteRetriever, Retriever, Store, build_index, open_neighbors, open_sharded
 from retro.retrieval.search.exact import as_hits, merge, no_hits
 from retro.retrieval.search.queries import Queries
@@ -168,6 +170,10 @@ def test_answers_of_three_nodes_are_those_of_one(cluster, store, sharded):
     texts, own = store.text(np.arange(50)), [{f"d{n % 9}"} for n in range(50)]
     check_same(remote(texts, 5), local(texts, 5))
     check_same(remote(texts, 5, exclude_documents=own), local(texts, 5, exclude_documents=own))
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, chunk_len=4, retrieved_len=6)
+    model = RetroForCausalLM(RetroConfig(vocab_size=9, cca_layers=[1], **sizes))
+    loaded = load(model, store, index=sharded, num_neighbors=5).retriever
+    check_same(loaded(texts), load(model, store, index="exact", embedder=HashingEmbedder()).retriever(texts, 5))
     hits = sharded.search(queries_of(store, np.arange(4)), 3)
     assert (hits.shards_answered, hits.shards_total, sharded.shards_answered) == (3, 3, 3)
     with pytest.raises(ValueError, match="query row 1 is not finite"):
