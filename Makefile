@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Shapes of public signatures are checked in tests only. Not in those of training: beartype draws from Python's random.
-SHAPES := --jaxtyping-packages=retro.modules,retro.model.causal_lm,retro.model.start,retro.model.call,retro.model.cache,retro.model.generation,retro.model.padding,retro.text.corpus,retro.text.documents,retro.text.formats,retro.text.packages,retro.text.tokenizer,retro.text.chunks,retro.text.overlap,retro.retrieval,retro.training.windows,retro.evaluation,retro.serve.rows,retro.serve.engine,beartype.beartype
+SHAPES := --jaxtyping-packages=retro.modules,retro.model.causal_lm,retro.model.start,retro.model.step,retro.model.cache,retro.model.generation,retro.model.padding,retro.text.corpus,retro.text.documents,retro.text.formats,retro.text.packages,retro.text.tokenizer,retro.text.chunks,retro.text.overlap,retro.retrieval,retro.training.windows,retro.evaluation,retro.serve.rows,retro.serve.engine,beartype.beartype
 
 .PHONY: help demo test test-slow check docs clean
 

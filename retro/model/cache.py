@@ -11,21 +11,29 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from retro.model.call import ForwardPass, Parts
+from retro.model.step import AttendingChunks, CachedStep
 from retro.modules.attention import attendable
 from retro.modules.cross_attention import ChunkedCrossAttention, cca_positions
-from retro.modules.positions import turns
+from retro.modules.positions import rotary_table
 
 
 class RetroCache(Cache):
     """What a RETRO keeps while it generates. It keeps no gradients, and is not for torch.compile.
 
+        column   0 1 2 3 4 5 6 7 8 9    m = 4, length = 10, padding included
+        row 0    a b c d|e f g h|i j    padding 0: position = column;     reading 2: E of "efgh"
+        row 1    . . . A B C D|E F G    padding 3: position = column - 3; reading 1: E of "ABCD"
+
+    One step: `begin` says where the new tokens stand and which chunks they complete; `set_neighbors` takes what these
+    found; in the layers `update` extends self-attention, `conditions` gives H_u to the encoder, `read` is CCA; `end`.
+
     Attributes:
         attention: The cache of self-attention. Default: one that grows, or what a retrofitted base makes itself.
         length: Columns so far, padding included; `padding` counts those before each row's first real token.
-        reading: The number (1-based) of the chunk whose neighbors each row reads; 0 = none.
-        rows: Under names of the model's, tensors with one row for each of the batch: the last m hidden states at the
-            first layer of P, what is read of the current neighbors, the last 2m tokens.
+        reading: The number (from 1) of the chunk whose neighbors each row reads; 0 = none.
+        rows: Tensors with one row for each of the batch. Of the last tokens, as rings in which position p stands at
+            p % size: "hidden", m states at the first layer of P, and "tokens", 2m of them. Of the neighbors that are
+            being read: "mask" and what a layer reads of them ("cca.6.keys", ...), replaced when they are.
     """
 
     def __init__(self, chunk_len: int, attention: Cache | None = None):
@@ -40,13 +48,13 @@ class RetroCache(Cache):
         self.padding: list[int] = []
         self.reading: list[int] = []
         self.rows: dict[str, Tensor] = {}
-        self.tables: dict = {}  # of positions; see `turns` and RelativePositions
+        self.tables: dict = {}  # of positions; see `rotary_table` and RelativePositions
         self._furthest: list[int] = []  # how far each row had come before it was cropped
-        self._step_mask: tuple[Tensor | None] | None = None
+        self._decode_mask: tuple[Tensor | None] | None = None
 
-    # One call
+    # One step
 
-    def begin(self, batch_size: int, length: int, attention_mask: Any = None) -> ForwardPass:
+    def begin(self, batch_size: int, length: int, attention_mask: Any = None) -> CachedStep:
         """Where the next `length` tokens of each row stand.
 
         attention_mask: [b, all columns so far], 0 only before a row's first real token; masks of other forms, which a
@@ -59,7 +67,7 @@ class RetroCache(Cache):
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             self.padding = self._padding(attention_mask, length)
         first = [self.length - padding for padding in self.padding]
-        return ForwardPass(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))
+        return CachedStep(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))
 
     def _padding(self, attention_mask: Tensor, length: int) -> list[int]:
         columns = self.length + length
@@ -77,51 +85,53 @@ class RetroCache(Cache):
                 raise ValueError(f"attention_mask of row {row} is 0 after a real token; pad on the left.")
         return padding
 
-    def bring(
-        self, call: ForwardPass, neighbor_ids: Int[Tensor, "b l k r"] | None, neighbor_mask: Tensor | None
+    def set_neighbors(
+        self, step: CachedStep, neighbor_ids: Int[Tensor, "b l k r"] | None, neighbor_mask: Tensor | None
     ) -> None:
-        """Give a call its neighbors; None for none."""
-        call.bring(neighbor_ids, neighbor_mask)
-        if call.is_step and call.found:
-            self.hold("mask", call.neighbor_mask, call)
+        """Give a step its neighbors; None for none."""
+        step.set_neighbors(neighbor_ids, neighbor_mask)
+        if step.is_decode and step.found:
+            self.hold("mask", step.neighbor_mask, step)
 
-    def end(self, call: ForwardPass, input_ids: Int[Tensor, "b s"] | None) -> None:
-        """Count the tokens of a call that is over."""
+    def end(self, step: CachedStep, input_ids: Int[Tensor, "b s"] | None) -> None:
+        """Count the tokens of a step that is over."""
         if input_ids is not None:
-            self.record("tokens", input_ids, call, 2 * self.chunk_len)
-        if call.found and not call.is_step:
-            self.hold("mask", call.neighbor_mask, call)
-        self.length += call.length
-        self.reading = call.reading
+            self.record("tokens", input_ids, step, 2 * self.chunk_len)
+        if step.found and not step.is_decode:
+            self.hold("mask", step.neighbor_mask, step)
+        self.length += step.length
+        self.reading = step.reading
 
-    def turns(self, start: int, stop: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`turns` of columns start .. stop - 1, from a table that doubles."""
-        cos, sin = self.tables.get("turns", (None, None))
+    def rotary_table(
+        self, start: int, stop: int, dim: int, theta: float, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """`rotary_table` of columns start .. stop - 1, from a table that doubles."""
+        cos, sin = self.tables.get("rotary", (None, None))
         if cos is None or len(cos) < stop:
             every = torch.arange(max(64, 1 << (stop - 1).bit_length()), device=device)
-            cos, sin = self.tables["turns"] = tuple(x[0] for x in turns(every, dim, theta))
+            cos, sin = self.tables["rotary"] = tuple(x[0] for x in rotary_table(every, dim, theta))
         return cos[start:stop], sin[start:stop]
 
     # What is kept of every token
 
-    def record(self, name: str, x: Shaped[Tensor, "b s *d"], call: ForwardPass, size: int) -> None:
+    def record(self, name: str, x: Shaped[Tensor, "b s *d"], step: CachedStep, size: int) -> None:
         """Keep the last `size` values of each row; that of position p stands at p % size."""
         x = x.detach()
         if name not in self.rows:
             self.rows[name] = x.new_zeros(x.shape[0], size, *x.shape[2:])
-        ring, kept = self.rows[name], min(call.length, size)
-        ends = [first + call.length for first in call.first]
+        ring, kept = self.rows[name], min(step.length, size)
+        ends = [first + step.length for first in step.first]
         if kept == 1 and len(set(ends)) == 1:
             ring[:, (ends[0] - 1) % size] = x[:, -1]
             return
         positions = torch.tensor(ends, device=x.device)[:, None] + torch.arange(-kept, 0, device=x.device)
         ring[torch.arange(x.shape[0], device=x.device)[:, None], positions % size] = x[:, -kept:]
 
-    def tokens(self, call: ForwardPass, input_ids: np.ndarray, row: int, start: int, stop: int) -> np.ndarray:
-        """Tokens of a row by position: among the last 2m and the call's own `input_ids` [b, s]."""
+    def tokens(self, step: CachedStep, input_ids: np.ndarray, row: int, start: int, stop: int) -> np.ndarray:
+        """Tokens of a row by position: among the last 2m and the step's own `input_ids` [b, s]."""
         positions = np.arange(start, stop)
-        new, out = positions >= call.first[row], np.empty(stop - start, dtype=np.int64)
-        out[new] = input_ids[row, positions[new] - call.first[row]]
+        new, out = positions >= step.first[row], np.empty(stop - start, dtype=np.int64)
+        out[new] = input_ids[row, positions[new] - step.first[row]]
         if not new.all():
             if "tokens" not in self.rows:
                 raise ValueError("the cache was begun with embeddings; retrieval needs input_ids from the start.")
@@ -130,19 +140,26 @@ class RetroCache(Cache):
             out[~new] = ring[positions[~new] % len(ring)]
         return out
 
-    def conditions(self, h: Float[Tensor, "b s d"], call: ForwardPass) -> Float[Tensor, "c m d"] | None:
-        """H_u of each chunk of `call.found`, from the states held and the new ones, which are held from now on."""
+    def conditions(self, h: Float[Tensor, "b s d"], step: CachedStep) -> Float[Tensor, "c m d"] | None:
+        """H_u of each chunk of `step.found`, from the states held and the new ones, which are held from now on.
+
+        m = 4, first = 6, C_2 = positions 4 .. 7     states   [ held, a ring ][ new      ]
+                                                     position   4  5  2  3      6  7  8
+                                                     column     0  1  2  3      4  5  6
+        so H_2 = columns 0 1 4 5: p % m where p < first, m + p - first from there on
+        """
         m, device, conditions = self.chunk_len, h.device, None
-        if call.found:
-            for chunk in call.found:
+        if step.found:
+            for chunk in step.found:
                 self._check_intact(chunk.row, (chunk.number - 1) * m, m)
             held = self.rows["hidden"].to(h) if "hidden" in self.rows else h.new_zeros(h.shape[0], m, h.shape[2])
-            where = [(chunk.row, call.first[chunk.row], chunk.number * m) for chunk in call.found]
+            states = torch.cat([held, h], dim=1)
+            where = [(chunk.row, step.first[chunk.row], chunk.number * m) for chunk in step.found]
             rows, first, ends = torch.tensor(where, device=device).T[..., None]
             positions = ends + torch.arange(-m, 0, device=device)
             columns = torch.where(positions < first, positions % m, m + positions - first)
-            conditions = torch.cat([held, h], dim=1)[rows, columns]
-        self.record("hidden", h, call, m)
+            conditions = states[rows, columns]
+        self.record("hidden", h, step, m)
         return conditions
 
     def _check_intact(self, row: int, start: int, size: int) -> None:
@@ -154,61 +171,66 @@ class RetroCache(Cache):
 
     # What is kept of the current neighbors
 
-    def hold(self, name: str, new: Shaped[Tensor, "c *s"], call: ForwardPass) -> None:
-        """Keep for each row what belongs to the last of its chunks in `call.found`."""
-        last = {chunk.row: i for i, chunk in enumerate(call.found)}
+    def hold(self, name: str, new: Shaped[Tensor, "c *s"], step: CachedStep) -> None:
+        """Keep for each row what belongs to the last of its chunks in `step.found`."""
+        last = {chunk.row: i for i, chunk in enumerate(step.found)}
         index = torch.tensor(list(last.values()), device=new.device)
         new = new.detach()[index]
-        if len(last) < len(call.first):
+        if len(last) < len(step.first):
             held = self.rows.get(name)
-            held = new.new_zeros(len(call.first), *new.shape[1:]) if held is None else held
+            held = new.new_zeros(len(step.first), *new.shape[1:]) if held is None else held
             held, new = _same_shape(held, new)
             new = held.index_copy(0, torch.tensor(list(last), device=new.device), new)
         self.rows[name] = new
         if name == "mask":
-            self._step_mask = None
+            self._decode_mask = None
 
-    def of_parts(self, name: str, new: Shaped[Tensor, "c *s"] | None, parts: Parts, call: ForwardPass) -> Tensor:
-        """For each part what it reads: held by its row, or `new` with this call."""
+    def gather(
+        self, name: str, new: Shaped[Tensor, "c *s"] | None, chunks: AttendingChunks, step: CachedStep
+    ) -> Tensor:
+        """For each attending chunk what it reads: what its row holds, or what is new with this step."""
         held = self.rows.get(name)
         if new is None:
-            return held[parts.source]
+            return held[chunks.source]
         if held is None:
-            return new[parts.source - len(call.first)]
-        return torch.cat(_same_shape(held, new))[parts.source]
+            return new[chunks.source - len(step.first)]
+        return torch.cat(_same_shape(held, new))[chunks.source]
 
-    def step_mask(self, device: torch.device) -> Bool[Tensor, "b 1 1 kr"] | None:
+    def decode_mask(self, device: torch.device) -> Bool[Tensor, "b 1 1 kr"] | None:
         """Of a step: the neighbors' mask for attention; None where all is real."""
-        if self._step_mask is None:
+        if self._decode_mask is None:
             mask = self.rows["mask"].flatten(1).to(device)
-            self._step_mask = (None if mask.all() else attendable(mask[:, None]),)
-        return self._step_mask[0]
+            self._decode_mask = (None if mask.all() else attendable(mask[:, None]),)
+        return self._decode_mask[0]
 
     def read(
-        self, name: str, call: ForwardPass, cca: ChunkedCrossAttention, h: Float[Tensor, "b s d"]
+        self, name: str, step: CachedStep, cca: ChunkedCrossAttention, h: Float[Tensor, "b s d"]
     ) -> Float[Tensor, "b s d"]:
-        """CCA(H, E) of the call's tokens; `name` tells the layers apart."""
+        """CCA(H, E) of the new tokens; `name` tells the layers apart.
+
+        A decode step reads what the cache holds; a longer one what each of its attending chunks reads, old or new.
+        """
         names = (f"{name}.keys", f"{name}.values")
-        new = cca.keys_and_values(call.encoded.to(h.device)) if call.found else (None, None)
-        if call.is_step:
-            self._hold_both(names, new, call)
+        new = cca.keys_and_values(step.encoded.to(h.device)) if step.found else (None, None)
+        if step.is_decode:
+            self._hold_both(names, new, step)
             keys, values = (self.rows[name] for name in names)
-            positions = call.query_positions.to(h.device)
-            out = cca.attend(h, keys, values, self.step_mask(h.device), positions, self.tables)
-            return out if call.unread is None else out.masked_fill(call.unread.to(h.device)[:, None, None], 0.0)
-        parts = call.parts(h.device)
-        keys, values = (self.of_parts(name, x, parts, call) for name, x in zip(names, new, strict=True))
-        mask = self.of_parts("mask", call.neighbor_mask, parts, call).to(h.device)
-        self._hold_both(names, new, call)
-        given = h[parts.rows[:, None], parts.columns.clamp(0, call.length - 1)]
+            positions = step.query_positions.to(h.device)
+            out = cca.attend(h, keys, values, self.decode_mask(h.device), positions, self.tables)
+            return out if step.unread is None else out.masked_fill(step.unread.to(h.device)[:, None, None], 0.0)
+        chunks = step.attending_chunks(h.device)
+        keys, values = (self.gather(name, x, chunks, step) for name, x in zip(names, new, strict=True))
+        mask = self.gather("mask", step.neighbor_mask, chunks, step).to(h.device)
+        self._hold_both(names, new, step)
+        given = h[chunks.rows[:, None], chunks.columns.clamp(0, step.length - 1)]
         positions, _ = cca_positions(self.chunk_len, 1, device=h.device)
         out = cca.attend(given, keys, values, attendable(mask.flatten(1)[:, None]), positions, self.tables)
-        return call.scatter(out, parts)
+        return step.scatter(out, chunks)
 
-    def _hold_both(self, names: tuple[str, str], new: tuple[Tensor | None, Tensor | None], call: ForwardPass) -> None:
+    def _hold_both(self, names: tuple[str, str], new: tuple[Tensor | None, Tensor | None], step: CachedStep) -> None:
         for name, x in zip(names, new, strict=True):
             if x is not None:
-                self.hold(name, x, call)
+                self.hold(name, x, step)
 
     # What Hugging Face asks of a cache
 
@@ -250,7 +272,7 @@ class RetroCache(Cache):
             [values[row] for row in rows] for values in (self.padding, self.reading, self._furthest)
         )
         self.rows = {name: x[torch.tensor(rows, device=x.device)] for name, x in self.rows.items()}
-        self._step_mask = None
+        self._decode_mask = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove tokens; ValueError if that needs neighbors that are no longer held."""
@@ -277,6 +299,23 @@ def require_retro_cache(past_key_values: Cache, chunk_len: int) -> None:
         raise ValueError(
             f"past_key_values is a RetroCache({past_key_values.chunk_len}), and the model's chunk_len is {chunk_len}."
         )
+
+
+def cache_for(
+    past_key_values: Cache | None, use_cache: bool | None, document_ids: Tensor | None, chunk_len: int
+) -> RetroCache | None:
+    """The cache that a forward pass goes on with: the one given, a new one if it is asked for, or None.
+
+    Raises ValueError for a cache of another kind, and for documents beside a cache.
+    """
+    if past_key_values is None and not use_cache:
+        return None
+    if document_ids is not None:
+        raise ValueError("document_ids is given with a cache; packed documents run without one.")
+    if past_key_values is None:
+        return RetroCache(chunk_len)
+    require_retro_cache(past_key_values, chunk_len)
+    return past_key_values
 
 
 class GrowingLayer(DynamicLayer):

@@ -12,18 +12,18 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from retro.model.cache import GrowingLayer, RetroCache, require_retro_cache
-from retro.model.call import ForwardPass
+from retro.model.cache import GrowingLayer, RetroCache, cache_for, require_retro_cache
 from retro.model.config import RetroConfig
 from retro.model.generation import RetrievalGeneration, refuse_assisted
-from retro.model.padding import align_left, align_right
+from retro.model.padding import Alignment
 from retro.model.start import FinalNorm, RetroPreTrainedModel
+from retro.model.step import CachedStep
 from retro.modules import DecoderBlock, NeighborEncoder
-from retro.modules.attention import Past, attendable
+from retro.modules.attention import PastKeyValues, attendable
 from retro.modules.cross_attention import ReadChunks, checked_neighbor_mask, read_chunks
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import linear_cross_entropy
-from retro.modules.positions import turns
+from retro.modules.positions import rotary_table
 
 
 class RetroModel(RetroPreTrainedModel):
@@ -52,32 +52,40 @@ class RetroModel(RetroPreTrainedModel):
         output_hidden_states: bool | None = None,
         past_key_values: RetroCache | None = None,
     ) -> BaseModelOutputWithPast:
-        """Final hidden states; see RetroForCausalLM.forward for the arguments."""
+        """Final hidden states, where each row has its tokens; see RetroForCausalLM.forward for the arguments."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if neighbor_ids is not None and not self.config.cca_layers:
             raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
+        rows = Alignment(attention_mask, has_cache=past_key_values is not None)
+        input_ids, inputs_embeds, document_ids, attention_mask = rows.left(
+            input_ids, inputs_embeds, document_ids, attention_mask
+        )
         h = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if past_key_values is not None:
-            call = past_key_values.begin(*h.shape[:2], attention_mask)
-            past_key_values.bring(call, neighbor_ids, neighbor_mask)
-            states = self._continue(h, past_key_values, call)
-            past_key_values.end(call, input_ids)
+            step = past_key_values.begin(*h.shape[:2], attention_mask)
+            past_key_values.set_neighbors(step, neighbor_ids, neighbor_mask)
+            states = self._forward_cached(h, past_key_values, step)
+            past_key_values.end(step, input_ids)
         else:
-            states = self._all(h, neighbor_ids, neighbor_mask, attention_mask, document_ids)
-        h = states[-1] = self.norm(states[-1])
+            states = self._forward_whole(h, neighbor_ids, neighbor_mask, attention_mask, document_ids)
+        states[-1] = self.norm(states[-1])
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=h, past_key_values=past_key_values, hidden_states=tuple(states) if wanted else None
+            last_hidden_state=rows.right(states[-1]),
+            past_key_values=past_key_values,
+            hidden_states=tuple(map(rows.right, states)) if wanted else None,
         )
 
-    def _all(self, h, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> list[Float[Tensor, "b n d"]]:
+    def _forward_whole(
+        self, h, neighbor_ids, neighbor_mask, attention_mask, document_ids
+    ) -> list[Float[Tensor, "b n d"]]:
         """The embeddings and every layer's output, over whole sequences."""
         neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
         chunks, encoded, states = None, None, [h]
         if neighbor_ids is not None and neighbor_ids.shape[1]:  # n < m: no whole chunk, identity everywhere
             chunks = read_chunks(neighbor_mask, self.config.chunk_len, document_ids)
-        inside = (*_inside_documents(document_ids), self._turns(h))
+        inside = (*_inside_documents(document_ids), self._rotary_table(h))
         for number, layer in enumerate(self.layers, start=1):
             h = self._run(layer, "attend", h, *inside)
             if chunks is not None and number in self.config.cca_layers:
@@ -88,38 +96,38 @@ class RetroModel(RetroPreTrainedModel):
             states.append(h)
         return states
 
-    def _turns(self, h: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor] | None:
+    def _rotary_table(self, h: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor] | None:
         """The table of rotary positions that all layers share."""
         if self.config.position != "rotary":
             return None
-        return turns(torch.arange(h.shape[1], device=h.device), self.config.head_dim, self.config.rope_theta)
+        return rotary_table(torch.arange(h.shape[1], device=h.device), self.config.head_dim, self.config.rope_theta)
 
-    def _continue(self, h, cache: RetroCache, call: ForwardPass) -> list[Float[Tensor, "b s d"]]:
+    def _forward_cached(self, h, cache: RetroCache, step: CachedStep) -> list[Float[Tensor, "b s d"]]:
         """The same for new tokens, after those that the cache has seen.
 
         E_u needs H_u of all of C_u: at a chunk's last token the stack runs to ATTN of the first layer of P, then the
         neighbors are encoded, then CCA reads them.
         """
-        past, states = self._past(h, cache, call), [h]
+        past, states = self._past_key_values(h, cache, step), [h]
         for number, layer in enumerate(self.layers, start=1):
             h = layer("extend", h, past, number - 1)
             if number in self.config.cca_layers:
                 if number == self.config.cca_layers[0]:
-                    conditions = cache.conditions(h, call)
-                    if call.found:
-                        ids, mask = call.neighbor_ids[:, None], call.neighbor_mask[:, None]
-                        call.encoded = self.encoder(self._embedded(ids), mask, conditions[:, None])[:, 0]
-                if call.reads:
-                    h = layer("read_held", h, partial(cache.read, f"cca.{number}", call))
+                    conditions = cache.conditions(h, step)
+                    if step.found:
+                        ids, mask = step.neighbor_ids[:, None], step.neighbor_mask[:, None]
+                        step.encoded = self.encoder(self._embedded(ids), mask, conditions[:, None])[:, 0]
+                if step.reads:
+                    h = layer("read_held", h, partial(cache.read, f"cca.{number}", step))
             h = layer("feed", h)
             states.append(h)
         return states
 
-    def _past(self, h, cache: RetroCache, call: ForwardPass) -> Past:
+    def _past_key_values(self, h, cache: RetroCache, step: CachedStep) -> PastKeyValues:
         """What self-attention needs of the tokens before; columns are positions, since only distances count."""
         if cache.attention is None:
             cache.attention = Cache(layer_class_to_replicate=GrowingLayer)
-        s, start, padding = call.length, cache.length, cache.padding
+        s, start, padding = step.length, cache.length, cache.padding
         columns, _ = cache.get_mask_sizes(s, 0)
         positions = torch.arange(start, start + s, device=h.device)
         plain = columns == start + s and not any(padding)
@@ -129,8 +137,8 @@ class RetroModel(RetroPreTrainedModel):
             mask = (keys <= positions[:, None])[None]
             if any(padding):
                 mask = mask & (keys >= torch.tensor(padding, device=h.device)[:, None])[:, None]
-        rotary = cache.turns(start, start + s, self.config.head_dim, self.config.rope_theta, h.device)
-        return Past(cache.update, positions, rotary, attendable(mask), mask is None and s > 1, cache.tables)
+        rotary = cache.rotary_table(start, start + s, self.config.head_dim, self.config.rope_theta, h.device)
+        return PastKeyValues(cache.update, positions, rotary, attendable(mask), mask is None and s > 1, cache.tables)
 
     def _encode(self, h, neighbor_ids, chunks: ReadChunks, attention_mask) -> Float[Tensor, "c k r e"]:
         """E_u of the chunks that are read, from the activations at the first layer of P."""
@@ -206,35 +214,34 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             neighbor_mask: True = a real token; a neighbor with no True is missing. Default: all real.
             labels: As in Hugging Face: shifted inside, -100 ignored.
             attention_mask: 1 = a real token.
-            document_ids: For packed documents: tokens attend inside their document only, and a token reads E_u only
-                if all of C_u is in its document. Documents are contiguous.
+            document_ids: For packed documents, each in one run: tokens attend inside their document only, and a token
+                reads E_u only if all of C_u is in its document.
             inputs_embeds: Embeddings in place of `input_ids`.
-            return_logits: Whether to give logits. Default: yes, unless training with labels; without them the loss is
-                computed in slices of positions, and the logits of all positions never live at once.
+            return_logits: Default: unless training with labels. Without logits the loss is computed in slices.
             logits_to_keep: Logits of the last positions only, or of those a tensor names; 0 = all.
-            output_hidden_states: Whether to give the embeddings and every layer's output, the last one normalised;
-                rows that were left-padded come with their padding at the end.
-            output_attentions: None or False, as PEFT and trainers pass it; True raises ValueError.
+            output_hidden_states: Whether to give the embeddings and every layer's output, the last one normalised.
+            output_attentions: None or False, as PEFT and trainers pass it.
             past_key_values: What `use_cache` gave for the tokens before these. `attention_mask` is then for all tokens
                 so far, padded on the left only; `neighbor_ids` holds, for each row, the neighbors of the chunks that
-                these tokens make whole (None: they have none), and k may change from call to call.
+                these tokens complete (None: they have none), and k may change from step to step.
             use_cache: Whether to give `past_key_values`. Default: if some are given.
 
         Raises ValueError for what does not fit together, and for `document_ids` beside a cache.
         """
         if output_attentions:
             raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
-        past_key_values = self._cache(past_key_values, use_cache, document_ids)
+        cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
+        if cache is not None and self.training and self.model.gradient_checkpointing:
+            raise ValueError("use_cache is true with gradient checkpointing, which runs layers twice; leave it out.")
+        rows = Alignment(attention_mask, has_cache=cache is not None)
+        input_ids, inputs_embeds, labels, document_ids, attention_mask = rows.left(
+            input_ids, inputs_embeds, labels, document_ids, attention_mask
+        )
         if return_logits is None:
             return_logits = labels is None or not self.training
-        left = past_key_values is None and attention_mask is not None and not attention_mask[:, 0].all()
-        padding = attention_mask if left else None
-        if padding is not None:
-            input_ids, inputs_embeds, labels, document_ids, attention_mask = (
-                align_left(x, padding) for x in (input_ids, inputs_embeds, labels, document_ids, attention_mask)
-            )
-        states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        only_loss = labels is not None and past_key_values is None and not (return_logits or states_wanted)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        only_loss = labels is not None and cache is None and not (return_logits or output_hidden_states)
         if only_loss and neighbor_ids is not None:
             neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, labels, document_ids)
         outputs = self.model(
@@ -245,31 +252,17 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             document_ids,
             inputs_embeds,
             output_hidden_states,
-            past_key_values,
+            cache,
             return_dict=True,
         )
-        hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels)
-        if padding is not None:
-            hidden = align_right(hidden, padding)
+        hidden, states = outputs.last_hidden_state, outputs.hidden_states
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept]) if return_logits else None
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=outputs.hidden_states
+            loss=None if labels is None else self._loss(hidden, labels),
+            logits=self.lm_head(rows.right(hidden)[:, kept]) if return_logits else None,
+            past_key_values=cache,
+            hidden_states=None if states is None else tuple(map(rows.right, states)),
         )
-
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, document_ids) -> RetroCache | None:
-        """The cache to go on with, a new one, or None."""
-        if past_key_values is None and not use_cache:
-            return None
-        if document_ids is not None:
-            raise ValueError("document_ids is given with a cache; packed documents run without one.")
-        if self.training and self.model.gradient_checkpointing:
-            raise ValueError("use_cache is true with gradient checkpointing, which runs layers twice; leave it out.")
-        if past_key_values is None:
-            return RetroCache(self.config.chunk_len)
-        require_retro_cache(past_key_values, self.config.chunk_len)
-        return past_key_values
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
         """As Hugging Face's, put into a RetroCache."""

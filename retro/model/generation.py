@@ -1,4 +1,4 @@
-"""Retrieval inside generate(): one search for each chunk as it becomes whole."""
+"""Retrieval inside generate(): one search for each chunk as it is completed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from retro.model.cache import RetroCache
-from retro.model.call import ForwardPass, Whole
+from retro.model.step import CachedStep, CompletedChunk
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -75,22 +75,22 @@ class RetrievalSession:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def of_call(
-        self, cache: RetroCache, call: ForwardPass, input_ids: Int[Tensor, "b s"], is_prompt: bool
+    def of_step(
+        self, cache: RetroCache, step: CachedStep, input_ids: Int[Tensor, "b s"], is_prompt: bool
     ) -> tuple[Int[Tensor, "c k r"], Bool[Tensor, "c k r"]] | None:
-        """The neighbors of the chunks that the call makes whole; None if there is no such chunk."""
+        """The neighbors of the chunks that the step completes; None if there is no such chunk."""
         if is_prompt:
-            self.padding, self.prompt_lens = cache.padding, [max(first + call.length, 0) for first in call.first]
-        if not call.whole and not self.lookahead:
+            self.padding, self.prompt_lens = cache.padding, [max(first + step.length, 0) for first in step.first]
+        if not step.completed and not self.lookahead:
             return None
         ids = input_ids.cpu().numpy()
 
         def tokens(row: int, start: int, stop: int) -> np.ndarray:
-            return cache.tokens(call, ids, row, start, stop)
+            return cache.tokens(step, ids, row, start, stop)
 
-        found = self._search([self._query(tokens, *chunk[:2]) for chunk in call.whole], call.whole)
+        found = self._search([self._query(tokens, *chunk[:2]) for chunk in step.completed], step.completed)
         if self.lookahead:
-            ahead = [Whole(row, end // self.chunk_len, 0) for row, end in self._ends_ahead(call)]
+            ahead = [CompletedChunk(row, end // self.chunk_len, 0) for row, end in self._ends_ahead(step)]
             self._start([self._query(tokens, *chunk[:2]) for chunk in ahead], ahead)
         return stacked(found) if found else None
 
@@ -103,7 +103,7 @@ class RetrievalSession:
         for row, tokens in enumerate(ids):
             source = row * len(self.padding) // len(ids)
             real = tokens[self.padding[source] :]
-            chunks = [Whole(source, number, 0) for number in range(1, len(real) // self.chunk_len + 1)]
+            chunks = [CompletedChunk(source, number, 0) for number in range(1, len(real) // self.chunk_len + 1)]
             queries = [self._query(lambda _, i, j, real=real: real[i:j], *chunk[:2]) for chunk in chunks]
             found.append(self._search(queries, chunks, is_read=False))
         return found
@@ -114,17 +114,19 @@ class RetrievalSession:
         end = end if end <= self.prompt_lens[row] else end - self.lookahead
         return np.ascontiguousarray(tokens(row, max(end - m, 0), end), dtype=np.int64)
 
-    def _ends_ahead(self, call: ForwardPass) -> list[tuple[int, int]]:
+    def _ends_ahead(self, step: CachedStep) -> list[tuple[int, int]]:
         """Rows with a chunk that ends within `lookahead` tokens of what is known, and where."""
         m, found = self.chunk_len, []
-        for row, first in enumerate(call.first):
-            known = max(first + call.length, 0)
+        for row, first in enumerate(step.first):
+            known = max(first + step.length, 0)
             end = (known // m + 1) * m
             if end - self.lookahead <= known and end > self.prompt_lens[row]:
                 found.append((row, end))
         return found
 
-    def _search(self, queries: list[np.ndarray], chunks: Sequence[Whole], is_read: bool = True) -> list[Neighbors]:
+    def _search(
+        self, queries: list[np.ndarray], chunks: Sequence[CompletedChunk], is_read: bool = True
+    ) -> list[Neighbors]:
         """What queries found. A search that failed counts only where something reads its neighbors."""
         self._start(queries, chunks)
         keys = [query.tobytes() for query in queries]
@@ -143,7 +145,7 @@ class RetrievalSession:
             self._warned = True
         return self._nothing()
 
-    def _start(self, queries: list[np.ndarray], chunks: Sequence[Whole]) -> None:
+    def _start(self, queries: list[np.ndarray], chunks: Sequence[CompletedChunk]) -> None:
         """Search what is not known yet, those of one length together."""
         new = {query.tobytes(): i for i, query in enumerate(queries) if query.tobytes() not in self._found}
         for length in {len(queries[i]) for i in new.values()}:
@@ -155,7 +157,7 @@ class RetrievalSession:
                 self._found.update(dict.fromkeys(some, self._thread.submit(self._ask, *asked)))
 
     def _ask(
-        self, queries: list[np.ndarray], chunks: Sequence[Whole]
+        self, queries: list[np.ndarray], chunks: Sequence[CompletedChunk]
     ) -> dict[bytes, Neighbors | RetrievalError | Future]:
         """One search. If it fails, each query is tried alone, so that only the one at fault goes without."""
         try:
@@ -230,16 +232,16 @@ class GivenNeighbors:
             raise ValueError(f"neighbor_mask has shape {list(neighbor_mask.shape)}, neighbor_ids another.")
         self.ids, self.mask = neighbor_ids, neighbor_mask.bool()
 
-    def of_call(
-        self, cache: RetroCache, call: ForwardPass, input_ids: Int[Tensor, "b s"], is_prompt: bool
+    def of_step(
+        self, cache: RetroCache, step: CachedStep, input_ids: Int[Tensor, "b s"], is_prompt: bool
     ) -> tuple[Int[Tensor, "c k r"], Bool[Tensor, "c k r"]] | None:
-        """The neighbors of the chunks that the call makes whole; None if there is no such chunk."""
-        num_rows, num_given = len(call.first), self.ids.shape[1]
-        if not call.whole or num_given == 0:
+        """The neighbors of the chunks that the step completes; None if there is no such chunk."""
+        num_rows, num_given = len(step.first), self.ids.shape[1]
+        if not step.completed or num_given == 0:
             return None
         repeats = num_rows // len(self.ids)  # beams and samples of a prompt follow each other
-        rows = [chunk.row // repeats for chunk in call.whole]
-        numbers = torch.tensor([chunk.number for chunk in call.whole])
+        rows = [chunk.row // repeats for chunk in step.completed]
+        numbers = torch.tensor([chunk.number for chunk in step.completed])
         columns = numbers.clamp(max=num_given) - 1
         given = (numbers <= num_given).to(self.mask.device)[:, None, None]
         return self.ids[rows, columns], self.mask[rows, columns] & given
@@ -336,7 +338,7 @@ class RetrievalGeneration:
         position_ids: None = None,
         tokenizer: Any = None,
     ) -> dict[str, Any]:
-        """The new tokens and the neighbors of the chunks that they make whole; without a cache the whole text.
+        """The new tokens and the neighbors of the chunks that they complete; without a cache the whole text.
 
         tokenizer: of the stop strings; generate() passes it on, and no model reads it.
         """
@@ -352,10 +354,10 @@ class RetrievalGeneration:
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,
         }
-        found = self._neighbors_of_call(retrieval, input_ids, attention_mask, past_key_values, is_first_iteration)
+        found = self._neighbors_of_step(retrieval, input_ids, attention_mask, past_key_values, is_first_iteration)
         return inputs | found
 
-    def _neighbors_of_call(
+    def _neighbors_of_step(
         self,
         retrieval: RetrievalSession | GivenNeighbors | None,
         input_ids: Int[Tensor, "b s"],
@@ -363,21 +365,21 @@ class RetrievalGeneration:
         cache: RetroCache | None,
         is_prompt: bool,
     ) -> dict[str, Tensor]:
-        """neighbor_ids and neighbor_mask for `forward`, if these tokens make a chunk whole."""
+        """neighbor_ids and neighbor_mask for `forward`, if these tokens complete a chunk."""
         m, (b, length) = self.config.chunk_len, input_ids.shape
         start = RetroCache(m) if cache is None else cache
-        call = start.begin(b, length, attention_mask)
+        step = start.begin(b, length, attention_mask)
         if retrieval is None:
             return {}
-        found = retrieval.of_call(start, call, input_ids, is_prompt)
+        found = retrieval.of_step(start, step, input_ids, is_prompt)
         if found is None:
             return {}
-        places = length // m if cache is None else max(chunk.place for chunk in call.whole) + 1
-        rows, columns = [chunk.row for chunk in call.whole], [chunk.place for chunk in call.whole]
+        num_slots = length // m if cache is None else max(chunk.slot for chunk in step.completed) + 1
+        rows, slots = [chunk.row for chunk in step.completed], [chunk.slot for chunk in step.completed]
         filled = {}
         for name, x in zip(("neighbor_ids", "neighbor_mask"), found, strict=True):
-            filled[name] = x.new_zeros(b, places, *x.shape[1:])
-            filled[name][rows, columns] = x
+            filled[name] = x.new_zeros(b, num_slots, *x.shape[1:])
+            filled[name][rows, slots] = x
             filled[name] = filled[name].to(self.device)
         return filled
 

@@ -18,20 +18,26 @@ def pad_left(
     return ids, mask
 
 
-def align_left(
-    x: Shaped[Tensor, "b n *d"] | None, attention_mask: Int[Tensor, "b n"]
-) -> Shaped[Tensor, "b n *d"] | None:
-    """Turn each row so that its first real token comes first; left padding goes to the end."""
-    return None if x is None else _turn(x, _num_left(attention_mask))
+class Alignment:
+    """Left-padded rows, turned for as long as a model runs: chunks and positions start at each row's first real token.
 
+        given   . . a b c      `left`   a b c . .      `right` turns them back
 
-def align_right(x: Shaped[Tensor, "b n *d"], attention_mask: Int[Tensor, "b n"]) -> Shaped[Tensor, "b n *d"]:
-    """Undo `align_left`."""
-    return _turn(x, -_num_left(attention_mask))
+    Rows that are padded on the right, or not at all, stay as they are. So do rows that go on after a cache: it knows
+    how they are padded.
+    """
 
+    def __init__(self, attention_mask: Int[Tensor, "b n"] | None, has_cache: bool = False):
+        self.is_turned = not has_cache and attention_mask is not None and not bool(attention_mask[:, 0].all())
+        self._num_left = attention_mask.int().argmax(-1) if self.is_turned else None  # [b]
 
-def _num_left(attention_mask: Int[Tensor, "b n"]) -> Int[Tensor, " b"]:
-    return attention_mask.int().argmax(-1)
+    def left(self, *tensors: Shaped[Tensor, "b n ..."] | None) -> list[Shaped[Tensor, "b n ..."] | None]:
+        """Each with every row's first real token first, and its left padding at the end."""
+        return [x if x is None or not self.is_turned else _turn(x, self._num_left) for x in tensors]
+
+    def right(self, x: Shaped[Tensor, "b n ..."]) -> Shaped[Tensor, "b n ..."]:
+        """Undo `left`."""
+        return _turn(x, -self._num_left) if self.is_turned else x
 
 
 def _turn(x: Tensor, by: Int[Tensor, " b"]) -> Tensor:

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from retro.modules.blockwise import blockwise_attention, suits_blocks
 from retro.modules.feed_forward import ResidualLinear
-from retro.modules.positions import POSITIONS, RelativePositions, turn, turns
+from retro.modules.positions import POSITIONS, RelativePositions, apply_rotary, rotary_table
 
 
-class Past(NamedTuple):
+class PastKeyValues(NamedTuple):
     """What self-attention of new tokens needs of the tokens before them.
 
     update: takes the keys and values of the new tokens and a layer's index, and gives those of all, [b, h, j, dh].
-    positions: of the new tokens, counted as the keys are; turns: the same for rotary positions. mask, is_causal: which
+    positions: of the new tokens, counted as the keys are; rotary: `rotary_table` of them. mask, is_causal: which
     keys may be attended. tables: see RelativePositions.
     """
 
     update: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     positions: Int[Tensor, " i"]
-    turns: tuple[Tensor, Tensor]
+    rotary_table: tuple[Tensor, Tensor]
     mask: Bool[Tensor, "#b 1 i j"] | None
     is_causal: bool
     tables: dict
@@ -101,7 +101,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "b h j dh"], Float[Tensor, "b h j dh"]]:
         """What `attend` reads, and a cache may keep: projected, and turned where positions are rotary.
 
-        Positions may be given as `turns` of them.
+        Positions may be given as `rotary_table` of them.
         """
         k, v = (_split(x, self.num_key_value_heads) for x in (self.k_proj(keys), self.v_proj(values)))
         return k if self.relative is not None else self._rotated(k, positions), v
@@ -136,9 +136,9 @@ class Attention(nn.Module):
             out = self._inside_documents(q, k, v, lengths)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def extend(self, x: Float[Tensor, "b i d"], past: Past, layer: int) -> Float[Tensor, "b i d"]:
+    def extend(self, x: Float[Tensor, "b i d"], past: PastKeyValues, layer: int) -> Float[Tensor, "b i d"]:
         """Self-attention of new tokens to all so far, in the layer of this index."""
-        positions, key_positions = past.turns, None
+        positions, key_positions = past.rotary_table, None
         k, v = past.update(*self.keys_and_values(x, x, positions), layer)
         if self.relative is not None:
             positions, key_positions = past.positions, torch.arange(k.shape[2], device=x.device)
@@ -149,8 +149,12 @@ class Attention(nn.Module):
         dim = self.rotary_dim
         if dim == 0:
             return x
-        by = positions if isinstance(positions, tuple) else turns(positions, dim, self.rope_theta)
-        return turn(x, *by) if dim == self.head_dim else torch.cat([turn(x[..., :dim], *by), x[..., dim:]], dim=-1)
+        by = positions if isinstance(positions, tuple) else rotary_table(positions, dim, self.rope_theta)
+        return (
+            apply_rotary(x, *by)
+            if dim == self.head_dim
+            else torch.cat([apply_rotary(x[..., :dim], *by), x[..., dim:]], dim=-1)
+        )
 
     def _inside_documents(self, q, k, v, lengths: tuple[int, ...]) -> Float[Tensor, "b h n dh"]:
         """Causal attention of each document to itself, without the pairs that a mask would take away."""

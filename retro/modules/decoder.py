@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from retro.modules.attention import Attention, Past
+from retro.modules.attention import Attention, PastKeyValues
 from retro.modules.cross_attention import ChunkedCrossAttention, ReadChunks
 from retro.modules.feed_forward import FeedForward
 from retro.modules.norm import RMSNorm
@@ -49,12 +49,12 @@ class DecoderBlock(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """H + ATTN(H), causal; `mask` (True = may attend, causality included) replaces the plain causal mask.
 
-        lengths: of packed documents, see Attention. rotary: `turns` of the positions, if they are made already.
+        lengths: of packed documents, see Attention. rotary: `rotary_table` of the positions, if they are made already.
         """
         x = self.attention_norm(h)
         return h + self.attention(x, None, None, rotary, rotary, mask, mask is None, lengths)
 
-    def extend(self, h: Float[Tensor, "b n d"], past: Past, layer: int) -> Float[Tensor, "b n d"]:
+    def extend(self, h: Float[Tensor, "b n d"], past: PastKeyValues, layer: int) -> Float[Tensor, "b n d"]:
         """H + ATTN(H) of new tokens, which attend all so far."""
         return h + self.attention.extend(self.attention_norm(h), past, layer)
 

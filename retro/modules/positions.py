@@ -18,13 +18,13 @@ def rotate(
 
     The product of a rotated query and a rotated key depends on their distance only. The head size must be even.
     """
-    return turn(x, *turns(positions, x.shape[-1], theta))
+    return apply_rotary(x, *rotary_table(positions, x.shape[-1], theta))
 
 
-def turns(
+def rotary_table(
     positions: Int[Tensor, "*#b n"], dim: int, theta: float = 10_000.0
 ) -> tuple[Float[Tensor, "*#b 1 n dim"], Float[Tensor, "*#b 1 n dim"]]:
-    """The cosines and signed sines that `turn` takes, for `dim` channels: (cos, cos) and (-sin, sin)."""
+    """The cosines and signed sines that `apply_rotary` takes, for `dim` channels: (cos, cos) and (-sin, sin)."""
     half = dim // 2
     frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angles = positions.float()[..., None, :, None] * frequencies  # [*b, 1, n, dim/2]
@@ -32,7 +32,7 @@ def turns(
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def turn(
+def apply_rotary(
     x: Float[Tensor, "b h n dh"], cos: Float[Tensor, "*rows n dh"], sin: Float[Tensor, "*rows n dh"]
 ) -> Float[Tensor, "b h n dh"]:
     """Turn channels i and i + dh/2 of x together."""

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from retro.model.call import ForwardPass
+from retro.model.step import CachedStep
 from retro.retrofit.anatomy import evaluating
 
 NUM_TOKENS, NUM_PADDED = 8, 3
@@ -25,16 +25,16 @@ WAYS = {"at once": (5, 1, 1, 1), "in several calls": (5, 2, 1), "with padding in
 _tried: WeakKeyDictionary[nn.Module, dict[tuple[type, bool, str], bool]] = WeakKeyDictionary()
 
 
-def check_cache(base: nn.Module, held: Cache | None, call: ForwardPass, start: int, padded: bool) -> None:
-    """ValueError if a text that goes on with this call at column `start` does not come out as it should.
+def check_cache(base: nn.Module, held: Cache | None, step: CachedStep, start: int, padded: bool) -> None:
+    """ValueError if a text that goes on with this step at column `start` does not come out as it should.
 
     padded: Rows have padding on the left. Caches other than dynamic (None) and static ones are not tried: quantized,
     offloaded, of the base's own.
     """
     kind = DynamicCache if held is None else type(held)
-    if (start and call.is_step) or kind not in (DynamicCache, StaticCache) or getattr(held, "offloading", False):
+    if (start and step.is_decode) or kind not in (DynamicCache, StaticCache) or getattr(held, "offloading", False):
         return
-    way = "at once" if start == 0 else "in several calls" if min(call.first) >= 0 else "with padding in several calls"
+    way = "at once" if start == 0 else "in several calls" if min(step.first) >= 0 else "with padding in several calls"
     tried = _tried.setdefault(base, {})
     if (kind, padded, way) not in tried:
         tried[kind, padded, way] = _agrees(base, kind, padded, WAYS[way])

@@ -1,7 +1,7 @@
 """What a RETRO-fit adds to a base, one class for each form.
 
-A form is a module that holds every new weight. It names the places of the residual stream that it wants to see, and
-writes in one of two ways: at each place it gives what to add to the stream, or, when the run is over, what to mix with
+A form is a module that holds every new weight. It names the points of the residual stream that it wants to see, and
+writes in one of two ways: at each point it gives what to add to the stream, or, when the run is over, what to mix with
 the logits. Hooks, the base and its dtype are not its business.
 
     "pointer"   copies from the neighbors by the base's own features: see retro.retrofit.pointer
@@ -23,7 +23,7 @@ from retro.modules.encoder import chunks_of
 from retro.modules.feed_forward import ResidualLinear
 from retro.retrofit.anatomy import Anatomy
 from retro.retrofit.config import RetrofitConfig, attention_sizes
-from retro.retrofit.hooks import Place, RetrofitContext
+from retro.retrofit.hooks import HookPoint, RetrofitContext
 from retro.retrofit.pointer import PointerForm
 from retro.retrofit.starts import (
     encoder_rope_theta,
@@ -36,26 +36,26 @@ from retro.retrofit.starts import (
 class Form(Protocol):
     """A form: an nn.Module made as Form(config, base, anatomy), on any device; `start` gives its weights their start.
 
-    places: in the order in which the base reaches them.
+    hook_points: in the order in which the base reaches them.
     """
 
-    places: list[Place]
+    hook_points: list[HookPoint]
 
     def start(self, base: nn.Module, anatomy: Anatomy) -> None:
         """Give every weight its start, such that every update is exactly 0. Not called when weights are loaded."""
 
     def update(
-        self, place: Place, h: Float[Tensor, "b n d"], reading: RetrofitContext
+        self, point: HookPoint, h: Float[Tensor, "b n d"], context: RetrofitContext
     ) -> Float[Tensor, "b n d"] | None:
-        """What to add to the residual stream h at a place, in any type; None to only look.
+        """What to add to the residual stream h at a hook point, in any type; None to only look.
 
-        With `reading.cache` h is that of new tokens, and what later ones need is kept there.
+        With `context.cache` h is that of new tokens, and what later ones need is kept there.
 
-        The gradient of the whole must flow through what is returned and `reading.state` only. With gradient
-        checkpointing a place is computed again, in the backward pass: the same place must do the same work again.
+        The gradient of the whole must flow through what is returned and `context.state` only. With gradient
+        checkpointing a point is computed again, in the backward pass: the same point must do the same work again.
         """
 
-    def mixture(self, reading: RetrofitContext) -> Mixture | None:
+    def mixture(self, context: RetrofitContext) -> Mixture | None:
         """What to mix with the base's logits, once it has run over the text; None for a form that wrote before."""
 
 
@@ -110,7 +110,7 @@ class PaperForm(nn.Module):
         if config.encoder_init == "base":
             require_llama(config, base, anatomy)
         self.config = config
-        self.places = [Place(layer, "attention") for layer in config.cca_layers]
+        self.hook_points = [HookPoint(layer, "attention") for layer in config.cca_layers]
         self.encoder_embedding = _encoder_embedding(config, base)
         self.encoder = _encoder(config)
         self.cca = nn.ModuleDict({str(layer): _cross_attention(config) for layer in config.cca_layers})
@@ -129,48 +129,48 @@ class PaperForm(nn.Module):
                 start_cca_from_self_attention(cca, self.config, base, anatomy, int(layer))
 
     def update(
-        self, place: Place, h: Float[Tensor, "b n d"], reading: RetrofitContext
+        self, point: HookPoint, h: Float[Tensor, "b n d"], context: RetrofitContext
     ) -> Float[Tensor, "b n d"] | None:
-        cca = self.cca[str(place.layer)]
+        cca = self.cca[str(point.layer)]
         h = h.to(cca.gate.dtype)
-        if reading.cache is not None:
-            return self._update_held(place, cca, h, reading)
-        if place == self.places[0]:
+        if context.cache is not None:
+            return self._update_held(point, cca, h, context)
+        if point == self.hook_points[0]:
             conditions = chunks_of(h, self.config.chunk_len)
-            reading.state["encoded"] = self._encode(
-                reading, reading.neighbor_ids, reading.neighbor_mask, conditions, reading.condition_mask
+            context.state["encoded"] = self._encode(
+                context, context.neighbor_ids, context.neighbor_mask, conditions, context.condition_mask
             )
         encoded, mask, documents = (
             x if x is None else x.to(h.device)
-            for x in (reading.state["encoded"], reading.neighbor_mask, reading.document_ids)
+            for x in (context.state["encoded"], context.neighbor_mask, context.document_ids)
         )
         return cca(h, encoded, mask, documents)
 
     def _update_held(
-        self, place: Place, cca: GatedCrossAttention, h: Float[Tensor, "b s d"], reading: RetrofitContext
+        self, point: HookPoint, cca: GatedCrossAttention, h: Float[Tensor, "b s d"], context: RetrofitContext
     ) -> Float[Tensor, "b s d"] | None:
-        """With a cache: only neighbors of chunks that the new tokens make whole are encoded."""
-        cache, call = reading.cache, reading.call
-        if place == self.places[0]:
-            conditions = cache.conditions(h, call)
-            if call.found:
-                ids, mask = call.neighbor_ids[:, None], call.neighbor_mask[:, None]
-                call.encoded = self._encode(reading, ids, mask, conditions[:, None])[:, 0]
-        return cca.read_held(h, partial(cache.read, f"cca.{place.layer}", call)) if call.reads else None
+        """With a cache: only neighbors of chunks that the new tokens complete are encoded."""
+        cache, step = context.cache, context.step
+        if point == self.hook_points[0]:
+            conditions = cache.conditions(h, step)
+            if step.found:
+                ids, mask = step.neighbor_ids[:, None], step.neighbor_mask[:, None]
+                step.encoded = self._encode(context, ids, mask, conditions[:, None])[:, 0]
+        return cca.read_held(h, partial(cache.read, f"cca.{point.layer}", step)) if step.reads else None
 
-    def mixture(self, reading: RetrofitContext) -> None:
+    def mixture(self, context: RetrofitContext) -> None:
         """None: what there was to say is in the stream."""
 
     def _encode(
         self,
-        reading: RetrofitContext,
+        context: RetrofitContext,
         neighbor_ids: Int[Tensor, "b l k r"],
         neighbor_mask: Bool[Tensor, "b l k r"],
         conditions: Float[Tensor, "b l m d"],
         condition_mask: Bool[Tensor, "b l m"] | None = None,
     ) -> Float[Tensor, "b l k r c"]:
         shares, device = self.config.encoder_shares_embeddings, conditions.device
-        embedded = reading.embed(neighbor_ids).to(conditions) if shares else neighbor_ids.to(device)
+        embedded = context.embed(neighbor_ids).to(conditions) if shares else neighbor_ids.to(device)
         if self.encoder_embedding is not None:
             embedded = self.encoder_embedding(embedded)
         condition_mask = None if condition_mask is None else condition_mask.to(device)

@@ -1,4 +1,4 @@
-"""Hooks that let a form read and write a base's residual stream, inert unless a reading is under way."""
+"""Hooks that let a form read and write a base's residual stream, inert outside of a run with neighbors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retro.model import RetroCache
-from retro.model.call import ForwardPass
+from retro.model.step import CachedStep
 from retro.retrofit.anatomy import Anatomy, entering, first_tensor, with_first
 
 
-class Place(NamedTuple):
-    """A place in the residual stream: after self-attention of a layer (1-based), or at the layer's end."""
+class HookPoint(NamedTuple):
+    """A point of the residual stream: after self-attention of a layer (1-based), or at the layer's end."""
 
     layer: int
     at: Literal["attention", "end"]
@@ -29,100 +29,100 @@ class RetrofitContext:
     """One run of the base with neighbors.
 
     Over whole texts rows are aligned left: padding, if any, stands at the end. With a cache the run is over new tokens
-    only, padding stands at the left, and `call` knows the neighbors.
+    only, padding stands at the left, and `step` knows the neighbors.
     """
 
     form: Any  # a retro.retrofit.forms.Form
-    key: object  # whose hooks this reading is for
+    key: object  # whose hooks this run is for
     neighbor_ids: Int[Tensor, "b l k r"] | None = None
     neighbor_mask: Bool[Tensor, "b l k r"] | None = None
     document_ids: Int[Tensor, "b n"] | None = None
     condition_mask: Bool[Tensor, "b l m"] | None = None  # real tokens of each whole chunk
     cache: RetroCache | None = None
-    call: ForwardPass | None = None
+    step: CachedStep | None = None
     keep: int | None = None  # logits of so many last tokens are wanted
     embed: Callable[[Tensor], Tensor] | None = None  # the base's token embeddings
     hidden_after: Callable[[Tensor, Tensor, int], Tensor] | None = None  # the base over other text: see anatomy
     entered: dict[int, Float[Tensor, "b n d"]] = field(default_factory=dict)  # x of each layer
-    state: dict[str, Any] = field(default_factory=dict)  # what the form keeps from one place to the next
+    state: dict[str, Any] = field(default_factory=dict)  # what the form keeps from one point to the next
 
 
-_reading: ContextVar[RetrofitContext | None] = ContextVar("reading", default=None)
+_context: ContextVar[RetrofitContext | None] = ContextVar("context", default=None)
 
 
 @contextmanager
-def active(reading: RetrofitContext | None) -> Iterator[None]:
-    """The reading whose neighbors the hooks read; None for none."""
-    token = _reading.set(reading)
+def active(context: RetrofitContext | None) -> Iterator[None]:
+    """The context that the hooks read; None lets them do nothing."""
+    token = _context.set(context)
     try:
         yield
     finally:
-        _reading.reset(token)
+        _context.reset(token)
 
 
 def _of(key: object) -> RetrofitContext | None:
-    reading = _reading.get()
-    return reading if reading is not None and reading.key is key else None
+    context = _context.get()
+    return context if context is not None and context.key is key else None
 
 
-def add_hooks(base: nn.Module, anatomy: Anatomy, places: list[Place], key: object) -> None:
-    """Put the hooks for `places` into the base. They work for readings of `key` only."""
-    for place in places:
-        layer = anatomy.layer(base, place.layer)
-        if place.at == "end":
-            layer.register_forward_hook(_AtEnd(place, key))
+def add_hooks(base: nn.Module, anatomy: Anatomy, hook_points: list[HookPoint], key: object) -> None:
+    """Put the hooks for `hook_points` into the base. They work in contexts of `key` only."""
+    for point in hook_points:
+        layer = anatomy.layer(base, point.layer)
+        if point.at == "end":
+            layer.register_forward_hook(_LayerOutputHook(point, key))
         else:
-            writer = anatomy.writers[place.layer]
-            layer.register_forward_pre_hook(_Entering(place.layer, key), with_kwargs=True)
-            layer.get_submodule(writer.name).register_forward_hook(_AfterAttention(place, writer, key))
+            writer = anatomy.writers[point.layer]
+            layer.register_forward_pre_hook(_LayerInputHook(point.layer, key), with_kwargs=True)
+            layer.get_submodule(writer.name).register_forward_hook(_AttentionHook(point, writer, key))
 
 
 # Objects, not closures: a deep copy of the base then carries hooks of its own key.
 
 
 @dataclass
-class _Entering:
+class _LayerInputHook:
     layer: int
     key: object
 
     def __call__(self, module, args, kwargs) -> None:
-        reading = _of(self.key)
-        if reading is not None:
-            reading.entered[self.layer] = entering(args, kwargs)
+        context = _of(self.key)
+        if context is not None:
+            context.entered[self.layer] = entering(args, kwargs)
 
 
 @dataclass
-class _AfterAttention:
-    place: Place
+class _AttentionHook:
+    point: HookPoint
     writer: Any
     key: object
 
     def __call__(self, module, args, out):
-        reading = _of(self.key)
-        if reading is None:
+        context = _of(self.key)
+        if context is None:
             return None
         written = first_tensor(out)
-        h = self.writer.residual(reading.entered[self.place.layer], written)
-        update = reading.form.update(self.place, h, reading)
+        h = self.writer.residual(context.entered[self.point.layer], written)
+        update = context.form.update(self.point, h, context)
         return None if update is None else with_first(out, written + (update / self.writer.scale).to(written.dtype))
 
 
 @dataclass
-class _AtEnd:
-    place: Place
+class _LayerOutputHook:
+    point: HookPoint
     key: object
 
     def __call__(self, module, args, out):
-        reading = _of(self.key)
-        if reading is None:
+        context = _of(self.key)
+        if context is None:
             return None
         h = first_tensor(out)
-        update = reading.form.update(self.place, h, reading)
+        update = context.form.update(self.point, h, context)
         return None if update is None else with_first(out, h + update.to(h.dtype))
 
 
 def bind_checkpoints(base: nn.Module) -> None:
-    """Let layers that are computed a second time for their gradients (checkpointing) find their reading again.
+    """Let layers that are computed a second time for their gradients (checkpointing) find their context again.
 
     Raises ValueError for re-entrant checkpointing, through which no gradient reaches what hooks add.
     """
@@ -143,9 +143,9 @@ def _is_bound(function: Callable) -> bool:
 
 
 def _checkpoint(function: Callable, layer: Callable, *args, **kwargs):
-    return function(partial(_resumed, _reading.get(), layer), *args, **kwargs)
+    return function(partial(_resumed, _context.get(), layer), *args, **kwargs)
 
 
-def _resumed(reading: RetrofitContext | None, layer: Callable, *args, **kwargs):
-    with active(reading):
+def _resumed(context: RetrofitContext | None, layer: Callable, *args, **kwargs):
+    with active(context):
         return layer(*args, **kwargs)

@@ -16,9 +16,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.model import RetroCache
 from retro.model.cache import require_retro_cache
-from retro.model.call import ForwardPass
 from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
 from retro.model.padding import align_left, align_right
+from retro.model.step import CachedStep
 from retro.modules.cross_attention import checked_neighbor_mask
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import linear_cross_entropy
@@ -63,7 +63,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         if hasattr(self.base, "generation_config"):
             self.generation_config = copy.deepcopy(self.base.generation_config)
         self._key = _Key()
-        add_hooks(self.base, self.anatomy, self.form.places, self._key)
+        add_hooks(self.base, self.anatomy, self.form.hook_points, self._key)
         self._packing_way = packing_way(self.base)
         self._head_is_plain = head_is_plain(self.base)
         self.training = self.base.training
@@ -97,7 +97,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
                 them the loss is computed in slices where the base's output embeddings allow it.
             past_key_values: With neighbors, what `use_cache` gave for the tokens before these, or a new RetroCache.
                 `attention_mask` is then for all tokens so far, padded on the left only; `neighbor_ids` holds, for each
-                row, the neighbors of the chunks that these tokens make whole (None: they have none).
+                row, the neighbors of the chunks that these tokens complete (None: they have none).
             use_cache: Whether to give `past_key_values`. Default: with neighbors if some are given, else the base's.
             kwargs: As the base takes them: inputs_embeds, position_ids, output_hidden_states, logits_to_keep ...
 
@@ -117,10 +117,10 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             if past_key_values is not None:
                 require_retro_cache(past_key_values, self.config.chunk_len)
             cache = RetroCache(self.config.chunk_len) if cache is None else cache
-            call = cache.begin(*tokens.shape[:2], attention_mask)
-            cache.bring(call, neighbor_ids, neighbor_mask)
+            step = cache.begin(*tokens.shape[:2], attention_mask)
+            cache.set_neighbors(step, neighbor_ids, neighbor_mask)
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-            return self._run_on(cache, call, inputs, labels, return_logits)
+            return self._run_on(cache, step, inputs, labels, return_logits)
         padding = None if attention_mask is None or attention_mask[:, 0].all() else attention_mask
         if padding is not None:
             input_ids, labels, document_ids, attention_mask = (
@@ -128,27 +128,27 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             )
             kwargs |= {name: align_left(kwargs[name], padding) for name in _PER_TOKEN if kwargs.get(name) is not None}
         inputs = {"input_ids": input_ids, **kwargs, **self._masks(attention_mask, document_ids), "use_cache": False}
-        reading = None
+        context = None
         if neighbor_ids is not None:
             mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, *tokens.shape[:2], self.config.chunk_len)
-            reading = self._reading(neighbor_ids, mask, attention_mask, document_ids)
+            context = self._context(neighbor_ids, mask, attention_mask, document_ids)
             bind_checkpoints(self.base)
-        return self._run(inputs, reading, labels, return_logits, padding)
+        return self._run(inputs, context, labels, return_logits, padding)
 
-    def _run(self, inputs, reading, labels, return_logits: bool | None, padding) -> CausalLMOutputWithPast:
+    def _run(self, inputs, context, labels, return_logits: bool | None, padding) -> CausalLMOutputWithPast:
         """The base over rows aligned left, the loss, and the logits where each row had its tokens."""
         if return_logits is None:
             return_logits = labels is None or not self.training
         keep = inputs.pop("logits_to_keep", 0)
         kept = slice(-keep, None) if isinstance(keep, int) else keep
         if not return_logits and self._head_is_plain:
-            with active(reading):
+            with active(context):
                 hidden, _ = head_inputs(self.base, shorten=True, **inputs)
-            return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels, reading))
+            return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels, context))
         alone = keep if isinstance(keep, int) and labels is None and padding is None else 0
-        with active(reading):
+        with active(context):
             outputs = self.base(**inputs, **({"logits_to_keep": alone} if alone else {}))
-        logits, mixture = outputs.logits, self._mixture(reading)
+        logits, mixture = outputs.logits, self._mixture(context)
         if mixture is None:
             loss = None if labels is None else plain_loss(logits, labels)
         else:
@@ -163,37 +163,37 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             attentions=outputs.get("attentions"),
         )
 
-    def _run_on(self, cache: RetroCache, call: ForwardPass, inputs, labels, return_logits) -> CausalLMOutputWithPast:
+    def _run_on(self, cache: RetroCache, step: CachedStep, inputs, labels, return_logits) -> CausalLMOutputWithPast:
         """The base over new tokens, with its own cache."""
         tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         keep = inputs.pop("logits_to_keep", 0)
         alone = keep if isinstance(keep, int) and keep and labels is None else None
-        check_cache(self.base, cache.attention, call, cache.length, any(cache.padding))
+        check_cache(self.base, cache.attention, step, cache.length, any(cache.padding))
         if inputs.get("position_ids") is None:
             padding = torch.tensor(cache.padding, device=tokens.device)
-            inputs |= positions_of(self.base, padding, cache.length, call.length)
-        reading = RetrofitContext(
+            inputs |= positions_of(self.base, padding, cache.length, step.length)
+        context = RetrofitContext(
             form=self.form,
             key=self._key,
             cache=cache,
-            call=call,
+            step=step,
             keep=alone,
             embed=self._embed,
             hidden_after=self.hidden_after,
         )
         inputs |= {"past_key_values": cache.attention, "use_cache": True} | ({"logits_to_keep": alone} if alone else {})
-        with active(reading):
+        with active(context):
             outputs = self.base(**inputs)
         if outputs.get("past_key_values") is None:
             raise ValueError(f"{type(self.base).__name__} gives no key / value cache; run it with use_cache=False.")
         cache.attention = outputs.past_key_values
-        logits, mixture = outputs.logits if alone is None else outputs.logits[:, -alone:], self._mixture(reading)
+        logits, mixture = outputs.logits if alone is None else outputs.logits[:, -alone:], self._mixture(context)
         loss = None
         if labels is not None and mixture is not None:
             loss = mixed_loss(mixture, labels, lambda part: logits[:, part])
         elif labels is not None:
             loss = plain_loss(logits, labels)
-        cache.end(call, inputs.get("input_ids"))
+        cache.end(step, inputs.get("input_ids"))
         if return_logits is False:
             logits = None
         elif mixture is not None:
@@ -207,13 +207,13 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             attentions=outputs.get("attentions"),
         )
 
-    def _mixture(self, reading: RetrofitContext | None) -> Mixture | None:
-        return None if reading is None else self.form.mixture(reading)
+    def _mixture(self, context: RetrofitContext | None) -> Mixture | None:
+        return None if context is None else self.form.mixture(context)
 
     def _sliced_loss(
-        self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"], reading: RetrofitContext | None
+        self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"], context: RetrofitContext | None
     ) -> Float[Tensor, ""]:
-        head, mixture = self.base.get_output_embeddings(), self._mixture(reading)
+        head, mixture = self.base.get_output_embeddings(), self._mixture(context)
         if mixture is not None:
             return mixed_loss(mixture, labels, lambda part: head(hidden[:, part]))
         weight = head.weight
@@ -228,7 +228,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             document_ids = document_ids.masked_fill(attention_mask == 0, int(document_ids.max()) + 1)
         return packed_inputs(self.base, self._packing_way, document_ids)
 
-    def _reading(self, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> RetrofitContext | None:
+    def _context(self, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> RetrofitContext | None:
         m = self.config.chunk_len
         if neighbor_ids.shape[1] == 0:
             return None
@@ -276,7 +276,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         tokenizer: Any = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """As the base's, with the neighbors of the chunks that the new tokens make whole."""
+        """As the base's, with the neighbors of the chunks that the new tokens complete."""
         if past_key_values is None:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         else:
@@ -290,7 +290,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             )
             inputs["past_key_values"] = past_key_values
         new = inputs["input_ids"]
-        return inputs | self._neighbors_of_call(retrieval, new, attention_mask, past_key_values, is_first_iteration)
+        return inputs | self._neighbors_of_step(retrieval, new, attention_mask, past_key_values, is_first_iteration)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
         """The base's own, put into a RetroCache."""

@@ -35,7 +35,7 @@ from retro.modules.cross_attention import in_sequence, may_read
 from retro.modules.loss import SLICE_TOKENS
 from retro.retrofit.anatomy import Anatomy, hidden_after
 from retro.retrofit.config import RetrofitConfig
-from retro.retrofit.hooks import Place, RetrofitContext
+from retro.retrofit.hooks import HookPoint, RetrofitContext
 
 START_SHARPNESS = 18.0  # tau
 LAG_DECAY = 0.7
@@ -50,7 +50,7 @@ class PointerForm(nn.Module):
     def __init__(self, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy):
         super().__init__()
         self.config, self.last_layer = config, anatomy.num_layers
-        self.places = [Place(layer, "end") for layer in sorted({config.key_layer, anatomy.num_layers})]
+        self.hook_points = [HookPoint(layer, "end") for layer in sorted({config.key_layer, anatomy.num_layers})]
         device = next(base.get_output_embeddings().parameters()).device
         self.query = nn.Linear(config.hidden_size, config.hidden_size, device=device)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, device=device)
@@ -74,82 +74,82 @@ class PointerForm(nn.Module):
         self.log_sharpness.fill_(math.log(START_SHARPNESS))
         self.gate.start()
 
-    def update(self, place: Place, h: Float[Tensor, "b n d"], reading: RetrofitContext) -> None:
+    def update(self, point: HookPoint, h: Float[Tensor, "b n d"], context: RetrofitContext) -> None:
         """Keep the stream as it is here."""
-        reading.state[place.layer] = h
+        context.state[point.layer] = h
 
-    def mixture(self, reading: RetrofitContext) -> CopyMixture | None:
+    def mixture(self, context: RetrofitContext) -> CopyMixture | None:
         """What each token of the text may copy, how likely, and how far it is believed."""
-        if reading.cache is not None:
-            return self._mixture_held(reading)
+        if context.cache is not None:
+            return self._mixture_held(context)
         neighbor_ids, neighbor_mask, documents = (
             x if x is None else x.to(self.lags.device)
-            for x in (reading.neighbor_ids, reading.neighbor_mask, reading.document_ids)
+            for x in (context.neighbor_ids, context.neighbor_mask, context.document_ids)
         )
-        m, (b, num_chunks), n = self.config.chunk_len, neighbor_ids.shape[:2], reading.state[self.last_layer].shape[1]
+        m, (b, num_chunks), n = self.config.chunk_len, neighbor_ids.shape[:2], context.state[self.last_layer].shape[1]
         ids, mask = (rearrange(x, "b l k r -> (b l) k r") for x in (neighbor_ids, neighbor_mask))
-        queries = _attending_chunks_with_lags(self._queries(reading), m, num_chunks, self.config.key_lags)
+        queries = _attending_chunks_with_lags(self._queries(context), m, num_chunks, self.config.key_lags)
         readable = may_read(neighbor_mask[..., 1:], m, documents)  # [b, l, m]
         copied = self._copied(
             rearrange(queries, "b l t d -> (b l) t d"),
-            self._keys(ids, mask, reading),
+            self._keys(ids, mask, context),
             ids,
             mask,
             readable.flatten(0, 1),
         )
         copied = (in_sequence(rearrange(x, "(b l) m c -> b l m c", b=b), n) for x in copied)
-        return self._mixed(*copied, in_sequence(readable[..., None], n), reading)
+        return self._mixed(*copied, in_sequence(readable[..., None], n), context)
 
-    def _mixture_held(self, reading: RetrofitContext) -> CopyMixture | None:
+    def _mixture_held(self, context: RetrofitContext) -> CopyMixture | None:
         """The same for new tokens: of the neighbors the cache holds keys and tokens, of the text the lagged queries."""
-        cache, call, lags = reading.cache, reading.call, self.config.key_lags
-        new = self._queries(reading)
+        cache, step, lags = context.cache, context.step, self.config.key_lags
+        new = self._queries(context)
         before = cache.rows.get("queries", new.new_zeros(new.shape[0], lags, new.shape[2]))
         queries = torch.cat([before, new], dim=1)
         cache.rows["queries"] = queries[:, queries.shape[1] - lags :].detach()
-        if reading.keep is not None:
-            call.keep_last(reading.keep)
+        if context.keep is not None:
+            step.keep_last(context.keep)
         ids = mask = keys = None
-        if call.found:
-            ids, mask = call.neighbor_ids.to(new.device), call.neighbor_mask.to(new.device)
-            keys = self._keys(ids, mask, reading)
-        if call.is_step:
-            return self._mixture_of_step(queries, keys, ids, reading) if call.reads else None
-        parts = call.parts(new.device, reading.keep)
-        if not len(parts.rows):
+        if step.found:
+            ids, mask = step.neighbor_ids.to(new.device), step.neighbor_mask.to(new.device)
+            keys = self._keys(ids, mask, context)
+        if step.is_decode:
+            return self._mixture_of_decode(queries, keys, ids, context) if step.reads else None
+        chunks = step.attending_chunks(new.device, context.keep)
+        if not len(chunks.rows):
             return None
-        given = [cache.of_parts(*x, parts, call) for x in (("keys", keys), ("ids", ids), ("mask", mask))]
-        self._hold(keys, ids, reading)
-        columns = parts.columns[:, :1] + torch.arange(lags + self.config.chunk_len, device=new.device)
-        rows = queries[parts.rows[:, None], columns.clamp(0, queries.shape[1] - 1)]
-        readable = given[2][..., 1:].flatten(1).any(-1)[:, None].expand_as(parts.columns)
+        given = [cache.gather(*x, chunks, step) for x in (("keys", keys), ("ids", ids), ("mask", mask))]
+        self._hold(keys, ids, context)
+        columns = chunks.columns[:, :1] + torch.arange(lags + self.config.chunk_len, device=new.device)
+        rows = queries[chunks.rows[:, None], columns.clamp(0, queries.shape[1] - 1)]
+        readable = given[2][..., 1:].flatten(1).any(-1)[:, None].expand_as(chunks.columns)
         scattered = (
-            call.scatter(x, parts, reading.keep) for x in (*self._copied(rows, *given, readable), readable[..., None])
+            step.scatter(x, chunks, context.keep) for x in (*self._copied(rows, *given, readable), readable[..., None])
         )
-        return self._mixed(*scattered, reading)
+        return self._mixed(*scattered, context)
 
-    def _mixture_of_step(self, queries, keys, ids, reading: RetrofitContext) -> CopyMixture:
-        cache, call, device = reading.cache, reading.call, queries.device
-        self._hold(keys, ids, reading)
+    def _mixture_of_decode(self, queries, keys, ids, context: RetrofitContext) -> CopyMixture:
+        cache, step, device = context.cache, context.step, queries.device
+        self._hold(keys, ids, context)
         keys, ids, mask = (cache.rows[name].to(device) for name in ("keys", "ids", "mask"))
         readable = mask[..., 1:].flatten(1).any(-1, keepdim=True)
-        if call.unread is not None:
-            readable = readable & ~call.unread.to(device)[:, None]
+        if step.unread is not None:
+            readable = readable & ~step.unread.to(device)[:, None]
         copied = self._copied(queries, keys, ids, mask, readable)
-        return self._mixed(*copied, readable[..., None], reading)
+        return self._mixed(*copied, readable[..., None], context)
 
-    def _hold(self, keys: Tensor | None, ids: Tensor | None, reading: RetrofitContext) -> None:
+    def _hold(self, keys: Tensor | None, ids: Tensor | None, context: RetrofitContext) -> None:
         if keys is not None:
-            reading.cache.hold("keys", keys, reading.call)
-            reading.cache.hold("ids", ids, reading.call)
+            context.cache.hold("keys", keys, context.step)
+            context.cache.hold("ids", ids, context.step)
 
-    def _queries(self, reading: RetrofitContext) -> Float[Tensor, "b n d"]:
-        return F.normalize(self.query(reading.state[self.config.key_layer].to(self.lags)), dim=-1)
+    def _queries(self, context: RetrofitContext) -> Float[Tensor, "b n d"]:
+        return F.normalize(self.query(context.state[self.config.key_layer].to(self.lags)), dim=-1)
 
     def _keys(
-        self, neighbor_ids: Int[Tensor, "c k r"], neighbor_mask: Bool[Tensor, "c k r"], reading: RetrofitContext
+        self, neighbor_ids: Int[Tensor, "c k r"], neighbor_mask: Bool[Tensor, "c k r"], context: RetrofitContext
     ) -> Float[Tensor, "c k r d"]:
-        read = reading.hidden_after(neighbor_ids.flatten(0, 1), neighbor_mask.flatten(0, 1), self.config.key_layer)
+        read = context.hidden_after(neighbor_ids.flatten(0, 1), neighbor_mask.flatten(0, 1), self.config.key_layer)
         keys = F.normalize(self.key(read.to(self.lags)), dim=-1)
         return rearrange(keys, "(c k) r d -> c k r d", k=neighbor_ids.shape[1])
 
@@ -177,8 +177,8 @@ class PointerForm(nn.Module):
         best = torch.where(readable, matches.masked_fill(no_key, least).amax(-1), 0.0)
         return repeat(neighbor_ids[..., 1:], "c k r -> c w (k r)", w=w), attention, best[..., None]
 
-    def _mixed(self, tokens, attention, best, readable, reading: RetrofitContext) -> CopyMixture:
-        last = reading.state[self.last_layer][:, -tokens.shape[1] :].to(attention)
+    def _mixed(self, tokens, attention, best, readable, context: RetrofitContext) -> CopyMixture:
+        last = context.state[self.last_layer][:, -tokens.shape[1] :].to(attention)
         belief = self.gate(last, best[..., 0]).masked_fill(~readable[..., 0], -torch.inf)
         return CopyMixture(tokens, attention, belief, self.gate.likelihood, self.gate.opened())
 

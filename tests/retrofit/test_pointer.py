@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, retrofit
-from retro.retrofit.hooks import Place
+from retro.retrofit.hooks import HookPoint
 
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
 M, LAGS = 4, 3
@@ -200,7 +200,7 @@ def test_options(make_base, make_fitted, make_neighbors, open_gates, tmp_path):
     for num_layers, layer in ((1, 1), (3, 1), (12, 3), (30, 8), (32, 9)):
         assert RetrofitConfig(base_config=make_base(num_hidden_layers=num_layers).config).key_layer == layer
     model = make_fitted(form="pointer", key_layer=3, key_lags=0)
-    assert model.form.places == [Place(3, "end")] and model.form.lags.tolist() == [1.0]
+    assert model.form.hook_points == [HookPoint(3, "end")] and model.form.lags.tolist() == [1.0]
     open_gates(model)
     model.save_pretrained(tmp_path)
     loaded = RetrofitForCausalLM.from_pretrained(tmp_path, base=model.base)

@@ -11,7 +11,7 @@ from retro.retrieval.building import tasks
 from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
 from retro.retrofit.config import chosen_layers
-from retro.retrofit.hooks import Place
+from retro.retrofit.hooks import HookPoint
 
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
 forms = pytest.mark.parametrize("form", ["paper", "pointer"])
@@ -232,24 +232,24 @@ def test_a_form_may_write_at_a_layers_end(make_fitted, make_base, make_neighbors
     class Shift(torch.nn.Module):
         def __init__(self, config, base, anatomy):
             super().__init__()
-            self.places = [Place(3, "end")]
+            self.hook_points = [HookPoint(3, "end")]
             self.shift = torch.nn.Parameter(torch.zeros(16))
 
         def start(self, base, anatomy):
             pass
 
-        def update(self, place, h, reading):
-            flat = reading.neighbor_ids.flatten(0, 2), reading.neighbor_mask.flatten(0, 2)
-            features = reading.hidden_after(*flat, 1)
+        def update(self, point, h, context):
+            flat = context.neighbor_ids.flatten(0, 2), context.neighbor_mask.flatten(0, 2)
+            features = context.hidden_after(*flat, 1)
             assert features.shape == (12, 8, 16) and not features.requires_grad
             return self.shift.expand_as(h)
 
-        def mixture(self, reading):
+        def mixture(self, context):
             return None
 
     monkeypatch.setitem(forms.FORMS, "shift", Shift)
     model = make_fitted("gpt2", form="shift")
-    assert model.form.places == [Place(3, "end")]
+    assert model.form.hook_points == [HookPoint(3, "end")]
     with torch.no_grad():
         model.form.shift += torch.arange(16.0)
     expected = model.base.transformer(IDS, output_hidden_states=True)
