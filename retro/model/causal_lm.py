@@ -237,24 +237,13 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         input_ids, inputs_embeds, labels, document_ids, attention_mask = rows.left(
             input_ids, inputs_embeds, labels, document_ids, attention_mask
         )
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        only_loss = labels is not None and cache is None and not (return_logits or output_hidden_states)
+        return_logits = (labels is None or not self.training) if return_logits is None else return_logits
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        only_loss = labels is not None and cache is None and not (return_logits or with_states)
         if only_loss and neighbor_ids is not None:
             neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, labels, document_ids)
-        outputs = self.model(
-            input_ids,
-            neighbor_ids,
-            neighbor_mask,
-            attention_mask,
-            document_ids,
-            inputs_embeds,
-            output_hidden_states,
-            cache,
-            return_dict=True,
-        )
+        given = input_ids, neighbor_ids, neighbor_mask, attention_mask, document_ids, inputs_embeds
+        outputs = self.model(*given, with_states, cache, return_dict=True)
         hidden, states = outputs.last_hidden_state, outputs.hidden_states
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(

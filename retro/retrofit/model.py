@@ -15,10 +15,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.model import RetroCache
-from retro.model.cache import require_retro_cache
+from retro.model.cache import cache_for, require_retro_cache
 from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
-from retro.model.padding import align_left, align_right
-from retro.model.step import CachedStep
+from retro.model.padding import Alignment
 from retro.modules.cross_attention import checked_neighbor_mask
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import linear_cross_entropy
@@ -82,7 +81,11 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         use_cache: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits and, with labels, the mean loss in nats. Without neighbors this is the base's own forward.
+        """Logits and, with labels, the mean loss in nats, in one of three ways.
+
+            no neighbors, no documents, no RetroCache    the base's own forward: RETRO[OFF], bit for bit
+            with a cache, given or asked for             `_forward_cached`: new tokens after those that it has seen
+            otherwise                                    `_forward_whole`: whole rows
 
         Args:
             input_ids: Tokens. Rows may be padded left or right where `attention_mask` says so; with neighbors, chunks
@@ -91,10 +94,10 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             neighbor_mask: True = a real token; a neighbor with no True is missing. Default: all real.
             labels: As in Hugging Face: shifted inside, -100 ignored.
             attention_mask: 1 = a real token.
-            document_ids: For packed documents: tokens attend inside their document only, whose positions start at 0,
-                and a token reads E_u only if all of C_u is in its document. Documents are contiguous.
-            return_logits: Whether to give logits. Default: yes, unless training with neighbors and labels; without
-                them the loss is computed in slices where the base's output embeddings allow it.
+            document_ids: For packed documents, each in one run: tokens attend inside their document only, whose
+                positions start at 0, and a token reads E_u only if all of C_u is in its document.
+            return_logits: Default: unless training with neighbors and labels. Without logits the loss is computed in
+                slices where the base's output embeddings allow it.
             past_key_values: With neighbors, what `use_cache` gave for the tokens before these, or a new RetroCache.
                 `attention_mask` is then for all tokens so far, padded on the left only; `neighbor_ids` holds, for each
                 row, the neighbors of the chunks that these tokens complete (None: they have none).
@@ -105,107 +108,81 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         """
         if neighbor_ids is None and neighbor_mask is not None:
             raise ValueError("neighbor_mask is given without neighbor_ids.")
-        cache = past_key_values if isinstance(past_key_values, RetroCache) else None
-        if cache is None and neighbor_ids is None and document_ids is None and return_logits is None:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        has_retro_cache = isinstance(past_key_values, RetroCache)
+        if neighbor_ids is None and document_ids is None and return_logits is None and not has_retro_cache:
             caching = {"past_key_values": past_key_values, "use_cache": use_cache}
-            kwargs |= {name: value for name, value in caching.items() if value is not None}
-            return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if past_key_values is not None or use_cache:
-            if document_ids is not None:
-                raise ValueError("document_ids is given with a cache; packed documents run without one.")
-            if past_key_values is not None:
-                require_retro_cache(past_key_values, self.config.chunk_len)
-            cache = RetroCache(self.config.chunk_len) if cache is None else cache
-            step = cache.begin(*tokens.shape[:2], attention_mask)
-            cache.set_neighbors(step, neighbor_ids, neighbor_mask)
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-            return self._run_on(cache, step, inputs, labels, return_logits)
-        padding = None if attention_mask is None or attention_mask[:, 0].all() else attention_mask
-        if padding is not None:
-            input_ids, labels, document_ids, attention_mask = (
-                align_left(x, padding) for x in (input_ids, labels, document_ids, attention_mask)
-            )
-            kwargs |= {name: align_left(kwargs[name], padding) for name in _PER_TOKEN if kwargs.get(name) is not None}
-        inputs = {"input_ids": input_ids, **kwargs, **self._masks(attention_mask, document_ids), "use_cache": False}
-        context = None
-        if neighbor_ids is not None:
-            mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, *tokens.shape[:2], self.config.chunk_len)
-            context = self._context(neighbor_ids, mask, attention_mask, document_ids)
-            bind_checkpoints(self.base)
-        return self._run(inputs, context, labels, return_logits, padding)
-
-    def _run(self, inputs, context, labels, return_logits: bool | None, padding) -> CausalLMOutputWithPast:
-        """The base over rows aligned left, the loss, and the logits where each row had its tokens."""
+            caching = {name: value for name, value in caching.items() if value is not None}
+            return self.base(**inputs, **caching, labels=labels)
         if return_logits is None:
             return_logits = labels is None or not self.training
-        keep = inputs.pop("logits_to_keep", 0)
-        kept = slice(-keep, None) if isinstance(keep, int) else keep
+        cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
+        if cache is not None:
+            return self._forward_cached(inputs, cache, neighbor_ids, neighbor_mask, labels, return_logits)
+        return self._forward_whole(inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits)
+
+    def _forward_whole(
+        self, inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits: bool
+    ) -> CausalLMOutputWithPast:
+        """The base over rows aligned left, and the logits where each row has its tokens.
+
+        Without logits the base's head sees one token of each row only, and the loss is computed in slices.
+        """
+        rows, keep = Alignment(inputs["attention_mask"]), inputs.pop("logits_to_keep", 0)
+        labels, document_ids = rows.left(labels, document_ids)
+        inputs |= {name: rows.left(inputs[name])[0] for name in _PER_TOKEN if inputs.get(name) is not None}
+        context = self._context(inputs, neighbor_ids, neighbor_mask, document_ids)
+        inputs |= self._masks(inputs.pop("attention_mask"), document_ids) | {"use_cache": False}
         if not return_logits and self._head_is_plain:
             with active(context):
                 hidden, _ = head_inputs(self.base, shorten=True, **inputs)
             return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels, context))
-        alone = keep if isinstance(keep, int) and labels is None and padding is None else 0
+        if labels is None and not rows.is_turned:
+            inputs |= _last_logits(keep)
         with active(context):
-            outputs = self.base(**inputs, **({"logits_to_keep": alone} if alone else {}))
-        logits, mixture = outputs.logits, self._mixture(context)
-        if mixture is None:
-            loss = None if labels is None else plain_loss(logits, labels)
-        else:
-            loss = None if labels is None else mixed_loss(mixture, labels, lambda part: logits[:, part])
-            logits = mixture.edit(logits) if return_logits else None
-        if padding is not None and return_logits:
-            logits = align_right(logits, padding)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits[:, kept] if return_logits else None,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+            outputs = self.base(**inputs)
+        loss, logits = self._loss_and_logits(outputs.logits, self._mixture(context), labels, return_logits)
+        logits = None if logits is None else rows.right(logits)
+        return _output(outputs, loss, logits, keep)
 
-    def _run_on(self, cache: RetroCache, step: CachedStep, inputs, labels, return_logits) -> CausalLMOutputWithPast:
-        """The base over new tokens, with its own cache."""
-        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        keep = inputs.pop("logits_to_keep", 0)
-        alone = keep if isinstance(keep, int) and keep and labels is None else None
+    def _forward_cached(
+        self, inputs, cache: RetroCache, neighbor_ids, neighbor_mask, labels, return_logits: bool
+    ) -> CausalLMOutputWithPast:
+        """The base over new tokens, with its own cache inside the RetroCache."""
+        tokens = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
+        step = cache.begin(*tokens.shape[:2], inputs["attention_mask"])
+        cache.set_neighbors(step, neighbor_ids, neighbor_mask)
         check_cache(self.base, cache.attention, step, cache.length, any(cache.padding))
         if inputs.get("position_ids") is None:
             padding = torch.tensor(cache.padding, device=tokens.device)
             inputs |= positions_of(self.base, padding, cache.length, step.length)
-        context = RetrofitContext(
-            form=self.form,
-            key=self._key,
-            cache=cache,
-            step=step,
-            keep=alone,
-            embed=self._embed,
-            hidden_after=self.hidden_after,
-        )
-        inputs |= {"past_key_values": cache.attention, "use_cache": True} | ({"logits_to_keep": alone} if alone else {})
+        keep = inputs.pop("logits_to_keep", 0)
+        last = _last_logits(keep) if labels is None else {}
+        inputs |= {"past_key_values": cache.attention, "use_cache": True} | last
+        context = self._new_context(cache=cache, step=step, keep=last.get("logits_to_keep"))
         with active(context):
             outputs = self.base(**inputs)
         if outputs.get("past_key_values") is None:
             raise ValueError(f"{type(self.base).__name__} gives no key / value cache; run it with use_cache=False.")
         cache.attention = outputs.past_key_values
-        logits, mixture = outputs.logits if alone is None else outputs.logits[:, -alone:], self._mixture(context)
-        loss = None
-        if labels is not None and mixture is not None:
-            loss = mixed_loss(mixture, labels, lambda part: logits[:, part])
-        elif labels is not None:
-            loss = plain_loss(logits, labels)
+        mixture = self._mixture(context)
         cache.end(step, inputs.get("input_ids"))
-        if return_logits is False:
-            logits = None
-        elif mixture is not None:
-            logits = mixture.edit(logits)
-        kept = slice(-keep, None) if isinstance(keep, int) else keep
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=None if logits is None else logits[:, kept],
-            past_key_values=cache,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        logits = outputs.logits[:, -keep:] if last else outputs.logits
+        loss, logits = self._loss_and_logits(logits, mixture, labels, return_logits)
+        return _output(outputs, loss, logits, keep, cache)
+
+    def _loss_and_logits(
+        self, logits: Float[Tensor, "b n v"], mixture: Mixture | None, labels, return_logits: bool
+    ) -> tuple[Float[Tensor, ""] | None, Float[Tensor, "b n v"] | None]:
+        """The loss, if there are labels, and the logits, if they are wanted, of the base or of its mixture."""
+        loss = None
+        if labels is not None and mixture is None:
+            loss = plain_loss(logits, labels)
+        elif labels is not None:
+            loss = mixed_loss(mixture, labels, lambda part: logits[:, part])
+        if not return_logits:
+            return loss, None
+        return loss, logits if mixture is None else mixture.edit(logits)
 
     def _mixture(self, context: RetrofitContext | None) -> Mixture | None:
         return None if context is None else self.form.mixture(context)
@@ -228,20 +205,27 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             document_ids = document_ids.masked_fill(attention_mask == 0, int(document_ids.max()) + 1)
         return packed_inputs(self.base, self._packing_way, document_ids)
 
-    def _context(self, neighbor_ids, neighbor_mask, attention_mask, document_ids) -> RetrofitContext | None:
-        m = self.config.chunk_len
+    def _context(self, inputs, neighbor_ids, neighbor_mask, document_ids) -> RetrofitContext | None:
+        """What the hooks read over whole rows; None where there is no neighbor to read."""
+        if neighbor_ids is None:
+            return None
+        tokens = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
+        m, attention_mask = self.config.chunk_len, inputs["attention_mask"]
+        neighbor_mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, *tokens.shape[:2], m)
+        bind_checkpoints(self.base)
         if neighbor_ids.shape[1] == 0:
             return None
         condition_mask = None if attention_mask is None else chunks_of(attention_mask.bool()[..., None], m)[..., 0]
-        return RetrofitContext(
-            form=self.form,
-            key=self._key,
+        return self._new_context(
             neighbor_ids=neighbor_ids,
             neighbor_mask=neighbor_mask,
             document_ids=document_ids,
             condition_mask=condition_mask,
-            embed=self._embed,
-            hidden_after=self.hidden_after,
+        )
+
+    def _new_context(self, **given) -> RetrofitContext:
+        return RetrofitContext(
+            form=self.form, key=self._key, embed=self._embed, hidden_after=self.hidden_after, **given
         )
 
     def _embed(self, ids: Int[Tensor, "*s"]) -> Float[Tensor, "*s d"]:
@@ -395,7 +379,24 @@ class _Key:
     """Whose hooks are whose; equal only to itself, and copied together with its model."""
 
 
-_PER_TOKEN = ("inputs_embeds", "position_ids")
+_PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
+
+
+def _last_logits(keep: int | Tensor) -> dict[str, int]:
+    """What tells a base to compute logits of the last positions only."""
+    return {"logits_to_keep": keep} if isinstance(keep, int) and keep else {}
+
+
+def _output(outputs, loss, logits, keep: int | Tensor, cache: RetroCache | None = None) -> CausalLMOutputWithPast:
+    """What the base gave, with this loss, cache, and logits of the positions that were asked for."""
+    kept = slice(-keep, None) if isinstance(keep, int) else keep
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=None if logits is None else logits[:, kept],
+        past_key_values=cache,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
 
 
 def _random_base(config: RetrofitConfig) -> PreTrainedModel:

@@ -194,12 +194,13 @@ def test_left_padded_rows_equal_rows_alone(position, make_model, make_batch):
     batch = make_batch(model, 14)
     batch["neighbor_mask"][1, 2:] = False  # row 1 has 9 tokens, so 2 whole chunks
     alone = model(batch["input_ids"][1:, 5:], *(batch[f"neighbor_{x}"][1:, :2] for x in ("ids", "mask"))).logits
-    padded = model(**batch, attention_mask=torch.tensor([[1] * 14, [0] * 5 + [1] * 9]))
-    torch.testing.assert_close(padded.logits[1:, 5:], alone, rtol=1e-4, atol=1e-4)
+    batch["attention_mask"] = torch.tensor([[1] * 14, [0] * 5 + [1] * 9])
+    padded, states = model(**batch, output_hidden_states=True), model.model(**batch).last_hidden_state
+    for logits in (padded.logits, model.lm_head(padded.hidden_states[-1]), model.lm_head(states)):
+        torch.testing.assert_close(logits[1:, 5:], alone, rtol=1e-4, atol=1e-4)
     right = {**batch, "input_ids": batch["input_ids"].roll(-5, 1)}
-    torch.testing.assert_close(
-        model(**right, attention_mask=torch.tensor([[1] * 9 + [0] * 5] * 2)).logits[1:, :9], alone, rtol=1e-4, atol=1e-4
-    )
+    right["attention_mask"] = torch.tensor([[1] * 9 + [0] * 5] * 2)
+    torch.testing.assert_close(model(**right).logits[1:, :9], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_hidden_states_on_request(make_model):
