@@ -1,80 +1,36 @@
 """The command, end to end on a few real documents with the real MiniLM and ScaNN, and what it refuses."""
 
-import contextlib
 import json
-import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from retro.cli import main
-from retro.text.packages import package_documents
+from tests.docs.blocks import TINY, inside, make_documents
 
-README = Path(__file__).parents[2] / "README.md"
 VERBS = ("build", "tokenizer", "neighbors", "search", "train", "retrofit", "evaluate", "leakage", "sweep")
 VERBS += ("generate", "serve", "demo", "add", "remove", "compact", "verify", "plan", "serve-store")
-TINY = [
-    "model.hidden_size=32",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=2",
-    "model.cca_layers=[2]",
-    "window_len=128",
-    "batch_size=2",
-    "max_tokens=null",
-    "max_steps=3",
-    "log_every=1",
-]
-
-
-@contextlib.contextmanager
-def inside(folder: Path):
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with documents, and what the README's own commands make of them: tokenizer, store, trained models."""
+    """A folder with documents, and what the commands of the README make of them: tokenizer, store, trained models."""
     folder = tmp_path_factory.mktemp("cli")
-    with open(folder / "docs.jsonl", "w") as train, open(folder / "heldout.jsonl", "w") as valid:
-        for number, document in enumerate(package_documents(["einops"])):
-            line = json.dumps({"id": document.id, "title": document.title, "text": document.text}) + "\n"
-            (valid if number % 4 == 0 else train).write(line)
-    (block,) = (block for block in readme_blocks("bash") if "retro tokenizer" in block)
+    make_documents(folder)
     with inside(folder):
-        for line in block.splitlines():
-            command, *argv = shlex.split(line, comments=True)
-            assert command == "retro"
-            run([argument.replace("8192", "600") for argument in argv] + (TINY if argv[0] == "train" else []))
+        run(["tokenizer", "tok", "docs.jsonl", "--vocab-size", "600"])
+        run(["build", "store", "docs.jsonl", "--tokenizer", "tok", "--decontaminate", "heldout.jsonl"])
+        run(["neighbors", "store"])
+        run(["train", "train_small", "store=store", "output=run", *TINY])
+        run(["train", "train_small", "store=store", "output=run-lm", "retrieval=false", *TINY])
     names = {"docs": "docs.jsonl", "heldout": "heldout.jsonl"} | {name: name for name in ("tok", "store", "run")}
     shutil.copytree(folder / "run", folder / "broken", ignore=shutil.ignore_patterns("checkpoints"))
     (folder / "broken" / "model.safetensors").write_bytes(b"damaged")
     names["broken"] = "broken"
     return {name: str(folder / path) for name, path in names.items()} | {"lm": str(folder / "run-lm"), "folder": folder}
-
-
-def test_the_python_of_the_readme_runs(made):
-    names: dict = {}
-    with inside(made["folder"]):
-        for block in readme_blocks("python"):
-            exec(block, names)
-    assert torch.isfinite(names["on"]) and names["on"] != names["off"]
-    assert names["found"].sources[0][0].title and len(names["out"]["neighbors"]) == 1
-    assert names["found"].ids.shape == (1, names["model"].config.num_neighbors)
 
 
 def run(argv: list[str]) -> None:
