@@ -56,7 +56,7 @@ def parse(widths, stores, monkeypatch):
 @pytest.fixture
 def bench(widths, parse, tmp_path):
     def make(*arguments):
-        made = widths.Bench(parse(*arguments, "--json", tmp_path / "widths.json"), str(tmp_path / "none"))
+        made = widths.WidthSweep(parse(*arguments, "--json", tmp_path / "widths.json"), str(tmp_path / "none"))
         made.together = False
         return made
 
