@@ -111,10 +111,8 @@ def plot_leakage(result: dict[str, Any], file: str | Path) -> None:
     points = result["points"]
     alphas = [100 * point["alpha"] for point in points]
     with picture(file, 3, size=(6.0, 7.0), sharex=True, height_ratios=(3, 2.4, 1)) as (bits, gains, counts):
-        for column in points[0]["bpb"]:
-            _column(bits, column, alphas, [[p["bpb"][column], *p["interval"][column]] for p in points])
-        for column in points[0]["gain"]:
-            _column(gains, column, alphas, [[100 * x for x in p["gain"][column]] for p in points])
+        _columns(bits, {c: (alphas, [[p["bpb"][c], *p["interval"][c]] for p in points]) for c in points[0]["bpb"]})
+        _columns(gains, {c: (alphas, [[100 * x for x in p["gain"][c]] for p in points]) for c in points[0]["gain"]})
         counts.bar(alphas, [point["chunks"] for point in points], width=6, color="#8c8c8c")
         measured = f"{result['documents']} documents, k = {result['num_neighbors']}"
         bits.set(ylabel="bits per byte", title=f"{measured}; bars: 95% intervals over documents")
@@ -129,13 +127,14 @@ def plot_sweep(result: dict[str, Any], file: str | Path) -> None:
     """Bits per byte and gain over RETRO[OFF] against what was swept, on a logarithmic axis (0 included)."""
     x, points = result["x"], result["curve"]
     with picture(file, 2, size=(6.0, 5.4), sharex=True, height_ratios=(3, 2)) as (bits, gains):
-        for column in dict.fromkeys(point["column"] for point in points):
-            own = sorted((point for point in points if point["column"] == column), key=lambda point: point[x])
-            places = [point[x] for point in own]
-            _column(bits, column, places, [[point[name] for name in ("bpb", "low", "high")] for point in own])
-            if "gain" in own[0]:
-                ends = [[100 * point[name] for name in ("gain", "gain_low", "gain_high")] for point in own]
-                _column(gains, column, places, ends)
+        for axes, names, scale in ((bits, ("bpb", "low", "high"), 1), (gains, ("gain", "gain_low", "gain_high"), 100)):
+            curves: dict[str, tuple[list, list]] = {}
+            for point in sorted(points, key=lambda point: point[x]):
+                if names[0] in point:
+                    places, values = curves.setdefault(point["column"], ([], []))
+                    places.append(point[x])
+                    values.append([scale * point[name] for name in names])
+            _columns(axes, curves)
         for column, reference in result["references"].items():
             look = LOOKS[column] | {"marker": ""}
             bits.axhline(reference["bpb"], label=COLUMNS[column], **look)
@@ -145,9 +144,10 @@ def plot_sweep(result: dict[str, Any], file: str | Path) -> None:
         _logarithmic(gains, sorted({point[x] for point in points}))
 
 
-def _column(axes: Any, column: str, places: list, values: list[list[float]]) -> None:
-    shift = 2.5 * (list(LOOKS).index(column) - 1.5)
-    curve(axes, places, values, COLUMNS[column], LOOKS[column], shift)
+def _columns(axes: Any, curves: dict[str, tuple[list, list]]) -> None:
+    """The curve of each column, places and values, their bars side by side."""
+    for number, (column, (places, values)) in enumerate(curves.items()):
+        curve(axes, places, values, COLUMNS[column], LOOKS[column], 2.5 * (number - (len(curves) - 1) / 2))
 
 
 def _logarithmic(axes: Any, places: list) -> None:
@@ -156,6 +156,7 @@ def _logarithmic(axes: Any, places: list) -> None:
         axes.set_xscale("symlog", linthresh=places[1])
     else:
         axes.set_xscale("log")
+    axes.autoscale_view()
     axes.set_xticks(places, [short(place) for place in places])
     axes.set_xticks([], minor=True)
 
