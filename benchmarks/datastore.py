@@ -7,7 +7,7 @@
     size       bytes a chunk, time to open, resident memory of a store with made-up keys
     growth     time to build an index and to search it over stores of growing size, drawn if --plot is given
 
-Keys are made up, clustered and of length 1 (retro.retrieval.planning.synthetic), the same for the same --seed. The
+Keys are made up, clustered and of length 1 (synthetic.py), the same for the same --seed. The
 stores in --work are deleted at the end unless --keep is given; 10 million chunks of 384 float16 take 9.2 GB. Each
 figure is the median of the rounds.
 
@@ -29,12 +29,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from machine import machine
 from made_stores import K, built, in_turns, made_store, queries_of, recall, show, timed
+from synthetic import MadeUpEmbedder
 
 from retro.evaluation.plots import OTHER_LOOKS, picture, short
 from retro.retrieval import Retriever, build_index, build_neighbors, load_embedder
-from retro.retrieval.planning.calibration import machine
-from retro.retrieval.planning.synthetic import MadeUpEmbedder
 from retro.retrieval.search.index import exact_search
 from retro.text.chunks import decode_chunks, tokenize_ids
 from retro.text.corpus import read_documents
@@ -315,13 +315,14 @@ def size(arguments: argparse.Namespace) -> dict[str, Any]:
 
 STEPS = ("imports", "open", "10,000 random values", "a document's source", "searchable rows")
 OPENER = """
-import json, sys, time
-import numpy as np, psutil
+import json, resource, sys, time
+import numpy as np
 from retro.retrieval import Store
-rss, found, at = psutil.Process().memory_info, {}, time.perf_counter()
+found, at = {}, time.perf_counter()
 def note(step):
     global at
-    found[step + " seconds"], found[step + " MB"] = time.perf_counter() - at, rss().rss / 2**20
+    pages = int(open("/proc/self/statm").read().split()[1])  # resident
+    found[step + " seconds"], found[step + " MB"] = time.perf_counter() - at, pages * resource.getpagesize() / 2**20
     at = time.perf_counter()
 note("imports")
 store = Store.open(sys.argv[1])

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 from contestants import Contestant, Shape
+from machine import machine
 
 from retro.common.settings import find_config, read_yaml
 from retro.evaluation.plots import OTHER_LOOKS, curve, picture
 from retro.retrieval import BuildSettings, Store, build_index, build_neighbors, build_store
-from retro.retrieval.planning.calibration import machine
 from retro.text.corpus import read_documents
 from retro.text.tokenizer import train_tokenizer
 from retro.training.memory import keep_freed_memory

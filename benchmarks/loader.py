@@ -23,12 +23,12 @@ from statistics import median
 
 import numpy as np
 import torch
+from machine import machine
+from synthetic import write_synthetic_store
 
 from retro.common.settings import find_config, read_yaml
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import NeighborTable, Store, open_neighbors
-from retro.retrieval.planning.calibration import machine
-from retro.retrieval.planning.synthetic import write_synthetic_store
 from retro.training.memory import keep_freed_memory
 from retro.training.windows import Loader, Windows
 

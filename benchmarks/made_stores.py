@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from synthetic import SyntheticKeys, write_synthetic_store
 
 from retro.retrieval import Store, build_index
-from retro.retrieval.planning.synthetic import SyntheticKeys, write_synthetic_store
 
 K = 10
 

@@ -283,7 +283,7 @@ def about() -> dict:
     """Machine and versions; None for a peer that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from retro.retrieval.planning.calibration import machine
+    from machine import machine
 
     found = {**machine(), "threads": torch.get_num_threads()}
     for peer, (_, package) in PEERS.items():

@@ -45,6 +45,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # a checkout that is not installed
 
+from machine import machine
 from trials import PROBE_SECONDS, Trial, evaluation_data, part_of, step_tokens
 
 from retro.common.files import save_json
@@ -54,7 +55,6 @@ from retro.evaluation.plots import OTHER_LOOKS, check_plot, curve, picture, plai
 from retro.evaluation.scorer import ChunkScores, EvaluationData
 from retro.provenance import versions
 from retro.retrieval import Store
-from retro.retrieval.planning.calibration import machine
 from retro.training.settings import TrainSettings
 
 STARTS: dict[str, dict[str, Any]] = {

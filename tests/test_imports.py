@@ -34,15 +34,6 @@ MAY_IMPORT = {
         "retro.retrieval.search",
         "retro.retrieval.executors",
     ),
-    "retro.retrieval.planning": (
-        "retro.common",
-        "retro.text",
-        "retro.retrieval.store",
-        "retro.retrieval.embedding",
-        "retro.retrieval.search",
-        "retro.retrieval.executors",
-        "retro.retrieval.building",
-    ),
     "retro.retrieval.retriever": (
         "retro.text",
         "retro.retrieval.neighbors",
@@ -87,6 +78,7 @@ MAY_IMPORT = {
         "retro.loading",
         "retro.evaluation",
     ),
+    "retro.planning": ("retro.text", "retro.retrieval", "retro.model", "retro.evaluation"),
     "retro.serve": (
         "retro.version",
         "retro.web",
@@ -119,6 +111,7 @@ MAY_IMPORT = {
         "retro.sampling",
         "retro.evaluation",
         "retro.training",
+        "retro.planning",
         "retro.serve",
         "retro.demo",
     ),

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
+from benchmarks.synthetic import write_synthetic_store
 from retro.retrieval import Store, build_index, open_index
-from retro.retrieval.planning.synthetic import write_synthetic_store
 from retro.retrieval.search import exact
 from retro.retrieval.search import index as index_module
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, Segment, tune
@@ -268,7 +268,7 @@ def test_few_rows_and_copies(tmp_path, tokenizer, kind):
 @pytest.fixture(scope="module")
 def clustered(tmp_path_factory):
     """6,000 keys of 32 dimensions in clusters, in two shards."""
-    from retro.retrieval.planning.synthetic import write_synthetic_store
+    from benchmarks.synthetic import write_synthetic_store
 
     return write_synthetic_store(tmp_path_factory.mktemp("clustered") / "store", 6000, 32, shard_chunks=3000)
 

@@ -1,1 +1,0 @@
-"""What a datastore will cost before it is built."""
