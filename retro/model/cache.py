@@ -141,12 +141,13 @@ class RetroCache(Cache):
         return out
 
     def conditions(self, h: Float[Tensor, "b s d"], step: CachedStep) -> Float[Tensor, "c m d"] | None:
-        """H_u of each chunk of `step.found`, from the states held and the new ones, which are held from now on.
+        """H_u of each chunk of `step.found`, from the states held and the new ones, which are held from now on::
 
-        m = 4, first = 6, C_2 = positions 4 .. 7     states   [ held, a ring ][ new      ]
-                                                     position   4  5  2  3      6  7  8
-                                                     column     0  1  2  3      4  5  6
-        so H_2 = columns 0 1 4 5: p % m where p < first, m + p - first from there on
+            m = 4, first = 6, C_2 = positions 4 .. 7     states   [ held, a ring ][ new      ]
+                                                         position   4  5  2  3      6  7  8
+                                                         column     0  1  2  3      4  5  6
+
+        So H_2 = columns 0 1 4 5: p % m where p < first, m + p - first from there on.
         """
         m, device, conditions = self.chunk_len, h.device, None
         if step.found:
