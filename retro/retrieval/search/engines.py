@@ -97,25 +97,42 @@ class IndexLayout:
 
 
 def choose_layout(engine: str, settings: dict[str, Any], rows: int, width: int) -> IndexLayout:
-    """The layout for a segment of so many rows, of what the settings leave open.
+    """The layout for a segment of so many rows: what the settings name, and where they leave it open
 
-    scann: brute force below 20,000 rows, AH codes above, on a tree of sqrt(rows) leaves from 100,000 and with SOAR from
-    5 million; a float32 copy to order candidates by while the keys take at most 2 GiB, above that the codes alone.
-    faiss: flat below 100,000 rows, then 4 sqrt(rows) inverted lists of keys while these take at most 2 GiB, of PQ codes
-    above. Codes that were asked for give way to whole keys below 1,000 rows.
+        rows from      scann                                    faiss
+        0              brute                                    flat
+        20,000         ah-float32                               flat
+        100,000        ah-float32, a tree of sqrt(rows) leaves  ivf-flat, 4 sqrt(rows) inverted lists
+        5,000,000      the same, each row in two leaves (SOAR)  ivf-flat
+        keys > 2 GiB   ah in place of ah-float32                ivf-pq in place of ivf-flat
+
+    Below 1,000 rows codes that are asked for give way to whole keys, unless leaves or lists are asked for too.
     """
-    small = 4 * rows * (width + 1) <= KEYS_IN_MEMORY
+    choose = {"scann": _choose_scann, "faiss": _choose_faiss}[engine]
+    return choose(settings, rows, width, 4 * rows * (width + 1) <= KEYS_IN_MEMORY)
+
+
+def _choose_scann(settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
+    leaves = settings["leaves"] or (round(rows**0.5) if rows >= SCANN_TREE_ROWS else 0)
     codes = settings["codes"]
-    if engine == "scann":
-        lists = settings["leaves"] or (round(rows**0.5) if rows >= SCANN_TREE_ROWS else 0)
-        codes = codes or ("brute" if rows < SCANN_BRUTE_ROWS and not lists else "ah-float32" if small else "ah")
-        if codes == "brute" or (rows < _FEW_ROWS and not settings["leaves"]) or rows < 16:
-            return IndexLayout("scann", "brute")
-        block = max(2, -(-(width + 1) // 256))  # up to 256 blocks keep the fast path
-        soar = bool(lists) and (rows >= SCANN_SOAR_ROWS if settings["soar"] is None else settings["soar"])
-        return IndexLayout("scann", codes, min(lists, rows), block, soar=soar)
-    automatic = "flat" if rows < FAISS_FLAT_ROWS and not settings["lists"] else "ivf-flat" if small else "ivf-pq"
-    codes = codes or automatic
+    if not codes and rows < SCANN_BRUTE_ROWS and not leaves:
+        codes = "brute"
+    elif not codes:
+        codes = "ah-float32" if keys_fit else "ah"
+    too_few = rows < 16 or (rows < _FEW_ROWS and not settings["leaves"])
+    if codes == "brute" or too_few:
+        return IndexLayout("scann", "brute")
+    block = max(2, -(-(width + 1) // 256))  # up to 256 blocks keep the fast path
+    soar = rows >= SCANN_SOAR_ROWS if settings["soar"] is None else settings["soar"]
+    return IndexLayout("scann", codes, min(leaves, rows), block, soar=bool(leaves and soar))
+
+
+def _choose_faiss(settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
+    codes = settings["codes"]
+    if not codes and rows < FAISS_FLAT_ROWS and not settings["lists"]:
+        codes = "flat"
+    elif not codes:
+        codes = "ivf-flat" if keys_fit else "ivf-pq"
     if rows < _FEW_ROWS and not settings["lists"]:
         codes = "flat"
     lists = min(settings["lists"] or round(4 * rows**0.5), rows) if codes.startswith("ivf") else 0
@@ -123,7 +140,8 @@ def choose_layout(engine: str, settings: dict[str, Any], rows: int, width: int) 
         return IndexLayout("faiss", codes, lists)
     block = max(size for size in range(1, 9) if width % size == 0)
     sample = min(max(settings.get("training_sample") or rows, 40 * lists), rows)
-    return IndexLayout("faiss", codes, lists, block, bits=int(min(max(log2(sample / 39), 1), 8)))
+    bits = int(min(max(log2(sample / 39), 1), 8))  # faiss wants 39 rows for each of the 2^bits centroids
+    return IndexLayout("faiss", codes, lists, block, bits)
 
 
 @runtime_checkable
