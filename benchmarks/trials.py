@@ -21,7 +21,7 @@ from retro.retrieval import Store, open_neighbors
 from retro.text.chunks import decode_chunks
 from retro.text.documents import Document
 from retro.training.batches import count_targets
-from retro.training.loop import Pace, train_step
+from retro.training.loop import StepTimer, train_step
 from retro.training.pretrain import model_config
 from retro.training.settings import TrainSettings
 from retro.training.setup import TrainingRun, setup
@@ -90,7 +90,7 @@ def serve(pipe: Any, settings: TrainSettings, data: dict[str, EvaluationData], p
 
 def probe(settings: TrainSettings, data: EvaluationData, seconds: float) -> dict[str, float]:
     """Seconds to set up, of a token in training and of a scored one, by a model that is thrown away."""
-    started, pace = time.monotonic(), Pace()
+    started, pace = time.monotonic(), StepTimer()
     run = setup(replace(settings, max_tokens=2**40), model_config, RetroForCausalLM)
     with closing(iter(run.loader)) as batches:
         for _ in range(PROBE_STEPS):
@@ -109,7 +109,7 @@ def probe(settings: TrainSettings, data: EvaluationData, seconds: float) -> dict
 
 def train(settings: TrainSettings, data: dict[str, EvaluationData], points: int) -> Iterator[tuple[str, dict]]:
     """Train to the end, and score where it is due: the first of the data at every point, all at the last."""
-    run, pace = setup(settings, model_config, RetroForCausalLM), Pace()
+    run, pace = setup(settings, model_config, RetroForCausalLM), StepTimer()
     state, last = run.state, run.num_steps
     parameters = sum(one.numel() for one in state.model.parameters())
     yield "started", {"parameters": parameters, "steps": last, "tokens": last * step_tokens(settings)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
-from retro.training.finetune import FinetuneSettings, Start
+from retro.training.finetune import FinetuneModelFactory, FinetuneSettings
 from retro.training.loop import fit
 from retro.training.script import leave, run_script
 from retro.training.setup import setup
@@ -26,9 +26,9 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
     # what is to be done: defaults <- one YAML file <- key=value
     settings = load_settings(FinetuneSettings, find_config(config, "finetune"), list(overrides))
     # the trained model to start from
-    start = Start(settings)
+    factory = FinetuneModelFactory(settings)
     # the store, the questions with their passages, and the model: the one to start from, or the last checkpoint's
-    run = setup(settings, start.config, start, start.windows)
+    run = setup(settings, factory.config, factory, factory.windows)
     # every step, with checkpoints; a signal stops it after a step, and the same command goes on
     return fit(run)
 

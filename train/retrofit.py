@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
 from retro.training.loop import fit
-from retro.training.retrofit import Fitting, RetrofitSettings
+from retro.training.retrofit import RetrofitModelFactory, RetrofitSettings
 from retro.training.script import leave, run_script
 from retro.training.setup import setup
 
@@ -23,9 +23,9 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
     # what is to be done: defaults <- one YAML file <- key=value
     settings = load_settings(RetrofitSettings, find_config(config, "retrofit"), list(overrides))
     # the base, frozen
-    fitting = Fitting(settings)
+    factory = RetrofitModelFactory(settings)
     # the store, windows of its chunks with their neighbors, and what is added to the base, new or as last saved
-    run = setup(settings, fitting.config, fitting)
+    run = setup(settings, factory.config, factory)
     if run.accelerator.is_main_process:
         run.state.model.print_trainable_parameters()
     # every step, with validation and checkpoints; a signal stops it after a step, and the same command goes on

@@ -131,7 +131,7 @@ def sweep_datastore(
     if {"auto", "scann", "faiss"} & set(index.split("+")):
         raise ValueError(f"index is {index}, but a share is searched exactly; use exact, tfidf, bm25, or several by +.")
     _require_reader(model)
-    k, queries = neighbors_of(model, num_neighbors), _Remembered(store, embedder)
+    k, queries = neighbors_of(model, num_neighbors), _CachingEmbedder(store, embedder)
     whole = Retriever(store, index, queries)
     data = reading.prepare(documents, whole, k)
     given, read, points = reading.given(data, model, baseline), _read(model, store), []
@@ -232,7 +232,7 @@ class Subsample(Store):
         return stable_hash({"shard": super().shard_fingerprint(number), "sample": self.fingerprint})
 
 
-class _Remembered:
+class _CachingEmbedder:
     """The embedder of a store, which embeds each query once, and is loaded when the first one comes."""
 
     def __init__(self, store: Store, embedder: Embedder | None = None):

@@ -282,7 +282,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # What the base knows of a text
 
 
-class _Reached(Exception):
+class _LayerReached(Exception):
     pass
 
 
@@ -298,11 +298,11 @@ def hidden_after(
 
     def keep(module, args, out):
         kept.append(first_tensor(out))
-        raise _Reached
+        raise _LayerReached
 
     handle = anatomy.layer(base, layer).register_forward_hook(keep)
     try:
-        with evaluating(base), suppress(_Reached):
+        with evaluating(base), suppress(_LayerReached):
             base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
     finally:
         handle.remove()

@@ -61,7 +61,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         self.post_init()
         if hasattr(self.base, "generation_config"):
             self.generation_config = copy.deepcopy(self.base.generation_config)
-        self._key = _Key()
+        self._key = _HookKey()
         add_hooks(self.base, self.anatomy, self.form.hook_points, self._key)
         self._packing_way = packing_way(self.base)
         self._head_is_plain = head_is_plain(self.base)
@@ -375,7 +375,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         """Nothing: the base has its weights and the form its start."""
 
 
-class _Key:
+class _HookKey:
     """Whose hooks are whose; equal only to itself, and copied together with its model."""
 
 

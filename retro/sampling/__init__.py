@@ -7,8 +7,8 @@ _HOME = {
     "CopiedRun": "retro.sampling.sources",
     "ReadNeighbor": "retro.sampling.sources",
     "ReadingChunk": "retro.sampling.sources",
-    "TextPieces": "retro.sampling.pieces",
-    "TextStream": "retro.sampling.pieces",
+    "IncrementalDetokenizer": "retro.sampling.detokenizer",
+    "TextStream": "retro.sampling.detokenizer",
     "as_json": "retro.sampling.sources",
     "attribute": "retro.sampling.sources",
     "html_fragment": "retro.sampling.page",
@@ -18,8 +18,8 @@ _HOME = {
     "terminal_stream": "retro.sampling.terminal",
     "terminal_text": "retro.sampling.terminal",
     "token_gains": "retro.sampling.sampler",
-    "token_texts": "retro.sampling.pieces",
-    "visible": "retro.sampling.pieces",
+    "token_texts": "retro.sampling.detokenizer",
+    "visible": "retro.sampling.detokenizer",
     "wants_color": "retro.sampling.terminal",
 }
 __all__ = list(_HOME)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from retro.sampling.pieces import visible
+from retro.sampling.detokenizer import visible
 from retro.sampling.sources import Attribution, ReadingChunk, ReadNeighbor
 from retro.sampling.terminal import MIN_SHOWN_RUN, shown_runs, where
 

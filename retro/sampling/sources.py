@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retro.sampling.pieces import token_texts
+from retro.sampling.detokenizer import token_texts
 from retro.text.overlap import common_runs
 
 if TYPE_CHECKING:

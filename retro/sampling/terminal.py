@@ -8,7 +8,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any, TextIO
 
-from retro.sampling.pieces import TextStream, visible
+from retro.sampling.detokenizer import TextStream, visible
 from retro.sampling.sources import Attribution, ReadingChunk, ReadNeighbor
 
 MIN_SHOWN_RUN = 3  # tokens; shorter runs are chance, and are shown nowhere but in the objects and in JSON

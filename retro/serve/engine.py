@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from retro.model.padding import pad_left
 from retro.serve.limits import Limits
-from retro.serve.rows import Closed, DrawRows, FoundByChunk, PushRows, Row, RunningRow
+from retro.serve.rows import FoundByChunk, Row, RowCancelled, RunningRow, SampleRows, StreamRows
 from retro.text.chunks import pad_token_id
 from retro.web.worker import Worker
 
@@ -23,7 +23,7 @@ _GATHER_SECONDS = 0.02  # how long the first row of a batch waits for others tha
 logger = logging.getLogger(__name__)
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue is full."""
 
 
@@ -45,7 +45,7 @@ class GenerationEngine(Worker):
         self._running: list[Row] = []
 
     def __exit__(self, *error: object) -> None:
-        """End all rows with `Closed` and wait for the thread."""
+        """End all rows with `RowCancelled` and wait for the thread."""
         with self._changed:
             self._closed = True  # from here on no further row runs
             for row in self._running:
@@ -62,10 +62,10 @@ class GenerationEngine(Worker):
         """Queue rows; raises Full if they do not all fit, Closed at shutdown."""
         with self._changed:
             if not self.is_alive:
-                raise Closed
+                raise RowCancelled
             self._drop_cancelled()
             if len(self._waiting) + len(rows) > self.limits.max_queue:
-                raise Full
+                raise QueueFull
             self._waiting.extend(rows)
             self._changed.notify_all()
 
@@ -83,7 +83,7 @@ class GenerationEngine(Worker):
             with self._changed:
                 self._running = []
         for row in self._waiting:
-            row.end("error", Closed())
+            row.end("error", RowCancelled())
 
     def _next_batch(self) -> list[Row]:
         """The rows that go with the longest waiting one; none at shutdown."""
@@ -118,8 +118,8 @@ class GenerationEngine(Worker):
                 max_new_tokens=max(row.max_new_tokens for row in rows),
                 do_sample=False,
                 pad_token_id=padding,
-                logits_processor=LogitsProcessorList([DrawRows(running)]),
-                stopping_criteria=StoppingCriteriaList([PushRows(running, sorted(self.end_ids))]),
+                logits_processor=LogitsProcessorList([SampleRows(running)]),
+                stopping_criteria=StoppingCriteriaList([StreamRows(running, sorted(self.end_ids))]),
                 **retrieval,
             )
         for row in rows:

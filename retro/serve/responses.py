@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from retro.serve.engine import Full, GenerationEngine
-from retro.serve.rows import Closed, Row
+from retro.serve.engine import GenerationEngine, QueueFull
+from retro.serve.rows import Row, RowCancelled
 from retro.web.errors import ApiError
 
 Event = tuple[int, str, Any]  # number of the row, kind and value as in `Row.send`
@@ -91,10 +91,10 @@ def submit(engine: GenerationEngine, rows: Sequence[Row]) -> AsyncGenerator[Even
         row.send = partial(send, index)
     try:
         engine.submit(rows)
-    except Full:
+    except QueueFull:
         raise ApiError(429, "the queue is full; try again in a moment.", code="queue_full") from None
-    except Closed:
-        raise _failure(Closed()) from None
+    except RowCancelled:
+        raise _failure(RowCancelled()) from None
     return _events(rows, queue, engine.limits.max_seconds)
 
 
@@ -119,7 +119,7 @@ async def _events(rows: Sequence[Row], queue: asyncio.Queue, seconds: float) -> 
 def _failure(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, Closed):
+    if isinstance(error, RowCancelled):
         return ApiError(503, "the server is shutting down.", code="shutting_down")
     return ApiError(500, "the model failed; the server's log says why.")
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from retro.sampling import TextPieces, as_json, attribute
+from retro.sampling import IncrementalDetokenizer, as_json, attribute
 
 if TYPE_CHECKING:
     from retro.retrieval import Neighbors, Retriever
@@ -62,7 +62,7 @@ class FoundByChunk:
         return self._found[np.asarray(chunk, np.int64).tobytes()]
 
 
-class Closed(Exception):
+class RowCancelled(Exception):
     """A row was no longer wanted, or the engine shuts down."""
 
 
@@ -111,7 +111,7 @@ class RunningRow:
         self, row: Row, tokenizer: Any, end_ids: frozenset[int], chunk_len: int, found: FoundByChunk | None
     ) -> None:
         self.row, self._tokenizer, self._end_ids, self._chunk_len = row, tokenizer, end_ids, chunk_len
-        self._pieces, self._stops = TextPieces(tokenizer, row.prompt_ids), StopStrings(row.stops)
+        self._detokenizer, self._stops = IncrementalDetokenizer(tokenizer, row.prompt_ids), StopStrings(row.stops)
         self._generator = torch.Generator().manual_seed(row.seed)
         self._found, self._read = found, {}
         self._first = len(row.prompt_ids) // chunk_len  # the chunk that the first new token is in
@@ -131,14 +131,14 @@ class RunningRow:
         """Take the token that was drawn; hand out text and sources, or the end."""
         row = self.row
         if row.cancelled:
-            row.end("error", Closed())
+            row.end("error", RowCancelled())
         if row.finished:
             return
         row.new_ids.append(token)
         self._send_new_sources()
         if token in self._end_ids:
             return self._end("stop", "")
-        text, stopped = self._stops.push(self._pieces.add(token))
+        text, stopped = self._stops.push(self._detokenizer.add(token))
         if stopped:
             return self._last_words("stop", text)
         if len(row.new_ids) == row.max_new_tokens:
@@ -147,7 +147,7 @@ class RunningRow:
 
     def _end(self, reason: str, text: str) -> None:
         """End with what was held back, which may still hold a stop string; a character that was cut is left out."""
-        rest, stopped = self._stops.push(self._pieces.rest().rstrip(_BROKEN))
+        rest, stopped = self._stops.push(self._detokenizer.rest().rstrip(_BROKEN))
         self._last_words("stop" if stopped else reason, text + rest + ("" if stopped else self._stops.flush()))
 
     def _last_words(self, reason: str, text: str) -> None:
@@ -206,7 +206,7 @@ def chunks_json(
     return chunks
 
 
-class DrawRows(LogitsProcessor):
+class SampleRows(LogitsProcessor):
     """Leaves each row one token, drawn by its own settings and generator; greedy decoding then takes it."""
 
     def __init__(self, rows: Sequence[RunningRow]) -> None:
@@ -218,7 +218,7 @@ class DrawRows(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-class PushRows(StoppingCriteria):
+class StreamRows(StoppingCriteria):
     """Hands each row its token and ends the rows that are finished.
 
     A streamer would see a token only after generate() has asked its criteria, and cannot end a row; this one place

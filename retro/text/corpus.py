@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from retro.text.documents import Document, Input, Piece, Reject
-from retro.text.formats import read_piece
+from retro.text.documents import Document, Input, InputPartition, Reject
+from retro.text.formats import read_partition
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -73,7 +73,7 @@ def expand_inputs(inputs: Sequence[str]) -> list[Input]:
 
 def read_input(item: Input, text_field: str = "text") -> Iterator[Document | Reject]:
     """All records of one frozen input."""
-    return read_piece(Piece(item), text_field)
+    return read_partition(InputPartition(item), text_field)
 
 
 # Inputs

@@ -1,4 +1,4 @@
-"""What is read: documents, records that are none, inputs and pieces of them."""
+"""What is read: documents, records that are none, inputs and partitions of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputPartition:
     """A range of one input's records.
 
     start, stop: bytes of a plain JSONL file, lines of a compressed one, row groups of a Parquet file, rows of a

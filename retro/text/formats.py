@@ -1,4 +1,4 @@
-"""Inputs by format: how each is split into pieces, and how the records of a piece are read.
+"""Inputs by format: how each is split into partitions, and how the records of a partition are read.
 
 JSON Lines (also gzipped), Parquet, plain text, a dataset of `datasets`, the documentation of a package.
 """
@@ -17,33 +17,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from retro.text.documents import Document, Input, Piece, Reject, has_surrogates
+from retro.text.documents import Document, Input, InputPartition, Reject, has_surrogates
 from retro.text.packages import package_documents, package_modules
 
 _BOM = b"\xef\xbb\xbf"
-_MOST_GZIP_PIECES = 64  # every piece of a compressed file is decompressed from the file's beginning
+_MOST_GZIP_PARTITIONS = 64  # every partition of a compressed file is decompressed from the file's beginning
 
 
-def read_piece(piece: Piece, text_field: str = "text") -> Iterator[Document | Reject]:
-    """The records of a piece, as `read_input` gives them in their place."""
+def read_partition(partition: InputPartition, text_field: str = "text") -> Iterator[Document | Reject]:
+    """The records of a partition, as `read_input` gives them in their place."""
     readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "dataset": _read_dataset}
-    if piece.item.kind == "package":
-        return iter(package_documents([piece.item.path]))
-    return readers[piece.item.kind](piece, text_field)
+    if partition.item.kind == "package":
+        return iter(package_documents([partition.item.path]))
+    return readers[partition.item.kind](partition, text_field)
 
 
-def split_input(item: Input, piece_bytes: int | None = None) -> tuple[dict[str, Any], list[Piece]]:
-    """An input's record for a manifest, and its pieces in order; all pieces together hold every record once.
+def split_input(item: Input, partition_bytes: int | None = None) -> tuple[dict[str, Any], list[InputPartition]]:
+    """An input's record for a manifest, and its partitions in order; all partitions together hold every record once.
 
-    piece_bytes: a piece ends at the first border between records after so many bytes; None is one piece. Text files
-    and packages are one piece always. Reads the whole input once; ValueError if it is damaged.
+    partition_bytes: a partition ends at the first border between records after so many bytes; None is one partition.
+    Text files and packages are one always. Reads the whole input once; ValueError if it is damaged.
     """
-    size, digest, marks = _SCANS[item.kind](item, piece_bytes or sys.maxsize)
-    pieces = [
-        Piece(item, start, stop, first, stop_byte - start_byte)
+    size, digest, marks = _SCANS[item.kind](item, partition_bytes or sys.maxsize)
+    partitions = [
+        InputPartition(item, start, stop, first, stop_byte - start_byte)
         for (start, first, start_byte), (stop, _, stop_byte) in zip(marks, marks[1:], strict=False)
     ]
-    return {"name": item.name, "kind": item.kind, "bytes": size, "sha256": digest}, pieces
+    return {"name": item.name, "kind": item.kind, "bytes": size, "sha256": digest}, partitions
 
 
 # Inputs
@@ -58,35 +58,35 @@ def _file_digest(paths: Iterable[str], names: Sequence[str] = ()) -> str:
     return digest.hexdigest()
 
 
-# Pieces: (bytes, sha256, marks) of an input. A mark is where a piece begins, as its `start`, the number of its first
+# Partitions: (bytes, sha256, marks) of an input. A mark is where a partition begins, as its `start`, the number of its
 # record and the bytes before it; the last mark is the end.
 
 
 _Mark = tuple[int | None, int, int]
 
 
-def _scan_whole(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+def _scan_whole(item: Input, partition_bytes: int) -> tuple[int, str, list[_Mark]]:
     size = os.path.getsize(item.path)
     return size, _file_digest([item.path]), [(0, 1, 0), (None, 1, size)]
 
 
-def _scan_package(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+def _scan_package(item: Input, partition_bytes: int) -> tuple[int, str, list[_Mark]]:
     modules = package_modules(item.path)
     names, paths = [name for name, _ in modules], [str(path) for _, path in modules]
     size = sum(map(os.path.getsize, paths))
     return size, _file_digest(paths, names), [(0, 1, 0), (None, 1, size)]
 
 
-def _scan_jsonl(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+def _scan_jsonl(item: Input, partition_bytes: int) -> tuple[int, str, list[_Mark]]:
     if _is_gzip(item.path):
-        return _scan_gzip(item, piece_bytes)
+        return _scan_gzip(item, partition_bytes)
     digest, size, line = hashlib.sha256(), 0, 1
     marks: list[_Mark] = [(0, 1, 0)]
     with open(item.path, "rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
             begin = 0
-            while (end := block.find(b"\n", max(marks[-1][2] + piece_bytes - size - 1, begin))) >= 0:
+            while (end := block.find(b"\n", max(marks[-1][2] + partition_bytes - size - 1, begin))) >= 0:
                 line += block.count(b"\n", begin, end + 1)
                 begin = end + 1
                 marks.append((size + begin, line, size + begin))
@@ -95,23 +95,23 @@ def _scan_jsonl(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
     return size, digest.hexdigest(), _ended(marks, size, line, size)
 
 
-def _scan_gzip(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+def _scan_gzip(item: Input, partition_bytes: int) -> tuple[int, str, list[_Mark]]:
     marks: list[_Mark] = [(0, 1, 0)]
     line = size = 0
     try:
         with gzip.open(item.path, "rb") as handle:
             for line, raw in enumerate(handle, start=1):
                 size += len(raw)
-                if size - marks[-1][2] >= piece_bytes:
+                if size - marks[-1][2] >= partition_bytes:
                     marks.append((line, line + 1, size))
     except _GZIP_ERRORS as error:
         raise _damaged(item, line + 1, error) from None
-    step = -(-len(marks) // _MOST_GZIP_PIECES)
+    step = -(-len(marks) // _MOST_GZIP_PARTITIONS)
     marks = _ended(marks[::step], line, line + 1, size)
     return os.path.getsize(item.path), _file_digest([item.path]), marks
 
 
-def _scan_parquet(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+def _scan_parquet(item: Input, partition_bytes: int) -> tuple[int, str, list[_Mark]]:
     import pyarrow.parquet as pq
 
     marks: list[_Mark] = [(0, 1, 0)]
@@ -121,25 +121,25 @@ def _scan_parquet(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]
         for group in range(1, metadata.num_row_groups + 1):
             row += metadata.row_group(group - 1).num_rows
             size += metadata.row_group(group - 1).total_byte_size
-            if size - marks[-1][2] >= piece_bytes:
+            if size - marks[-1][2] >= partition_bytes:
                 marks.append((group, row, size))
     return os.path.getsize(item.path), _file_digest([item.path]), _ended(marks, group, row, size)
 
 
-def _scan_dataset(item: Input, piece_bytes: int) -> tuple[int, str, list[_Mark]]:
+def _scan_dataset(item: Input, partition_bytes: int) -> tuple[int, str, list[_Mark]]:
     digest, size, row = hashlib.sha256(), 0, 0
     marks: list[_Mark] = [(0, 1, 0)]
     for row, record in enumerate(_load_dataset(item), start=1):
         line = json.dumps(record, sort_keys=True, default=str).encode("ascii")
         digest.update(line + b"\n")
         size += len(line) + 1
-        if size - marks[-1][2] >= piece_bytes:
+        if size - marks[-1][2] >= partition_bytes:
             marks.append((row, row + 1, size))
     return size, digest.hexdigest(), _ended(marks, row, row + 1, size)
 
 
 def _ended(marks: list[_Mark], stop: int, number: int, size: int) -> list[_Mark]:
-    """Marks with the end of the input, unless the last piece ends there."""
+    """Marks with the end of the input, unless the last partition ends there."""
     return marks if len(marks) > 1 and marks[-1][0] == stop else [*marks, (stop, number, size)]
 
 
@@ -199,18 +199,18 @@ def _damaged(item: Input, line: int, error: Exception) -> ValueError:
     return ValueError(f"{item.name}:{line}: the compressed file is damaged ({error}); restore it from a copy")
 
 
-def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
-    item, line = piece.item, piece.first - 1
+def _read_jsonl(partition: InputPartition, text_field: str) -> Iterator[Document | Reject]:
+    item, line = partition.item, partition.first - 1
     try:
-        for line, raw in enumerate(_lines(piece), start=piece.first):
+        for line, raw in enumerate(_lines(partition), start=partition.first):
             yield _record_of_line(raw.removeprefix(_BOM) if line == 1 else raw, (item.name, line), text_field)
     except _GZIP_ERRORS as error:
         raise _damaged(item, line + 1, error) from None
 
 
-def _lines(piece: Piece) -> Iterator[bytes]:
-    """The lines of a piece; ValueError if it does not end where it ended when the input was split."""
-    path, at, stop = piece.item.path, piece.start, piece.stop
+def _lines(partition: InputPartition) -> Iterator[bytes]:
+    """The lines of a partition; ValueError if it does not end where it ended when the input was split."""
+    path, at, stop = partition.item.path, partition.start, partition.stop
     with gzip.open(path, "rb") if _is_gzip(path) else open(path, "rb") as handle:
         if _is_gzip(path):
             for raw in islice(handle, at, stop):
@@ -222,7 +222,7 @@ def _lines(piece: Piece) -> Iterator[bytes]:
                 at += len(raw)
                 yield raw
     if stop not in (None, at):
-        raise ValueError(f"{piece.item.name} has changed since the work began; start again")
+        raise ValueError(f"{partition.item.name} has changed since the work began; start again")
 
 
 def _record_of_line(raw: bytes, place: tuple[str, int], text_field: str) -> Document | Reject:
@@ -242,13 +242,13 @@ def _record_of_line(raw: bytes, place: tuple[str, int], text_field: str) -> Docu
     return Reject(found.file, found.line, found.reason, shown) if isinstance(found, Reject) else found
 
 
-def _read_parquet(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
+def _read_parquet(partition: InputPartition, text_field: str) -> Iterator[Document | Reject]:
     import pyarrow.parquet as pq
 
-    item, row = piece.item, piece.first - 1
+    item, row = partition.item, partition.first - 1
     with _readable_parquet(item):
         file = pq.ParquetFile(item.path)
-        groups = list(range(file.num_row_groups))[piece.start : piece.stop]
+        groups = list(range(file.num_row_groups))[partition.start : partition.stop]
         for batch in file.iter_batches(batch_size=1024, row_groups=groups):
             for record in _records_of_batch(batch):
                 row += 1
@@ -278,8 +278,8 @@ def _records_of_batch(batch: Any) -> list[Any]:
         return [record for row in range(batch.num_rows) for record in _records_of_batch(batch.slice(row, 1))]
 
 
-def _read_text(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
-    item = piece.item
+def _read_text(partition: InputPartition, text_field: str) -> Iterator[Document | Reject]:
+    item = partition.item
     raw = Path(item.path).read_bytes().removeprefix(_BOM)
     try:
         yield Document(item.name, raw.decode("utf-8"), place=item.name)
@@ -307,8 +307,8 @@ def _load_dataset(item: Input) -> Any:
     return found
 
 
-def _read_dataset(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
-    found = _load_dataset(piece.item)
-    rows = range(len(found))[piece.start : piece.stop]
-    for row, record in enumerate(found.select(rows), start=piece.first):
-        yield document_of(dict(record), (piece.item.name, row), text_field)
+def _read_dataset(partition: InputPartition, text_field: str) -> Iterator[Document | Reject]:
+    found = _load_dataset(partition.item)
+    rows = range(len(found))[partition.start : partition.stop]
+    for row, record in enumerate(found.select(rows), start=partition.first):
+        yield document_of(dict(record), (partition.item.name, row), text_field)

@@ -60,11 +60,11 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
     the user can mend.
     """
     settings = load_settings(FinetuneSettings, find_config(config, "finetune"), list(overrides))
-    start = Start(settings)
-    return fit(setup(settings, start.config, start, start.windows))
+    factory = FinetuneModelFactory(settings)
+    return fit(setup(settings, factory.config, factory, factory.windows))
 
 
-class Start:
+class FinetuneModelFactory:
     """How the loop makes its model: from the folder it starts at, or from a checkpoint."""
 
     def __init__(self, settings: FinetuneSettings):

@@ -43,7 +43,7 @@ def fit(run: TrainingRun) -> bool:
     settings, state, accelerator = run.settings, run.state, run.accelerator
     prepare_output(run)
     started_at, elapsed_before = time.monotonic(), state.elapsed_seconds
-    last_saved, since_log = state.step, Pace()
+    last_saved, since_log = state.step, StepTimer()
     with stop_requests() as stop, _progress(run) as progress, closing(iter(run.loader)) as batches:
         while state.step < run.num_steps:
             with since_log:
@@ -120,7 +120,7 @@ def _require_finite(run: TrainingRun, loss: float, grad_norm: float) -> None:
     )
 
 
-def _log_training(run: TrainingRun, progress: tqdm, grad_norm: float, pace: Pace) -> None:
+def _log_training(run: TrainingRun, progress: tqdm, grad_norm: float, pace: StepTimer) -> None:
     """Log the mean loss over the tokens since the last line, and start the next line."""
     state = run.state
     loss, rate = state.loss_sum / max(1, state.loss_tokens), learning_rate(state.step - 1, run.num_steps, run.settings)
@@ -132,7 +132,7 @@ def _log_training(run: TrainingRun, progress: tqdm, grad_norm: float, pace: Pace
 
 
 @dataclass
-class Pace:
+class StepTimer:
     """Steps and the seconds spent in them, without evaluation and saving."""
 
     steps: int = 0

@@ -55,14 +55,14 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 def prepare_run(settings: RetrofitSettings) -> TrainingRun:
     """Open base and data, and fit the base or read what was trained from the last checkpoint."""
-    fitting = Fitting(settings)
-    run = setup(settings, fitting.config, fitting)
+    factory = RetrofitModelFactory(settings)
+    run = setup(settings, factory.config, factory)
     if run.accelerator.is_main_process:
         run.state.model.print_trainable_parameters()
     return run
 
 
-class Fitting:
+class RetrofitModelFactory:
     """How the loop makes its model: from a configuration, or from a checkpoint over the same base."""
 
     def __init__(self, settings: RetrofitSettings):

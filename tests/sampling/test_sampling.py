@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from retro.retrieval import Neighbors
 from retro.sampling import (
-    TextPieces,
+    IncrementalDetokenizer,
     TextStream,
     as_json,
     attribute,
@@ -91,9 +91,9 @@ def test_bytes_that_make_no_character_are_held_and_then_shown(bytes_tokenizer):
 def test_bytes_that_make_no_character_are_held_for_a_few_tokens_only(bytes_tokenizer):
     fox = bytes_tokenizer("🦊", add_special_tokens=False)["input_ids"][-4:]
     stray = fox[1]
-    pieces = TextPieces(bytes_tokenizer)
-    assert [pieces.add(token) for token in [stray] * 6] == ["", "", "", *["\ufffd"] * 3]
-    assert "".join(pieces.add(token) for token in fox) + pieces.rest() == "\ufffd" * 3 + "🦊"
+    detokenizer = IncrementalDetokenizer(bytes_tokenizer)
+    assert [detokenizer.add(token) for token in [stray] * 6] == ["", "", "", *["\ufffd"] * 3]
+    assert "".join(detokenizer.add(token) for token in fox) + detokenizer.rest() == "\ufffd" * 3 + "🦊"
     texts = token_texts(bytes_tokenizer, [stray, *fox, stray])
     assert "".join(texts) == "\ufffd🦊\ufffd"
 

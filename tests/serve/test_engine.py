@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from retro import retrofit
-from retro.serve.engine import Full, GenerationEngine
-from retro.serve.rows import Closed, Row
+from retro.serve.engine import GenerationEngine, QueueFull
+from retro.serve.rows import Row, RowCancelled
 from tests.serve.conftest import wait_until
 from tests.stand_ins import words
 
@@ -177,7 +177,7 @@ def test_a_cancelled_row_stops_costing_and_the_others_go_on(make_engine, model, 
         assert all(listener.ended.wait(60) for listener in listeners)
         wait_until(lambda: engine.load == {"waiting": 0, "running": 0})
         assert listeners[0].text == by_generate(model, tokenizer, stores, staying)[1]
-    assert len(leaving.new_ids) == 5 and isinstance(listeners[1].events[-1][1], Closed)
+    assert len(leaving.new_ids) == 5 and isinstance(listeners[1].events[-1][1], RowCancelled)
 
 
 def test_a_row_cancelled_while_it_waits_never_runs(make_engine, tokenizer):
@@ -196,12 +196,12 @@ def test_a_full_queue_refuses_all_or_nothing(make_engine, tokenizer):
     with engine:
         rows = [Row(prompt(tokenizer, 2), 2) for _ in range(6)]
         engine.submit(rows[:2])
-        with pytest.raises(Full):
+        with pytest.raises(QueueFull):
             engine.submit(rows[2:4])
         rows[0].cancelled = True
         engine.submit(rows[4:])
         assert engine.load["waiting"] == 3
-    with pytest.raises(Closed):
+    with pytest.raises(RowCancelled):
         engine.submit(rows[:1])
 
 
@@ -228,5 +228,5 @@ def test_shutdown_ends_what_runs_and_what_waits(make_engine, tokenizer):
     with engine:
         engine.submit(rows)
         wait_until(lambda: listeners[0].events)
-    assert all(isinstance(listener.events[-1][1], Closed) for listener in listeners)
+    assert all(isinstance(listener.events[-1][1], RowCancelled) for listener in listeners)
     assert not engine.is_alive

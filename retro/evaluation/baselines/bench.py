@@ -14,7 +14,7 @@ from retro.evaluation.baselines import costs, ensembles, knn
 from retro.evaluation.baselines.methods import BaselineSettings, num_positions
 from retro.evaluation.baselines.oracle import oracle_rows
 from retro.evaluation.baselines.prompting import (
-    Found,
+    SpanHits,
     Spans,
     documents_of,
     search_spans,
@@ -46,7 +46,7 @@ class MethodScores:
 
 
 @dataclass(frozen=True)
-class ReadApart:
+class PerDocumentScores:
     """A sample read with one document in front at a time: log p with each (0 where a span has fewer), which documents
     there are, and their scores. A span that found nothing has one empty document."""
 
@@ -186,10 +186,10 @@ class BaselineEvaluator:
         apart = self._apart(sample, sample.data.chunk_len)
         return replace(apart.cost, log_p=apart.mixed(mixture, 1.0))
 
-    def _apart(self, sample: Sample, stride: int) -> ReadApart:
+    def _apart(self, sample: Sample, stride: int) -> PerDocumentScores:
         return self._shared(("apart", id(sample), stride), lambda: self._read_apart(sample, stride))
 
-    def _read_apart(self, sample: Sample, stride: int) -> ReadApart:
+    def _read_apart(self, sample: Sample, stride: int) -> PerDocumentScores:
         spans, found = self._searched(sample, stride)
         started = time.perf_counter()
         documents = documents_of(self.store, found.rows, self.retriever.retrieved_len)
@@ -209,12 +209,12 @@ class BaselineEvaluator:
                 flops += read.flops
         cost = MethodScores(log_p[:, 0], sample.targets, time.perf_counter() - started, flops=flops)
         cost = self._with_searches(cost, spans, found.seconds / max(1, spans.num_searches), self.retriever)
-        return ReadApart(spans, log_p, present, scores, cost)
+        return PerDocumentScores(spans, log_p, present, scores, cost)
 
-    def _searched(self, sample: Sample, stride: int) -> tuple[Spans, Found]:
+    def _searched(self, sample: Sample, stride: int) -> tuple[Spans, SpanHits]:
         """RAG, whose stride is a chunk, asks with the same number of tokens as the others."""
 
-        def search() -> tuple[Spans, Found]:
+        def search() -> tuple[Spans, SpanHits]:
             spans = spans_of(sample, stride, self.settings.query_len)
             return spans, search_spans(sample, spans, self.retriever, self.settings.num_neighbors)
 

@@ -47,7 +47,7 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class Found:
+class SpanHits:
     """What the spans retrieved, nearest first; row -1 and score -inf where there is none."""
 
     rows: Int[np.ndarray, "s k"]
@@ -74,12 +74,12 @@ def spans_of(sample: Sample, stride: int, query_len: int) -> Spans:
     return Spans(*map(np.asarray, (windows, begins, ends)), queries, np.asarray(of_target))
 
 
-def search_spans(sample: Sample, spans: Spans, retriever: Retriever, k: int) -> Found:
+def search_spans(sample: Sample, spans: Spans, retriever: Retriever, k: int) -> SpanHits:
     """The k nearest chunks of each span's query, none from a document of the same id."""
     started = time.perf_counter()
     names = [{sample.data.document_ids[window]} for window in spans.windows]
     found = retriever(spans.queries, k, exclude_documents=names)
-    return Found(found.ids, found.scores.astype(np.float64), time.perf_counter() - started)
+    return SpanHits(found.ids, found.scores.astype(np.float64), time.perf_counter() - started)
 
 
 def texts_with_documents(

@@ -93,7 +93,7 @@ def log_likelihoods_with_neighbors(
     return np.concatenate(log_p), np.concatenate(found)
 
 
-class _Stopped(Exception):
+class _HeadReached(Exception):
     pass
 
 
@@ -110,13 +110,13 @@ def before_head(
     def gather(module, args):
         given.append(args[0][rows, columns])
         if stop:
-            raise _Stopped
+            raise _HeadReached
         return (given[-1][None], *args[1:])
 
     handle = reader.get_output_embeddings().register_forward_pre_hook(gather)
     try:
         yield given
-    except _Stopped:
+    except _HeadReached:
         pass
     finally:
         handle.remove()

@@ -1,6 +1,6 @@
 """Documents to a store: a plan, then tasks that any executor does, then the manifest says complete, then an index.
 
-    plan (manifest.json, "building") -> parts/ (see settling) -> shards/ -> manifest "complete" -> index/
+    plan (manifest.json, "building") -> parts/ (see `merge_parts`) -> shards/ -> manifest "complete" -> index/
 
 The bytes of a store do not depend on who does the tasks, how many do, nor on how often they are interrupted. Every file
 is written aside and renamed. A build that fails over its inputs or keys leaves nothing; one that is killed leaves a
@@ -32,7 +32,7 @@ from retro.common.files import (
 )
 from retro.retrieval.building.job import PARTS, Job
 from retro.retrieval.building.settings import EMBEDDER_CHOICES, LATER_CHOICES, BuildSettings, embedder_of_settings
-from retro.retrieval.building.shards import remove_parts, settle_shards
+from retro.retrieval.building.shards import merge_parts, remove_parts
 from retro.retrieval.building.tasks import load_tokenizer, saved_tokenizer, signature_column, token_dtype
 from retro.retrieval.embedding.embedder import Embedder, portable
 from retro.retrieval.executors.opening import open_executor
@@ -44,12 +44,12 @@ from retro.retrieval.store.format import FORMAT, FORMAT_VERSION, read_manifest
 from retro.retrieval.store.store import Store
 from retro.text.chunks import pad_token_id, tokenizer_fingerprint
 from retro.text.corpus import expand_inputs
-from retro.text.documents import Piece
+from retro.text.documents import InputPartition
 from retro.text.formats import split_input
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 8 << 20  # of an input, in a piece; of no effect on the store
+PARTITION_BYTES = 8 << 20  # of an input, in a partition; of no effect on the store
 _OWN_NAMES = {"manifest.json", "shards", "tokenizer", "rejects", "index", "neighbors", "removed", PARTS, LOCK_FILE}
 
 
@@ -71,9 +71,9 @@ def build_store(
     _check_folder(path, executor.leads)
     tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
     embedder = embedder or embedder_of_settings(settings)
-    plan, pieces = _plan(settings, tokenizer, embedder)
+    plan, partitions = _plan(settings, tokenizer, embedder)
     if not _is_complete(path, plan):
-        _build(path, settings, plan, pieces, tokenizer, embedder, own_embedder, executor, progress)
+        _build(path, settings, plan, partitions, tokenizer, embedder, own_embedder, executor, progress)
     elif executor.leads:
         log.info("%s is complete already", path)
         _clean(path, plan)
@@ -105,7 +105,7 @@ def write_shards(
     Returns {"shards": their records, "counts", "rejects": {file below rejects/: record}}.
     Raises ValueError for what inputs or keys have wrong.
     """
-    records, pieces = _split(settings.inputs)
+    records, partitions = _split(settings.inputs)
     if records != plan["inputs"]:
         raise ValueError("the inputs have changed since the plan was made; start again")
     own = not (embedder.dim == 0 or all(name in embedder.description for name in EMBEDDER_CHOICES))
@@ -113,7 +113,7 @@ def write_shards(
     job, duplicates = _job(store.path, settings, plan, own), deduplicator_of(settings)
     if duplicates:
         _take_in(duplicates, store)
-    return settle_shards(job, pieces, embedder, executor, duplicates, store, progress)
+    return merge_parts(job, partitions, embedder, executor, duplicates, store, progress)
 
 
 def _take_in(duplicates: Deduplicator, store: Store) -> None:
@@ -174,15 +174,15 @@ def _remove_folders(created: list[Path]) -> None:
             folder.rmdir()
 
 
-def _plan(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> tuple[dict[str, Any], list[Piece]]:
-    """The plan, and the pieces of the inputs that it freezes."""
+def _plan(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> tuple[dict[str, Any], list[InputPartition]]:
+    """The plan, and the partitions of the inputs that it freezes."""
     from retro.version import __version__
 
     left_out = {"store", "inputs", "tokenizer", "embedder", "decontaminate", "index", "recall", "batch_size"}
     left_out |= {"executor", "workers", *LATER_CHOICES}
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in left_out}
     chosen = {name: embedder.description[name] for name in kept if name in embedder.description}
-    records, pieces = _split(settings.inputs)
+    records, partitions = _split(settings.inputs)
     held_out = _split(settings.decontaminate)[0] if settings.decontaminate else []
     plan = {
         "format": FORMAT,
@@ -207,14 +207,14 @@ def _plan(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> tuple[
             "fingerprint": embedder.fingerprint,
         },
     }
-    return plan, pieces
+    return plan, partitions
 
 
-def _split(inputs: list[str]) -> tuple[list[dict[str, Any]], list[Piece]]:
-    """The frozen list of inputs and all their pieces, in order."""
+def _split(inputs: list[str]) -> tuple[list[dict[str, Any]], list[InputPartition]]:
+    """The frozen list of inputs and all their partitions, in order."""
     with ThreadPoolExecutor() as threads:
-        split = list(threads.map(partial(split_input, piece_bytes=PIECE_BYTES), expand_inputs(inputs)))
-    return [record for record, _ in split], [piece for _, pieces in split for piece in pieces]
+        split = list(threads.map(partial(split_input, partition_bytes=PARTITION_BYTES), expand_inputs(inputs)))
+    return [record for record, _ in split], [partition for _, partitions in split for partition in partitions]
 
 
 def _is_complete(path: Path, plan: dict[str, Any]) -> bool:
@@ -251,7 +251,7 @@ def _build(
     path: Path,
     settings: BuildSettings,
     plan: dict[str, Any],
-    pieces: list[Piece],
+    partitions: list[InputPartition],
     tokenizer: Any,
     embedder: Embedder,
     own_embedder: bool,
@@ -260,7 +260,7 @@ def _build(
 ) -> None:
     """Do the work of a plan; rank 0, and every other executor, holds the store's lock and writes the manifest."""
     job, duplicates = _job(path, settings, plan, own_embedder), deduplicator_of(settings)
-    work = partial(settle_shards, job, pieces, embedder, executor, duplicates, progress=progress)
+    work = partial(merge_parts, job, partitions, embedder, executor, duplicates, progress=progress)
     if not executor.leads:
         work()
         return _await_manifest(path, executor)

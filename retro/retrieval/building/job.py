@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from retro.common.files import stable_hash
-from retro.retrieval.building.tasks import pieces_to_spec
+from retro.retrieval.building.tasks import partitions_to_spec
 from retro.retrieval.executors.tasks import Task
-from retro.text.documents import Piece
+from retro.text.documents import InputPartition
 
 PARTS = "parts"  # the folder of work in progress, inside the store
 LIGHT_BYTES = 1 << 18  # of the inputs, below which no process is started to read a part
@@ -46,14 +46,14 @@ class Job:
         tokenizer["tokenizer_fingerprint"] = self.plan["tokenizer"]["fingerprint"]
         return {"folder": str(self.folder), **tokenizer}
 
-    def read(self, number: int, pieces: Sequence[Piece]) -> Task:
+    def read(self, number: int, partitions: Sequence[InputPartition]) -> Task:
         """Its name tells one split of the inputs from another."""
-        held = [[piece.item.name, piece.start, piece.stop, piece.first] for piece in pieces]
+        held = [[partition.item.name, partition.start, partition.stop, partition.first] for partition in partitions]
         name = f"read-{number:06d}-{stable_hash(held)[:12]}"
-        spec = {"name": name, "pieces": pieces_to_spec(pieces), "filters": self.filters, **self._common}
+        spec = {"name": name, "partitions": partitions_to_spec(partitions), "filters": self.filters, **self._common}
         spec |= {"text_field": self.text_field, "on_bad": self.on_bad}
         spec |= {"held_out": self.plan["held_out"], "token_dtype": self.plan["token_dtype"]}
-        light = sum(piece.bytes for piece in pieces) < LIGHT_BYTES
+        light = sum(partition.bytes for partition in partitions) < LIGHT_BYTES
         return Task(name, f"{_TASKS}:read_part", spec, light=light)
 
     def tables(self, shard: str, runs: list[list[Any]], rows: int, signature: str | None) -> Task:

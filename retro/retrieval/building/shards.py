@@ -1,8 +1,8 @@
-"""The middle of a build: what was read is settled in the order of the inputs, and shards come of it.
+"""The middle of a build: the parts that were read are merged into shards, in the order of the inputs.
 
-    read parts -> settle (ids, copies, the layout of shards) -> tables of a shard -> keys of its blocks -> keys.npy
+    read parts -> merge (ids, copies, which shard) -> tables of a shard -> keys of its blocks -> keys.npy
 
-The work is in the tasks of retro.retrieval.building.tasks. Settling takes in their records as they come, but parts in
+The work is in the tasks of retro.retrieval.building.tasks. Records are taken in as they come, but parts in
 their order only, so that the shards do not depend on who read what when.
 """
 
@@ -26,7 +26,7 @@ from retro.retrieval.executors.ranks import await_leader
 from retro.retrieval.executors.tasks import Executor, Task, finished
 from retro.retrieval.filters import Deduplicator
 from retro.retrieval.store.store import Store
-from retro.text.documents import Piece
+from retro.text.documents import InputPartition
 
 log = logging.getLogger(__name__)
 
@@ -35,28 +35,30 @@ PART_BYTES = 8 << 20  # of the inputs in a part; of no effect on the store
 KEY_ROWS = 1024  # chunks embedded by one task; batches are made of these
 
 
-def settle_shards(
+def merge_parts(
     job: Job,
-    pieces: Sequence[Piece],
+    partitions: Sequence[InputPartition],
     embedder: Embedder,
     executor: Executor,
     duplicates: Deduplicator | None = None,
     existing: Store | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Read pieces of inputs into new shards of a store, after those of its `existing` generation.
+    """Read partitions of inputs into new shards of a store, after those of its `existing` generation.
 
     What an unfinished call for the same job has done is not done again. duplicates: what knows the copies, those of
     the existing documents too.
     Returns {"shards": records, "counts", "rejects": {file: record}}; {} in a rank that does not lead.
     """
     _begin(job, executor, _identity(job.plan, existing), is_first=existing is None)
-    parts = _grouped(pieces)
-    with _Bars(progress and executor.leads, sum(piece.bytes for piece in pieces), embedder.dim > 0) as bars:
-        settling = _Settling(job, parts, executor, bars, duplicates, existing, embedder.dim)
+    parts = _grouped(partitions)
+    with _ProgressBars(
+        progress and executor.leads, sum(partition.bytes for partition in partitions), embedder.dim > 0
+    ) as bars:
+        state = _BuildState(job, parts, executor, bars, duplicates, existing, embedder.dim)
         with embedder_at_hand(embedder):
-            executor.run(job.folder, settling.reads(), settling.on_done)
-    return settling.result() if executor.leads else {}
+            executor.run(job.folder, state.reads(), state.on_done)
+    return state.result() if executor.leads else {}
 
 
 def remove_parts(path: Path, plan: dict[str, Any] | None = None) -> None:
@@ -107,16 +109,16 @@ def _is_complete(path: Path) -> bool:
     return manifest.is_file() and load_json(manifest).get("state") == "complete"
 
 
-def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces in parts of about PART_BYTES, in order."""
-    parts: list[list[Piece]] = []
+def _grouped(partitions: Sequence[InputPartition]) -> list[list[InputPartition]]:
+    """Partitions in parts of about PART_BYTES, in order."""
+    parts: list[list[InputPartition]] = []
     size = 0
-    for piece in pieces:
-        if not parts or size + piece.bytes > PART_BYTES:
+    for partition in partitions:
+        if not parts or size + partition.bytes > PART_BYTES:
             parts.append([])
             size = 0
-        parts[-1].append(piece)
-        size += piece.bytes
+        parts[-1].append(partition)
+        size += partition.bytes
     return parts
 
 
@@ -148,15 +150,15 @@ class _NewShard:
         self.record = {**self.record, **record, "files": {**self.record.get("files", {}), **files}}
 
 
-class _Settling:
+class _BuildState:
     """The state of a build between its tasks."""
 
     def __init__(
         self,
         job: Job,
-        parts: list[list[Piece]],
+        parts: list[list[InputPartition]],
         executor: Executor,
-        bars: _Bars,
+        bars: _ProgressBars,
         duplicates: Deduplicator | None,
         existing: Store | None,
         dim: int,
@@ -164,7 +166,8 @@ class _Settling:
         self.job, self.executor, self.bars, self.duplicates = job, executor, bars, duplicates
         self.existing, self.ids = existing, SeenIds()
         self.parts = [
-            (job.read(number, pieces), sum(piece.bytes for piece in pieces)) for number, pieces in enumerate(parts)
+            (job.read(number, partitions), sum(partition.bytes for partition in partitions))
+            for number, partitions in enumerate(parts)
         ]
         self.count: Counter[str] = Counter()
         self.filtered_by: Counter[str] = Counter()
@@ -174,7 +177,7 @@ class _Settling:
         self._last: _NewShard | None = None
         self._resumed: set[str] = set()  # blocks that were there
         self._read: dict[str, dict[str, Any]] = {}  # records of parts that wait for the ones before them
-        self._num_settled = 0
+        self._num_merged = 0
         self._copies: dict[str, dict[int, str]] = {}  # by part and row of its table: why a copy is left out
         records = existing.shards if existing else []
         self._next_name = 1 + max((int(record["name"]) for record in records), default=-1)
@@ -203,12 +206,12 @@ class _Settling:
     def _part_read(self, task: Task, record: dict[str, Any]) -> list[Task]:
         self._read[task.name] = record
         tasks: list[Task] = []
-        while self._num_settled < len(self.parts) and self.parts[self._num_settled][0].name in self._read:
-            part, size = self.parts[self._num_settled]
-            tasks += self._settle(part.name, self._read.pop(part.name))
-            self._num_settled += 1
-            self.bars.settled(size, self._num_chunks())
-        if self._num_settled == len(self.parts):
+        while self._num_merged < len(self.parts) and self.parts[self._num_merged][0].name in self._read:
+            part, size = self.parts[self._num_merged]
+            tasks += self._merge(part.name, self._read.pop(part.name))
+            self._num_merged += 1
+            self.bars.merged(size, self._num_chunks())
+        if self._num_merged == len(self.parts):
             tasks += self._close_shard()
             if not self.shards:
                 said = ", ".join(f"{self.count[name]} {name}" for name in ("read", "empty", "filtered", "rejected"))
@@ -216,7 +219,7 @@ class _Settling:
                 raise ValueError(f"the inputs hold no document with text{left} ({said}); give at least one")
         return tasks
 
-    def _settle(self, part: str, record: dict[str, Any]) -> list[Task]:
+    def _merge(self, part: str, record: dict[str, Any]) -> list[Task]:
         """Take a part's documents in, one after another."""
         self.count.update(record["count"])
         columns = _columns(self.job.folder / f"{part}.parquet", "id", "place", "filtered", "signature", "num_tokens")
@@ -250,7 +253,7 @@ class _Settling:
 
     def _place_before(self, name: str, place: str) -> str | None:
         """Where the inputs gave an id before they did at `place`; None if they did not."""
-        for part, _ in self.parts[: self._num_settled + 1]:
+        for part, _ in self.parts[: self._num_merged + 1]:
             columns = _columns(self.job.folder / f"{part.name}.parquet", "id", "place")
             found = next((there for given, there in zip(*columns, strict=True) if given == name), None)
             if found is not None:
@@ -368,7 +371,7 @@ def _columns(path: Path, *names: str) -> list[list[Any]]:
     return [table.column(name).to_pylist() for name in names]
 
 
-class _Bars:
+class _ProgressBars:
     """What has been read, of the bytes of the inputs, and embedded, of the chunks there are or will be."""
 
     def __init__(self, shown: bool, num_bytes: int, embeds: bool) -> None:
@@ -380,8 +383,8 @@ class _Bars:
         common["disable"] |= not embeds
         self._embedded = tqdm(total=None, desc="embedding", unit=" chunks", position=1, **common)
 
-    def settled(self, num_bytes: int, num_chunks: int) -> None:
-        """A part of the inputs is settled; all settled parts hold so many chunks."""
+    def merged(self, num_bytes: int, num_chunks: int) -> None:
+        """A part is merged; all merged parts hold so many chunks."""
         self._read.update(num_bytes)
         share = self._read.n / self._bytes if self._bytes else 1.0
         self._embedded.total = round(num_chunks / share) if share else None
@@ -397,7 +400,7 @@ class _Bars:
         else:
             self._embedded.update(num_chunks)
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> _ProgressBars:
         return self
 
     def __exit__(self, *error: object) -> None:

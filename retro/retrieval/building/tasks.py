@@ -39,8 +39,8 @@ from retro.retrieval.embedding.embedder import (
 from retro.retrieval.filters import Deduplicator, DocumentFilter, FilterSettings, deduplicator_of, filters_of
 from retro.retrieval.store.format import CHUNK_DTYPE, TABLE_NUMBERS, TABLE_TEXTS, narrow_keys
 from retro.text.chunks import tokenize_ids
-from retro.text.documents import Document, Input, Piece, Reject
-from retro.text.formats import read_piece
+from retro.text.documents import Document, Input, InputPartition, Reject
+from retro.text.formats import read_partition
 
 _GROUP_ROWS = 4096  # of documents.parquet, which are read together
 _TOKENIZE_DOCUMENTS = 256  # documents tokenized at a time
@@ -83,7 +83,7 @@ class _TokenizedRange:
 
 
 def read_part(spec: dict[str, Any]) -> dict[str, Any]:
-    """Read, reject, filter and tokenize some pieces of the inputs.
+    """Read, reject, filter and tokenize some partitions of the inputs.
 
     Raises ValueError for a record that is no document, unless on_bad is "reject", and for a token id that does not fit.
     """
@@ -102,15 +102,17 @@ def read_part(spec: dict[str, Any]) -> dict[str, Any]:
     return _save_part(Path(spec["folder"]), spec["name"], part, spec["token_dtype"])
 
 
-def pieces_to_spec(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """Pieces as JSON holds them."""
-    return [asdict(piece) for piece in pieces]
+def partitions_to_spec(partitions: Sequence[InputPartition]) -> list[dict[str, Any]]:
+    """Partitions as JSON holds them."""
+    return [asdict(partition) for partition in partitions]
 
 
 def _documents(spec: dict[str, Any], part: _TokenizedRange) -> Iterator[Document]:
     """Documents with text; what is none is counted, and listed if it is rejected."""
-    for piece in spec["pieces"]:
-        for record in read_piece(Piece(**{**piece, "item": Input(**piece["item"])}), spec["text_field"]):
+    for partition in spec["partitions"]:
+        for record in read_partition(
+            InputPartition(**{**partition, "item": Input(**partition["item"])}), spec["text_field"]
+        ):
             part.count["read"] += 1
             if isinstance(record, Reject):
                 if spec["on_bad"] == "error":

@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from retro.common.files import stable_hash
-from retro.retrieval.embedding.layouts import EncoderConfig, check_own_code, read_layout
-from retro.retrieval.embedding.layouts import quiet_loading as quiet_loading
+from retro.retrieval.embedding.encoder_config import EncoderConfig, check_own_code, read_encoder_config
+from retro.retrieval.embedding.encoder_config import quiet_loading as quiet_loading
 from retro.retrieval.embedding.presets import ATTENTIONS, MINILM, POOLINGS, SAME, SIMILARITIES, preset_of
 from retro.text.chunks import TokenIds, decode_chunks, tokenizer_fingerprint
 
@@ -67,7 +67,7 @@ class NoEmbedder:
 
 
 @dataclass(frozen=True)
-class Choices:
+class EncoderOptions:
     """What a user can choose about an encoder; part of its fingerprint."""
 
     pooling: str
@@ -140,12 +140,12 @@ def load_embedder(
     if preset is not None:
         asked = {name: getattr(preset, _PRESET_NAMES.get(name, name)) if v is None else v for name, v in asked.items()}
     where = _resolve(preset.passages if preset else name_or_folder)
-    chosen, layout = _chosen(name_or_folder, where, asked, normalize, similarity)
+    chosen, encoder_config = _chosen(name_or_folder, where, asked, normalize, similarity)
     if preset is not None and preset.max_length:
-        layout = replace(layout, max_length=preset.max_length)
+        encoder_config = replace(encoder_config, max_length=preset.max_length)
     load = partial(_load_encoder, bidirectional=chosen["attention"] == "bidirectional", device=device, dtype=dtype)
-    passages = load(name_or_folder, where, layout, max_length, bounded=chosen["similarity"] == "dot")
-    choices = Choices(**chosen, max_length=passages.max_length, normalize=chosen["similarity"] == "cosine")
+    passages = load(name_or_folder, where, encoder_config, max_length, bounded=chosen["similarity"] == "dot")
+    choices = EncoderOptions(**chosen, max_length=passages.max_length, normalize=chosen["similarity"] == "cosine")
     queries = None
     if choices.query_encoder != SAME:
         queries = partial(_load_queries, load, choices, passages.dim)
@@ -167,24 +167,24 @@ def _check_asked(asked: Mapping[str, Any], normalize: bool | None, batch_size: i
 def _chosen(
     name: str, where: str, asked: dict[str, Any], normalize: bool | None, similarity: str | None
 ) -> tuple[dict[str, Any], EncoderConfig]:
-    """What was asked (or the preset says), else what the folder says, else the usual; and the folder's layout so."""
-    layout = read_layout(name, where, asked["pooling"])
+    """What was asked (or the preset says), else what the folder says, else the usual; and the configuration so."""
+    encoder_config = read_encoder_config(name, where, asked["pooling"])
     if asked["attention"] is None:
-        check_own_code(name, where, layout.subfolder)
-    usual = {"pooling": layout.pooling or asked["pooling"] or "mean", "attention": "own", "query_encoder": SAME}
-    usual |= {"query_prefix": layout.query_prefix, "passage_prefix": layout.passage_prefix}
-    usual |= {"similarity": layout.similarity or "cosine", "pool_prefix": layout.pool_prefix}
+        check_own_code(name, where, encoder_config.subfolder)
+    usual = {"pooling": encoder_config.pooling or asked["pooling"] or "mean", "attention": "own", "query_encoder": SAME}
+    usual |= {"query_prefix": encoder_config.query_prefix, "passage_prefix": encoder_config.passage_prefix}
+    usual |= {"similarity": encoder_config.similarity or "cosine", "pool_prefix": encoder_config.pool_prefix}
     chosen = {field: usual[field] if value is None else value for field, value in asked.items()}
     if normalize is not None and similarity is None:
         unnormalized = "l2" if chosen["similarity"] == "cosine" else chosen["similarity"]
         chosen["similarity"] = "cosine" if normalize else unnormalized
-    return chosen, replace(layout, pooling=chosen["pooling"], pool_prefix=chosen["pool_prefix"])
+    return chosen, replace(encoder_config, pooling=chosen["pooling"], pool_prefix=chosen["pool_prefix"])
 
 
 def _load_encoder(
     name: str,
     where: str,
-    layout: EncoderConfig,
+    encoder_config: EncoderConfig,
     max_length: int | None,
     *,
     bidirectional: bool,
@@ -197,15 +197,15 @@ def _load_encoder(
     from retro.retrieval.embedding.encoder import load_encoder
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_encoder(name, where, layout, bidirectional, max_length, device, dtype, bounded)
+    return load_encoder(name, where, encoder_config, bidirectional, max_length, device, dtype, bounded)
 
 
-def _load_queries(load: Callable[..., Encoder], choices: Choices, dim: int) -> Encoder:
+def _load_queries(load: Callable[..., Encoder], choices: EncoderOptions, dim: int) -> Encoder:
     """The encoder of queries, pooled and cut as that of passages; ValueError if its vectors have another width."""
     name, where = choices.query_encoder, _resolve(choices.query_encoder)
-    layout = read_layout(name, where, choices.pooling)
+    encoder_config = read_encoder_config(name, where, choices.pooling)
     used = {"pooling": choices.pooling, "pool_prefix": choices.pool_prefix, "max_length": choices.max_length}
-    encoder = load(name, where, replace(layout, **used), None)
+    encoder = load(name, where, replace(encoder_config, **used), None)
     if encoder.dim != dim:
         raise ValueError(
             f"the encoder of queries {name} makes vectors of {encoder.dim} numbers, that of passages of {dim}; "
@@ -222,7 +222,7 @@ class TransformerEmbedder:
         name: str,
         passages: Encoder,
         load_queries: Callable[[], Encoder] | None,
-        choices: Choices,
+        choices: EncoderOptions,
         batch_size: int | None = None,
     ) -> None:
         self.passages, self.chosen, self.batch_size = passages, choices, batch_size
@@ -316,8 +316,8 @@ def _identity(encoder: Encoder) -> dict[str, Any]:
         "architecture": architecture(encoder.model),
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
     }
-    found |= {"heads": [head.activation for head in encoder.layout.heads]} if encoder.heads else {}
-    return found | ({"lower_case": True} if encoder.layout.lower_case else {})
+    found |= {"heads": [head.activation for head in encoder.encoder_config.heads]} if encoder.heads else {}
+    return found | ({"lower_case": True} if encoder.encoder_config.lower_case else {})
 
 
 # In a store

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from retro.common.products import fast_products
-from retro.retrieval.embedding.layouts import Dense, EncoderConfig, quiet_loading
+from retro.retrieval.embedding.encoder_config import Dense, EncoderConfig, quiet_loading
 from retro.retrieval.embedding.presets import nearest_preset
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 65536
@@ -33,7 +33,7 @@ class Encoder:
     """A tokenizer, a model and its Dense heads; nothing is computed before `encode`.
 
     Arguments:
-        layout: prefixes apart, how the folder wants it used.
+        encoder_config: prefixes apart, how the folder wants it used.
         max_length: in tokens; longer texts are cut and counted in `num_truncated`.
         dtype: of weights and activations; None is float32 on a CPU and bfloat16 on a GPU. Pooling is float32 always.
         bounded: whether `longest` is wanted, see `longest_vector`.
@@ -43,19 +43,24 @@ class Encoder:
         self,
         tokenizer: Any,
         model: Any,
-        layout: EncoderConfig,
+        encoder_config: EncoderConfig,
         max_length: int,
         device: str,
         dtype: str | None = None,
         bounded: bool = False,
     ) -> None:
-        self.tokenizer, self.layout, self.max_length, self.device = tokenizer, layout, max_length, torch.device(device)
+        self.tokenizer, self.encoder_config, self.max_length, self.device = (
+            tokenizer,
+            encoder_config,
+            max_length,
+            torch.device(device),
+        )
         self.dtype = dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
-        self.heads = [_Head(head) for head in layout.heads]
+        self.heads = [_Head(head) for head in encoder_config.heads]
         self.dim: int = self.heads[-1].out_features if self.heads else model.config.hidden_size
         self.model, self.num_truncated = model.eval().requires_grad_(False), 0
         self.weights = _weights_digest(model, self.heads)  # as they were stored, before the cast, and so the next
-        self.longest: float | None = longest_vector(model, layout) if bounded else None
+        self.longest: float | None = longest_vector(model, encoder_config) if bounded else None
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
             parameter.data = parameter.data.to(getattr(torch, self.dtype))
         for module in (model, *self.heads):
@@ -72,7 +77,7 @@ class Encoder:
         """
         vectors = np.empty((len(texts), self.dim), np.float32)
         ids = self._token_ids([prefix + text for text in texts])
-        skipped = 0 if self.layout.pool_prefix or not prefix else self._prefix_len(prefix)
+        skipped = 0 if self.encoder_config.pool_prefix or not prefix else self._prefix_len(prefix)
         tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         batches = list(length_batches([len(line) for line in ids], batch_size, tokens))
         with torch.inference_mode():
@@ -86,7 +91,7 @@ class Encoder:
         """Encoder ids of each text, cut to the maximum length; the cut ones are counted."""
         if not texts:
             return []
-        if self.layout.lower_case:
+        if self.encoder_config.lower_case:
             texts = [text.lower() for text in texts]
         found = self.tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
         long = [i for i, ids in enumerate(found) if len(ids) > self.max_length]
@@ -98,7 +103,7 @@ class Encoder:
 
     def _prefix_len(self, prefix: str) -> int:
         """Tokens of a prefix, a special token that closes it left out."""
-        ids = self.tokenizer(prefix.lower() if self.layout.lower_case else prefix, verbose=False)["input_ids"]
+        ids = self.tokenizer(prefix.lower() if self.encoder_config.lower_case else prefix, verbose=False)["input_ids"]
         return len(ids) - (len(ids) > 0 and ids[-1] in self.tokenizer.all_special_ids)
 
     def _forward(self, ids: list[list[int]], skipped: int) -> Float[Tensor, "c d"]:
@@ -110,7 +115,7 @@ class Encoder:
         mask = torch.arange(batch.shape[1]) < lens[:, None]
         batch, mask = self._moved(batch), self._moved(mask)
         hidden = self.model(input_ids=batch, attention_mask=mask.long()).last_hidden_state
-        vectors = pool(hidden.float(), mask, self.layout.pooling or "mean", skipped)
+        vectors = pool(hidden.float(), mask, self.encoder_config.pooling or "mean", skipped)
         for head in self.heads:
             vectors = head(vectors)
         return vectors
@@ -183,7 +188,7 @@ class _Head(torch.nn.Module):
 def load_encoder(
     name: str,
     folder: str,
-    layout: EncoderConfig,
+    encoder_config: EncoderConfig,
     bidirectional: bool,
     asked_length: int | None,
     device: str,
@@ -191,9 +196,9 @@ def load_encoder(
     bounded: bool,
 ) -> Encoder:
     """An encoder of a folder or hub name (safetensors only); ValueError in one sentence, with the remedy."""
-    tokenizer, model = _load(name, folder, layout.subfolder, bidirectional)
-    max_length = _max_length(layout, tokenizer, model, asked_length)
-    return Encoder(tokenizer, model, layout, max_length, device, dtype, bounded)
+    tokenizer, model = _load(name, folder, encoder_config.subfolder, bidirectional)
+    max_length = _max_length(encoder_config, tokenizer, model, asked_length)
+    return Encoder(tokenizer, model, encoder_config, max_length, device, dtype, bounded)
 
 
 def _load(name: str, folder: str, subfolder: str, bidirectional: bool) -> tuple[Any, Any]:
@@ -249,11 +254,11 @@ def _sees_what_follows(model: Any) -> bool:
     return all(not torch.equal(hidden[0, 0], hidden[1, 0]) for hidden in (whole, padded))
 
 
-def _max_length(layout: EncoderConfig, tokenizer: Any, model: Any, asked: int | None) -> int:
+def _max_length(encoder_config: EncoderConfig, tokenizer: Any, model: Any, asked: int | None) -> int:
     limit = min(tokenizer.model_max_length, _positions(model))
     if asked is not None and not 3 <= asked <= limit:
         raise ValueError(f"max_length must be from 3 to {limit} for this embedder, not {asked}")
-    return asked or min(layout.max_length or limit, limit)
+    return asked or min(encoder_config.max_length or limit, limit)
 
 
 def _positions(model: Any) -> int:
@@ -289,7 +294,7 @@ def _weights_digest(model: Any, heads: Sequence[torch.nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def longest_vector(model: Any, layout: EncoderConfig) -> float:
+def longest_vector(model: Any, encoder_config: EncoderConfig) -> float:
     """A length that no vector of an encoder exceeds, from the norm that closes its model.
 
     z of LayerNorm and RMSNorm has |z|^2 <= d, so |w * z + b| <= sqrt(d) max |w| + |b|, and so any mean of such vectors.
@@ -297,7 +302,7 @@ def longest_vector(model: Any, layout: EncoderConfig) -> float:
     Raises ValueError for an encoder that is not closed by such a norm, or pools or projects otherwise.
     """
     norm = _closing_norm(model)
-    if norm is None or layout.heads or layout.pooling == "max":
+    if norm is None or encoder_config.heads or encoder_config.pooling == "max":
         raise ValueError(
             "similarity dot needs an encoder that is closed by LayerNorm or RMSNorm and pools by mean, cls, last or "
             "weighted_mean, without Dense heads; use similarity cosine"

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from retro.retrieval.executors.tasks import OnDone, Task, Work, attempt, raise_error
+from retro.retrieval.executors.tasks import OnDone, Task, TaskQueue, attempt, raise_error
 
 _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -36,29 +36,29 @@ class LocalExecutor:
 
     def run(self, folder: Path, tasks: Iterable[Task], on_done: OnDone | None = None) -> None:
         """See `Executor.run`."""
-        work, here = Work(folder, tasks, on_done), deque[Task]()
+        queue, here = TaskQueue(folder, tasks, on_done), deque[Task]()
         pool = _Pool(folder, self.workers or default_workers())
         try:
             while True:
-                self._hand_out(work, here, pool)
+                self._hand_out(queue, here, pool)
                 if here:
-                    work.do(here.popleft())
-                elif not pool.running and not work.waiting:
+                    queue.do(here.popleft())
+                elif not pool.running and not queue.waiting:
                     return
-                self._take_in(work, pool, wait=not here)
+                self._take_in(queue, pool, wait=not here)
         finally:
             pool.close()
 
-    def _take_in(self, work: Work, pool: _Pool, wait: bool) -> None:
+    def _take_in(self, queue: TaskQueue, pool: _Pool, wait: bool) -> None:
         """Take in what the workers have finished; with `wait`, at least one task."""
         while pool.running and (answer := pool.answer(wait)) is not None:
-            work.done(*answer)
+            queue.done(*answer)
             wait = False
 
-    def _hand_out(self, work: Work, here: deque[Task], pool: _Pool) -> None:
+    def _hand_out(self, queue: TaskQueue, here: deque[Task], pool: _Pool) -> None:
         """Give every idle worker a task; do the tasks here for which none is started."""
         ready: list[Task] = []
-        while len(ready) < pool.limit - len(pool.running) and (task := work.next()) is not None:
+        while len(ready) < pool.limit - len(pool.running) and (task := queue.next()) is not None:
             (here if task.here else ready).append(task)
         if not pool.workers and sum(not task.light for task in ready) < 2:
             here.extend(ready)

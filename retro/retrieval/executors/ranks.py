@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retro.common.files import load_json, save_json, stable_hash
-from retro.retrieval.executors.tasks import Executor, OnDone, Task, Work, error_record, finished, raise_error
+from retro.retrieval.executors.tasks import Executor, OnDone, Task, TaskQueue, error_record, finished, raise_error
 
 _POLL_SECONDS = 0.2
 _POLL_PAUSE = 10  # times as long as it took to look: a folder of a million records takes seconds
@@ -59,7 +59,7 @@ class RankExecutor:
         errors = _Errors(folder, self.count, self.rank)
         try:
             with _beating(_beat_file(folder, self.rank)):
-                self._run(Work(folder, tasks, on_done), errors)
+                self._run(TaskQueue(folder, tasks, on_done), errors)
         except Exception as error:
             if not self.leads and not folder.is_dir():
                 return  # what it was about to read has gone with the folder
@@ -69,30 +69,30 @@ class RankExecutor:
                     errors.wait_for_all()
             raise
 
-    def _run(self, work: Work, errors: _Errors) -> None:
+    def _run(self, queue: TaskQueue, errors: _Errors) -> None:
         others: dict[str, Task] = {}
         look_at = 0.0
-        while work.waiting or others:
+        while queue.waiting or others:
             if (began := time.monotonic()) > look_at:
-                if not work.folder.is_dir() and not self.leads:
+                if not queue.folder.is_dir() and not self.leads:
                     return
                 errors.check()
-                self._take_in(work, others)
+                self._take_in(queue, others)
                 took = time.monotonic() - began
                 look_at = began + took + max(_POLL_SECONDS, _POLL_PAUSE * took)
-            task = work.next()
+            task = queue.next()
             if task is None:
                 time.sleep(_POLL_SECONDS if others else 0)
             elif int(stable_hash(task.name), 16) % self.count == self.rank:
-                work.do(task)
+                queue.do(task)
             else:
                 others[task.name] = task
 
-    def _take_in(self, work: Work, others: dict[str, Task]) -> None:
+    def _take_in(self, queue: TaskQueue, others: dict[str, Task]) -> None:
         """Take in what other ranks have finished."""
-        for name in sorted(others.keys() & {path.name.removesuffix(".json") for path in _listed(work.folder)}):
-            if (record := finished(work.folder, name)) is not None:
-                work.done(others.pop(name), record)
+        for name in sorted(others.keys() & {path.name.removesuffix(".json") for path in _listed(queue.folder)}):
+            if (record := finished(queue.folder, name)) is not None:
+                queue.done(others.pop(name), record)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def _beating(file: Path) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-class _Silence:
+class _Heartbeat:
     """For how long another rank has given no sign of life, by this process's clock and in this process's presence: a
     time in which nobody looked (for a task that took long, or a stopped process) counts as one beat."""
 
@@ -166,7 +166,7 @@ class _Errors:
 
     def __init__(self, folder: Path, count: int, own: int) -> None:
         self.files = [_error_file(folder, rank) for rank in range(count)]
-        self.others = [_Silence(folder, rank) for rank in range(count) if rank != own]
+        self.others = [_Heartbeat(folder, rank) for rank in range(count) if rank != own]
         self.began = time.monotonic()
         self.old = {file: file.stat().st_mtime_ns for file in self.files if file.exists()}
 

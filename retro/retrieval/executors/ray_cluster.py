@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retro.retrieval.executors.tasks import OnDone, Task, Work, attempt, raise_error
+from retro.retrieval.executors.tasks import OnDone, Task, TaskQueue, attempt, raise_error
 
 _RETRIES = 5  # of a Ray task whose node or process died
 
@@ -28,22 +28,22 @@ class RayExecutor:
 
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level="ERROR")
-        work, here = Work(folder.absolute(), tasks, on_done), deque[Task]()
+        queue, here = TaskQueue(folder.absolute(), tasks, on_done), deque[Task]()
         running: dict[Any, Task] = {}
         try:
             while True:
                 limit = self.workers or 2 * int(ray.cluster_resources().get("CPU", 1))
-                while len(running) < limit and (task := work.next()) is not None:
+                while len(running) < limit and (task := queue.next()) is not None:
                     if task.here:
                         here.append(task)
                     else:
-                        running[_submit(ray, work.folder, task)] = task
+                        running[_submit(ray, queue.folder, task)] = task
                 if here:
-                    work.do(here.popleft())
-                elif not running and not work.waiting:
+                    queue.do(here.popleft())
+                elif not running and not queue.waiting:
                     return
                 for done in ray.wait(list(running), timeout=0 if here else 1.0)[0] if running else ():
-                    work.done(running.pop(done), _ray_record(ray, done))
+                    queue.done(running.pop(done), _ray_record(ray, done))
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)

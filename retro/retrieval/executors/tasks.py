@@ -106,7 +106,7 @@ def raise_error(error: dict[str, str]) -> None:
     raise (kind if kind is ValueError or issubclass(kind, OSError) else RuntimeError)(error["message"])
 
 
-class Work:
+class TaskQueue:
     """The tasks of a job: those that wait, and what the finished ones bring."""
 
     def __init__(self, folder: Path, tasks: Iterable[Task], on_done: OnDone | None) -> None:

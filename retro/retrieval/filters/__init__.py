@@ -10,36 +10,36 @@ A record is {"filter", "place", "document_id", "reason", and what was measured}.
 Of neighbors: retro.retrieval.filters.hits.
 """
 
-from retro.retrieval.filters.dates import DateRange, days_of
+from retro.retrieval.filters.dates import DateFilter, days_of
 from retro.retrieval.filters.decontamination import (
     THRESHOLD,
-    Decontamination,
-    Measure,
+    Decontaminator,
     NearCopy,
+    OverlapMeasure,
     near_copies,
     parse_measures,
 )
-from retro.retrieval.filters.documents import Length, deduplicator_of, filters_of
+from retro.retrieval.filters.documents import LengthFilter, deduplicator_of, filters_of
 from retro.retrieval.filters.duplicates import Deduplicator
 from retro.retrieval.filters.grams import NGRAM, shares_run
 from retro.retrieval.filters.records import DocumentFilter
-from retro.retrieval.filters.rules import QualityRule, parse_rule
+from retro.retrieval.filters.rules import QualityFilter, parse_rule
 from retro.retrieval.filters.settings import FilterSettings
-from retro.retrieval.filters.subsampling import Share, check_subsample, document_hashes, drawn
+from retro.retrieval.filters.subsampling import SubsampleFilter, check_subsample, document_hashes, drawn
 
 __all__ = [
     "NGRAM",
     "THRESHOLD",
-    "DateRange",
-    "Decontamination",
+    "DateFilter",
+    "Decontaminator",
     "Deduplicator",
     "DocumentFilter",
     "FilterSettings",
-    "Length",
-    "Measure",
+    "LengthFilter",
+    "OverlapMeasure",
     "NearCopy",
-    "QualityRule",
-    "Share",
+    "QualityFilter",
+    "SubsampleFilter",
     "check_subsample",
     "days_of",
     "deduplicator_of",

@@ -32,7 +32,7 @@ def days_of(date: str | None) -> tuple[int, int] | None:
     return first.toordinal(), last.toordinal()
 
 
-class DateRange:
+class DateFilter:
     """Keeps the documents of which every day that their date may mean lies from min_date to max_date, both included.
 
     "2015" is every day of 2015: it lies in 2014 .. 2015-12, and not in 2014 .. 2015-06. undated: "drop" or "keep" those

@@ -22,7 +22,7 @@ DEFAULTS = {"jaccard": THRESHOLD, "overlap": THRESHOLD, "longest_run": NGRAM}
 
 
 @dataclass(frozen=True)
-class Measure:
+class OverlapMeasure:
     """One way to tell that a document A resembles a held-out text B, and the value from which on it does.
 
     jaccard = |A & B| / |A | B| and overlap = |A & B| / |B| over sets of word 13-grams; longest_run = words in a row
@@ -56,15 +56,15 @@ class Measure:
         return self.between(a, b) >= self.threshold
 
 
-def parse_measures(given: str | Sequence[str | Measure]) -> list[Measure]:
+def parse_measures(given: str | Sequence[str | OverlapMeasure]) -> list[OverlapMeasure]:
     """Measures as written, "jaccard>=0.8" or "jaccard" alone; ValueError says what is wrong with one."""
     names = [given] if isinstance(given, str) else list(given)
     if not names:
         raise ValueError(f"no measure of resemblance is given; name one of {', '.join(DEFAULTS)}")
-    return [one if isinstance(one, Measure) else _measure(one) for one in names]
+    return [one if isinstance(one, OverlapMeasure) else _measure(one) for one in names]
 
 
-def _measure(text: str) -> Measure:
+def _measure(text: str) -> OverlapMeasure:
     match = re.fullmatch(r"\s*(\w+)\s*(?:>=\s*([\d.]+)\s*)?", text)
     name, value = match.groups() if match else (text, None)
     if name not in DEFAULTS:
@@ -78,15 +78,17 @@ def _measure(text: str) -> Measure:
     if not (threshold >= 1 if name == "longest_run" else 0 < threshold <= 1):
         allowed = "a whole number of words, at least 1" if name == "longest_run" else "above 0 and at most 1"
         raise ValueError(f"the threshold of {text!r} must be {allowed}, as in {name}>={DEFAULTS[name]}")
-    return Measure(name, threshold)
+    return OverlapMeasure(name, threshold)
 
 
-class Decontamination:
+class Decontaminator:
     """Keeps out the documents that resemble a held-out text by any of the measures; the most similar one is named."""
 
     name = "decontaminate"
 
-    def __init__(self, held_out: Iterable[Document], measures: str | Sequence[str | Measure] = "jaccard") -> None:
+    def __init__(
+        self, held_out: Iterable[Document], measures: str | Sequence[str | OverlapMeasure] = "jaccard"
+    ) -> None:
         self.measures = parse_measures(measures)
         self.ids: list[str] = []
         self._words = []
@@ -111,7 +113,7 @@ class Decontamination:
         """Whether the `word_hashes` of a text are those of one that resembles a held-out text."""
         return any(self.closest(words, measure)[1] >= measure.threshold for measure in self.measures)
 
-    def closest(self, words: UInt64[np.ndarray, " words"], measure: Measure) -> tuple[int, float | int]:
+    def closest(self, words: UInt64[np.ndarray, " words"], measure: OverlapMeasure) -> tuple[int, float | int]:
         """Number and value of the held-out text most like these words, the first of equals; -1 and 0 where none shares
         an n-gram of the measure's width with them."""
         grams, index = ngrams(words, measure.width), self._indexes[measure.width]
@@ -169,6 +171,6 @@ def near_copies(
     """The documents whose word n-gram set has a Jaccard similarity >= threshold with that of a held-out document."""
     if ngram < 1 or not 0 < threshold <= 1:
         raise ValueError(f"ngram must be at least 1 and threshold in (0, 1], not {ngram} and {threshold}")
-    index = Decontamination(held_out, [Measure("jaccard", threshold, ngram)])
+    index = Decontaminator(held_out, [OverlapMeasure("jaccard", threshold, ngram)])
     records = (index.verdict(document) for document in documents)
     return [NearCopy(r["document_id"], r["held_out_id"], r["jaccard"]) for r in records if r is not None]

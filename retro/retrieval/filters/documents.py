@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from retro.retrieval.filters.dates import DateRange
-from retro.retrieval.filters.decontamination import Decontamination
+from retro.retrieval.filters.dates import DateFilter
+from retro.retrieval.filters.decontamination import Decontaminator
 from retro.retrieval.filters.duplicates import THRESHOLD, Deduplicator
 from retro.retrieval.filters.grams import NGRAM
 from retro.retrieval.filters.records import DocumentFilter, removed
 from retro.retrieval.filters.rules import parse_rule
 from retro.retrieval.filters.settings import FilterSettings
-from retro.retrieval.filters.subsampling import Share
+from retro.retrieval.filters.subsampling import SubsampleFilter
 from retro.text.corpus import read_documents
 from retro.text.documents import Document
 
 
 @dataclass(frozen=True)
-class Length:
+class LengthFilter:
     """Keeps the documents of min_chars to max_chars characters."""
 
     min_chars: int | None = None
@@ -43,16 +43,16 @@ def filters_of(settings: FilterSettings, text_field: str = "text") -> list[Docum
     """
     found: list[DocumentFilter] = []
     if settings.subsample is not None:
-        found.append(Share(*settings.subsample))
+        found.append(SubsampleFilter(*settings.subsample))
     if settings.min_date is not None or settings.max_date is not None:
-        found.append(DateRange(settings.min_date, settings.max_date, settings.undated or "drop"))
+        found.append(DateFilter(settings.min_date, settings.max_date, settings.undated or "drop"))
     if settings.min_chars or settings.max_chars:
-        found.append(Length(settings.min_chars, settings.max_chars))
+        found.append(LengthFilter(settings.min_chars, settings.max_chars))
     found += [parse_rule(rule) for rule in settings.quality or ()]
     if settings.decontaminate:
         held_out = (one for one in read_documents(settings.decontaminate, text_field=text_field))
         documents = (one for one in held_out if isinstance(one, Document))
-        found.append(Decontamination(documents, settings.decontaminate_by or "jaccard"))
+        found.append(Decontaminator(documents, settings.decontaminate_by or "jaccard"))
     return found
 
 

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt64
 
 from retro.common.files import stable_hash
-from retro.retrieval.filters.dates import DateRange
-from retro.retrieval.filters.decontamination import Decontamination, parse_measures
+from retro.retrieval.filters.dates import DateFilter
+from retro.retrieval.filters.decontamination import Decontaminator, parse_measures
 from retro.retrieval.filters.grams import text_ngrams, word_hashes
 from retro.retrieval.filters.records import DocumentFilter
 from retro.retrieval.filters.rules import parse_rule
-from retro.retrieval.filters.subsampling import Share, check_subsample
+from retro.retrieval.filters.subsampling import SubsampleFilter, check_subsample
 from retro.text.chunks import decode_chunks
 from retro.text.documents import Document
 
@@ -64,9 +64,11 @@ class QueryFilters:
 
     def of_documents(self) -> list[DocumentFilter]:
         """Those that look at a document's record alone, the quick ones first."""
-        found: list[DocumentFilter] = [] if self.subsample is None else [Share(*check_subsample(self.subsample))]
+        found: list[DocumentFilter] = (
+            [] if self.subsample is None else [SubsampleFilter(*check_subsample(self.subsample))]
+        )
         if self.min_date is not None or self.max_date is not None:
-            found.append(DateRange(self.min_date, self.max_date, self.undated or "drop"))
+            found.append(DateFilter(self.min_date, self.max_date, self.undated or "drop"))
         return found + [parse_rule(rule) for rule in self.quality]
 
 
@@ -88,7 +90,7 @@ class FilteredSearcher:
         self._verdicts = np.full(store.num_documents if self._of_documents else 0, _UNKNOWN, np.int8)
         texts = () if filters.against is None else filters.against
         fixed = [Document(str(number), text) for number, text in enumerate(texts)]
-        self._held_out = Decontamination(fixed, self.measures) if fixed else None
+        self._held_out = Decontaminator(fixed, self.measures) if fixed else None
 
     def search(
         self,

@@ -35,7 +35,7 @@ _MISSING = object()
 
 
 @dataclass(frozen=True)
-class QualityRule:
+class QualityFilter:
     """Keeps the documents whose field compares well with the value."""
 
     text: str
@@ -66,7 +66,7 @@ class QualityRule:
         return None if passes else removed(self, document, f"not {self.text}", value=found)
 
 
-def parse_rule(text: str) -> QualityRule:
+def parse_rule(text: str) -> QualityFilter:
     """A rule as written; ValueError says what cannot be read in it."""
     match = _RULE.fullmatch(text)
     if match is None:
@@ -86,7 +86,7 @@ def parse_rule(text: str) -> QualityRule:
         raise ValueError(f"the quality rule {text!r} has a text whose double quotes do not close; close them") from None
     if comparison not in ("==", "!=") and (quoted or _number(value) is None):
         raise ValueError(f"the quality rule {text!r} compares by size, but {value!r} is not a number; give a number")
-    return QualityRule(text.strip(), path, comparison, value, quoted)
+    return QualityFilter(text.strip(), path, comparison, value, quoted)
 
 
 def _field(document: Any, path: tuple[str, ...]) -> Any:

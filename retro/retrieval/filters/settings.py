@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from retro.retrieval.filters.dates import DateRange
+from retro.retrieval.filters.dates import DateFilter
 from retro.retrieval.filters.decontamination import parse_measures
 from retro.retrieval.filters.grams import NGRAM
 from retro.retrieval.filters.rules import parse_rule
@@ -61,7 +61,7 @@ class FilterSettings:
         if self.decontaminate_by is not None:
             parse_measures(self.decontaminate_by)
         if self.min_date is not None or self.max_date is not None:
-            DateRange(self.min_date, self.max_date, self.undated or "drop")
+            DateFilter(self.min_date, self.max_date, self.undated or "drop")
         for rule in self.quality or ():
             parse_rule(rule)
         if self.subsample is not None:

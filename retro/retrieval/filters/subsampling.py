@@ -39,7 +39,7 @@ def check_subsample(subsample: Sequence[float | int]) -> tuple[float, int]:
     return share, seed
 
 
-class Share:
+class SubsampleFilter:
     """Keeps a share p of the documents; see `drawn`."""
 
     name = "subsample"

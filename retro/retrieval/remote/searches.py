@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Search:
+class PendingSearch:
     """One request: what a Retriever is called with, and where its answer goes."""
 
     queries: Sequence[str] | Sequence[Sequence[int]]
@@ -51,7 +51,7 @@ class SearchQueue(Worker):
     def __init__(self, retriever: Retriever, limits: RetrievalLimits) -> None:
         super().__init__("retro-serve-search")
         self.retriever, self.limits = retriever, limits
-        self._waiting: list[Search]
+        self._waiting: list[PendingSearch]
         self._num_running = 0
 
     def __exit__(self, *error: object) -> None:
@@ -64,7 +64,7 @@ class SearchQueue(Worker):
         with self._changed:
             return {"waiting": self._num_waiting(), "running": self._num_running}
 
-    def submit(self, search: Search) -> None:
+    def submit(self, search: PendingSearch) -> None:
         """Queue a search; ApiError 429 if its queries do not fit, 503 at shutdown."""
         with self._changed:
             if not self.is_alive:
@@ -85,18 +85,18 @@ class SearchQueue(Worker):
             if search.answer.set_running_or_notify_cancel():
                 search.answer.set_exception(_closed())
 
-    def _next_batch(self) -> list[Search]:
+    def _next_batch(self) -> list[PendingSearch]:
         """The longest waiting search and those that go with it; none at shutdown."""
         with self._changed:
             self._num_running = 0
-            batch: list[Search] = []
+            batch: list[PendingSearch] = []
             while not self._closed and not batch:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 batch = [search for search in self._alike() if search.answer.set_running_or_notify_cancel()]
             self._num_running = sum(len(search.queries) for search in batch)
             return batch
 
-    def _alike(self) -> list[Search]:
+    def _alike(self) -> list[PendingSearch]:
         """Takes the first search and all of its group that fit off the queue."""
         if self._closed or not self._waiting:
             return []
@@ -106,7 +106,7 @@ class SearchQueue(Worker):
         self._waiting = [search for search in self._waiting if search not in taken]
         return taken
 
-    def _answer(self, batch: list[Search]) -> None:
+    def _answer(self, batch: list[PendingSearch]) -> None:
         """Search for a batch; if that fails, for each request alone."""
         try:
             found, about = self._search(batch)
@@ -122,7 +122,7 @@ class SearchQueue(Worker):
                 for search in undone:
                     self._answer([search])
 
-    def _search(self, batch: list[Search]) -> tuple[Neighbors, dict[str, int]]:
+    def _search(self, batch: list[PendingSearch]) -> tuple[Neighbors, dict[str, int]]:
         """The neighbors of all queries of a batch, and how many shards answered, where there are shards."""
         first, queries = batch[0], [query for search in batch for query in search.queries]
         retriever = copy(self.retriever)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from retro.retrieval.remote.limits import RetrievalLimits
-from retro.retrieval.remote.searches import Search, SearchQueue, shards_of
+from retro.retrieval.remote.searches import PendingSearch, SearchQueue, shards_of
 from retro.retrieval.remote.wire import MEDIA_TYPE, ROW_TOKENS, pack, pack_sources
 from retro.version import __version__
 from retro.web.errors import HALF, ApiError
@@ -136,7 +136,7 @@ def _add_search(routes: APIRouter, queue: SearchQueue) -> None:
         return Response(await unless_gone(request, _answer(wanted, limits.max_seconds)), media_type=MEDIA_TYPE)
 
 
-async def _answer(search: Search, seconds: float) -> bytes:
+async def _answer(search: PendingSearch, seconds: float) -> bytes:
     """The packed answer; ApiError 504 when time runs out. A search that nobody waits for is not begun."""
     answer = asyncio.wrap_future(search.answer)
     try:
@@ -148,7 +148,7 @@ async def _answer(search: Search, seconds: float) -> bytes:
         answer.cancel()
 
 
-def _checked(asked: SearchRequest, retriever: Retriever, limits: RetrievalLimits) -> Search:
+def _checked(asked: SearchRequest, retriever: Retriever, limits: RetrievalLimits) -> PendingSearch:
     """The search that a request asks for; ApiError 400 for what this server does not take."""
     k = retriever.num_neighbors if asked.num_neighbors is None else asked.num_neighbors
     r = retriever.retrieved_len if asked.retrieved_len is None else asked.retrieved_len
@@ -165,7 +165,7 @@ def _checked(asked: SearchRequest, retriever: Retriever, limits: RetrievalLimits
             raise ApiError(400, f"{name} has {len(given)} items for {num} queries; give one for each.", name)
     _check_queries(asked.queries, len(retriever.store.tokenizer), limits)
     excluded = None if asked.exclude_documents is None else [set(names) for names in asked.exclude_documents]
-    return Search(asked.queries, k, r, excluded, asked.against)
+    return PendingSearch(asked.queries, k, r, excluded, asked.against)
 
 
 def _check_range(name: str, value: int, low: int, high: int, of: str = "") -> None:

@@ -288,7 +288,7 @@ class ShardedSearcher:
         """
         check_k(k)
         deadline = time.monotonic() + self.timeout
-        parts = [_Spread(self, name, deadline) for name in self.names]
+        parts = [_ScatterGather(self, name, deadline) for name in self.names]
         hits = (parts[0] if len(parts) == 1 else FusedSearcher(parts)).search(queries, k, excluded)
         lost = {number: reason for part in parts for number, reason in part.lost.items()}
         answered = self.shards_total - len(lost)
@@ -380,7 +380,7 @@ class ShardedSearcher:
         return f"{len(lost)} of {self.shards_total} shards are missing: " + "; ".join(named)
 
 
-class _Spread:
+class _ScatterGather:
     """One kind of search over the shards that hold some of it, for one call of `ShardedSearcher.search`."""
 
     def __init__(self, searcher: ShardedSearcher, name: str, deadline: float) -> None:

@@ -24,8 +24,8 @@ from retro.retrieval.building import build as build_module
 from retro.retrieval.building import job, shards
 from retro.retrieval.building.build import plan_build, write_shards
 from retro.text.corpus import expand_inputs, read_input
-from retro.text.documents import Piece
-from retro.text.formats import read_piece, split_input
+from retro.text.documents import InputPartition
+from retro.text.formats import read_partition, split_input
 from tests.retrieval.tiny_encoders import make_encoder
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
@@ -66,8 +66,8 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(job, "_LIGHT_ROWS", 0)
 
 
-def split_into(patched, piece_bytes, part_bytes):
-    patched.setattr(build_module, "PIECE_BYTES", piece_bytes)
+def split_into(patched, partition_bytes, part_bytes):
+    patched.setattr(build_module, "PARTITION_BYTES", partition_bytes)
     patched.setattr(shards, "PART_BYTES", part_bytes)
 
 
@@ -90,10 +90,10 @@ def test_one_worker_and_four_give_the_same_bytes(tmp_path, tokenizer, small_part
     assert counts["filtered_by"] == {"deduplicate": 11} and len(one.manifest["shards"]) > 3
 
 
-@pytest.mark.parametrize(("piece_bytes", "part_bytes"), [(1, 1), (300, 100), (700, 2000), (1 << 20, 1 << 20)])
-def test_inputs_split_otherwise_give_the_same_bytes(tmp_path, tokenizer, monkeypatch, piece_bytes, part_bytes):
+@pytest.mark.parametrize(("partition_bytes", "part_bytes"), [(1, 1), (300, 100), (700, 2000), (1 << 20, 1 << 20)])
+def test_inputs_split_otherwise_give_the_same_bytes(tmp_path, tokenizer, monkeypatch, partition_bytes, part_bytes):
     whole = build(settings_for(tmp_path), tokenizer)
-    split_into(monkeypatch, piece_bytes, part_bytes)
+    split_into(monkeypatch, partition_bytes, part_bytes)
     assert files_of(build(settings_for(tmp_path, "split"), tokenizer).path) == files_of(whole.path)
     filtered = [json.loads(line) for line in (whole.path / "rejects/filtered.jsonl").read_text().splitlines()]
     assert filtered[0]["place"] == "a.jsonl:21" and [record["place"] for record in filtered][1:3] == [
@@ -117,12 +117,12 @@ LINES = st.one_of(
     end=st.sampled_from([b"\n", b"\r\n"]),
     bom=st.booleans(),
     final=st.booleans(),
-    piece_bytes=st.integers(1, 200),
+    partition_bytes=st.integers(1, 200),
     part_bytes=st.integers(1, 400),
     reverse=st.booleans(),
 )
 def test_every_line_is_in_one_place(
-    tmp_path_factory, tokenizer, lines, end, bom, final, piece_bytes, part_bytes, reverse
+    tmp_path_factory, tokenizer, lines, end, bom, final, partition_bytes, part_bytes, reverse
 ):
     folder = tmp_path_factory.mktemp("lines")
     raw = (b"\xef\xbb\xbf" if bom else b"") + end.join(lines) + (end if final else b"")
@@ -135,7 +135,7 @@ def test_every_line_is_in_one_place(
     settings.on_bad = "reject"
     whole = build(settings, tokenizer)
     with pytest.MonkeyPatch.context() as patched:
-        split_into(patched, piece_bytes, part_bytes)
+        split_into(patched, partition_bytes, part_bytes)
         if reverse:
             patched.setattr(build_module, "open_executor", lambda *given: Backwards())
         split = build(replace(settings, store=str(folder / "two")), tokenizer)
@@ -171,8 +171,8 @@ class Backwards:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset"])
-@pytest.mark.parametrize("piece_bytes", [1, 70, 1000])
-def test_pieces_hold_every_record_once(tmp_path, kind, piece_bytes):
+@pytest.mark.parametrize("partition_bytes", [1, 70, 1000])
+def test_partitions_hold_every_record_once(tmp_path, kind, partition_bytes):
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -187,20 +187,20 @@ def test_pieces_hold_every_record_once(tmp_path, kind, piece_bytes):
     else:
         path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
     (item,) = expand_inputs([str(path)])
-    record, pieces = split_input(item, piece_bytes)
-    assert record == split_input(item)[0] and len(pieces) > 1
-    assert [one for piece in pieces for one in read_piece(piece)] == list(read_input(item))
+    record, partitions = split_input(item, partition_bytes)
+    assert record == split_input(item)[0] and len(partitions) > 1
+    assert [one for partition in partitions for one in read_partition(partition)] == list(read_input(item))
     assert [found.text for found in read_input(item)] == [record["text"] for record in records]
-    assert [piece.first for piece in pieces] == [
-        1 + sum(len(list(read_piece(before))) for before in pieces[:n]) for n in range(len(pieces))
+    assert [partition.first for partition in partitions] == [
+        1 + sum(len(list(read_partition(before))) for before in partitions[:n]) for n in range(len(partitions))
     ]
-    assert len(pieces) <= 64 or kind != "jsonl.gz"
+    assert len(partitions) <= 64 or kind != "jsonl.gz"
 
 
 def test_an_empty_file_is_one_piece(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"")
     (item,) = expand_inputs([str(tmp_path / "x.jsonl")])
-    assert split_input(item, 5)[1] == [Piece(item, 0, 0)] and list(read_input(item)) == []
+    assert split_input(item, 5)[1] == [InputPartition(item, 0, 0)] and list(read_input(item)) == []
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
@@ -215,8 +215,8 @@ def test_an_input_that_changes_while_it_is_read_is_told(tmp_path, name, change):
 
     write(lines)
     (item,) = expand_inputs([str(path)])
-    pieces = split_input(item, 20)[1]
-    assert len(pieces) > 1
+    partitions = split_input(item, 20)[1]
+    assert len(partitions) > 1
     write(
         *{
             "longer last line": (lines, '\n{"text": "w6"}'),
@@ -227,7 +227,7 @@ def test_an_input_that_changes_while_it_is_read_is_told(tmp_path, name, change):
     if name.endswith("gz") and change != "shorter":
         return  # lines are counted: what comes behind is not read, and what comes before is not seen
     with pytest.raises(ValueError, match=f"{name} has changed since the work began"):
-        [list(read_piece(piece)) for piece in pieces]
+        [list(read_partition(partition)) for partition in partitions]
 
 
 # More shards
@@ -269,7 +269,7 @@ RANK = """
 import sys
 from tests.retrieval.building.test_build_parallel import *
 from tests.stand_ins import make_words_tokenizer
-shards.KEY_ROWS, build_module.PIECE_BYTES, shards.PART_BYTES = 16, 900, 1100
+shards.KEY_ROWS, build_module.PARTITION_BYTES, shards.PART_BYTES = 16, 900, 1100
 build(settings_for(Path(sys.argv[1]), "ranks", executor="ranks", workers=None, **json.loads(sys.argv[2])),
       make_words_tokenizer())
 """
@@ -308,7 +308,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(tmp_path, tokenize
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     seen = Counter()
-    real = shards._Settling.on_done
+    real = shards._BuildState.on_done
 
     def killing(self, task, record):
         seen[task.name.split("-")[0]] += 1
@@ -316,7 +316,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(tmp_path, tokenize
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         return real(self, task, record)
 
-    monkeypatch.setattr(shards._Settling, "on_done", killing)
+    monkeypatch.setattr(shards._BuildState, "on_done", killing)
     try:
         settings = settings_for(tmp_path, "ray", embedder=encoder, executor="ray", workers=None)
         store = build_store(settings, tokenizer=tokenizer)
@@ -366,7 +366,7 @@ KILLED = """
 import sys
 from tests.retrieval.building.test_build_parallel import *
 from tests.stand_ins import make_words_tokenizer
-shards.KEY_ROWS, build_module.PIECE_BYTES, shards.PART_BYTES, job.LIGHT_BYTES = 16, 900, 1100, 0
+shards.KEY_ROWS, build_module.PARTITION_BYTES, shards.PART_BYTES, job.LIGHT_BYTES = 16, 900, 1100, 0
 settings = settings_for(Path(sys.argv[1]), embedder=sys.argv[2], workers=2)
 tokenizer = make_words_tokenizer()
 print("begins", flush=True)

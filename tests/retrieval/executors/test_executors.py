@@ -237,7 +237,7 @@ def test_silence_is_counted_by_the_own_clock_and_while_somebody_looks(tmp_path, 
     monkeypatch.setattr(ranks_module.time, "monotonic", lambda: clock[0])
     beat.write_text(ranks_module._launch() if of_this_launch else "another")
     limit = ranks_module._SILENT_SECONDS if of_this_launch else ranks_module._BEGIN_SECONDS
-    silence = ranks_module._Silence(tmp_path, 1)
+    silence = ranks_module._Heartbeat(tmp_path, 1)
 
     def looks(seconds, step=5.0):
         for _ in range(int(seconds / step)):

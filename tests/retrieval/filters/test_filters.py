@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from retro.retrieval import near_copies
 from retro.retrieval.filters import (
-    DateRange,
-    Decontamination,
+    DateFilter,
+    Decontaminator,
     FilterSettings,
-    Share,
+    SubsampleFilter,
     days_of,
     document_hashes,
     drawn,
@@ -73,7 +73,7 @@ LONG = st.lists(st.sampled_from(["a", "b", "C"]), min_size=1, max_size=40).map("
 )
 def test_every_measure_is_that_of_sets_and_loops(text, held_out, chosen):
     name, threshold = chosen.split(">=")
-    index = Decontamination([Document(str(i), other) for i, other in enumerate(held_out)], chosen)
+    index = Decontaminator([Document(str(i), other) for i, other in enumerate(held_out)], chosen)
     values = [measured(text, other, 13)[name] for other in held_out]
     found = index.verdict(Document("x", text, place="in:1"))
     assert (found is not None) == (max(values) >= float(threshold))
@@ -98,17 +98,17 @@ def test_a_question_inside_a_long_text_is_found_by_run_and_overlap_only():
     document, held_out = Document("x", f"{words(300, 4)} {question} {words(300, 5)}"), [Document("q", question)]
     reasons = {}
     for name in ("jaccard", "overlap", "longest_run"):
-        found = Decontamination(held_out, name).verdict(document)
+        found = Decontaminator(held_out, name).verdict(document)
         reasons[name] = found and found[name]
     assert reasons == {"jaccard": None, "overlap": 1.0, "longest_run": 20}
-    both = Decontamination(held_out, ["jaccard", "longest_run>=21"])
+    both = Decontaminator(held_out, ["jaccard", "longest_run>=21"])
     assert both.verdict(document) is None and both.verdict(Document("y", question))["jaccard"] == 1
-    assert Decontamination([], ["jaccard", "longest_run"]).verdict(document) is None
+    assert Decontaminator([], ["jaccard", "longest_run"]).verdict(document) is None
 
 
 def test_held_out_texts_too_short_to_be_found_are_said(caplog):
     with caplog.at_level(logging.WARNING):
-        Decontamination([Document("a", "three short words"), Document("b", words(20))], "longest_run>=13")
+        Decontaminator([Document("a", "three short words"), Document("b", words(20))], "longest_run>=13")
     assert "1 of 2 held-out texts have fewer than 13 words" in caplog.text
 
 
@@ -159,10 +159,10 @@ def test_what_days_a_date_may_mean():
 def test_a_date_range_keeps_what_lies_in_it_for_certain(low, high, kept):
     dates = ["2014", "2015", "2015-06", "2015-06-30", "2015-12-31", "2016", None, "soon"]
     for undated in ("drop", "keep"):
-        chosen = DateRange(low, high, undated)
+        chosen = DateFilter(low, high, undated)
         found = {date for date in dates if chosen.verdict(Document("x", "t", date=date)) is None}
         assert found == kept | ({None, "soon"} if undated == "keep" else set())
-    record = DateRange("2015").verdict(Document("x", "t", date="soon", place="p"))
+    record = DateFilter("2015").verdict(Document("x", "t", date="soon", place="p"))
     assert record == {
         "filter": "date",
         "place": "p",
@@ -283,7 +283,7 @@ def test_shares_are_nested_uniform_and_a_matter_of_id_and_seed_alone():
     assert exactly == chosen[4]
     order = np.random.default_rng(0).permutation(4000)
     assert {int(order[i]) for i in np.flatnonzero(drawn([names[i] for i in order], 0.25, 5))} == exactly
-    assert {i for i in range(4000) if Share(0.25, 5).verdict(Document(names[i], "")) is None} == exactly
+    assert {i for i in range(4000) if SubsampleFilter(0.25, 5).verdict(Document(names[i], "")) is None} == exactly
 
 
 # Settings

@@ -9,7 +9,7 @@ import pytest
 from retro.cli import main
 from retro.evaluation.neighbors import neighbor_rows
 from retro.retrieval import BuildSettings, Retriever, build_store
-from retro.retrieval.filters import DateRange, drawn
+from retro.retrieval.filters import DateFilter, drawn
 from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
 from retro.retrieval.search.index import build_index
 from retro.retrieval.search.queries import Queries
@@ -140,7 +140,7 @@ def test_documents_are_chosen_before_the_best_k(kind, filters, make, store):
     elif "quality" in filters:
         passing = np.asarray([0.5 <= record.extra["score"] < 1 for record in records])
     else:
-        chosen = DateRange(filters.get("min_date"), filters["max_date"], filters.get("undated", "drop"))
+        chosen = DateFilter(filters.get("min_date"), filters["max_date"], filters.get("undated", "drop"))
         passing = np.asarray([chosen.verdict(record) is None for record in records])
     assert 0 < passing.sum() < len(names)
     queries = queries_of(store)
@@ -189,7 +189,7 @@ def test_all_filters_at_once(make, store):
         deduplicate=True, decontaminate="longest_run", max_date="2016", subsample=(0.8, 1), quality=["score>0"]
     )(queries, 60)
     passing = drawn(store.document_ids, 0.8, 1)
-    alone, dates = unique(store), DateRange(max_date="2016")
+    alone, dates = unique(store), DateFilter(max_date="2016")
 
     def keeps(q, row, kept):
         document = int(store.document_rows(np.array([row]))[0])

@@ -58,8 +58,8 @@ class EncoderConfig:
     pool_prefix: bool = True
 
 
-def read_layout(name: str, folder: str, pooling: str | None = None) -> EncoderConfig:
-    """The layout of an encoder's folder or hub repository; that of any other encoder where it has no modules.json.
+def read_encoder_config(name: str, folder: str, pooling: str | None = None) -> EncoderConfig:
+    """How an encoder's folder wants it used; defaults of any other encoder where it has no modules.json.
 
     `pooling`, if given, goes before the folder's, which may then be one that this library has not.
     Raises ValueError, naming the module, for what this library cannot do.

@@ -17,11 +17,11 @@ def visible(text: str) -> str:
     return text.translate(_SHOWN)
 
 
-class TextPieces:
+class IncrementalDetokenizer:
     """The text that each further token adds; a character is given whole, with the token that completes it.
 
     A token alone does not decode as it does in its text (spaces, characters of several tokens), so that each one is
-    decoded together with the piece before it.
+    decoded together with those before it.
     """
 
     def __init__(self, tokenizer: Any, token_ids: Iterable[int] = ()) -> None:
@@ -59,10 +59,10 @@ class TextPieces:
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     """The text that each token adds; joined they are the text. Special tokens add nothing."""
-    pieces = TextPieces(tokenizer)
-    texts = [pieces.add(token) for token in token_ids]
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    texts = [detokenizer.add(token) for token in token_ids]
     if texts:
-        texts[-1] += pieces.rest()
+        texts[-1] += detokenizer.rest()
     return texts
 
 
@@ -76,24 +76,24 @@ class TextStream:
         self, tokenizer: Any, on_text: Callable[[str], Any], on_prompt: Callable[[str], Any] = lambda text: None
     ) -> None:
         self.tokenizer, self.on_text, self.on_prompt = tokenizer, on_text, on_prompt
-        self._pieces: TextPieces | None = None
+        self._detokenizer: IncrementalDetokenizer | None = None
 
     def put(self, token_ids: Any) -> None:
         """The prompt [1, n] first, then each new token. Raises ValueError for several rows."""
         if token_ids.ndim > 1 and token_ids.shape[0] > 1:
             raise ValueError(f"a batch of {token_ids.shape[0]} rows cannot be streamed as one text; stream one prompt.")
         ids = token_ids.flatten().tolist()
-        if self._pieces is None:
-            self._pieces = TextPieces(self.tokenizer, ids)
+        if self._detokenizer is None:
+            self._detokenizer = IncrementalDetokenizer(self.tokenizer, ids)
             self.on_prompt("".join(token_texts(self.tokenizer, ids)))
         else:
-            self._hand_on("".join(map(self._pieces.add, ids)))
+            self._hand_on("".join(map(self._detokenizer.add, ids)))
 
     def end(self) -> None:
         """Hand on what was held back; the next `put` brings a new prompt."""
-        if self._pieces is not None:
-            self._hand_on(self._pieces.rest())
-        self._pieces = None
+        if self._detokenizer is not None:
+            self._hand_on(self._detokenizer.rest())
+        self._detokenizer = None
 
     def _hand_on(self, text: str) -> None:
         if text:
