@@ -32,6 +32,7 @@ _HOME = {
     "RemoteRetriever": "retro.retrieval",
     "open_sharded": "retro.retrieval",
     "Neighbors": "retro.retrieval",
+    "Source": "retro.retrieval",
     "build_index": "retro.retrieval",
     "build_neighbors": "retro.retrieval",
     "load_embedder": "retro.retrieval",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -69,6 +70,44 @@ class Neighbors:
     mask: Bool[np.ndarray, "q k r"]
     scores: Float32[np.ndarray, "q k"]
     sources: Sequence[list[Source | None]]
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Sequence[Sequence[str]],
+        tokenizer: Any,
+        num_neighbors: int,
+        retrieved_len: int = 128,
+        scores: Sequence[Sequence[float]] | None = None,
+        sources: Sequence[Sequence[Source | None]] | None = None,
+    ) -> Neighbors:
+        """The neighbors that a search of one's own gives, from the texts that it found.
+
+        Arguments:
+            texts: of each query, those found, best first; where there are more than k the rest is left out.
+            tokenizer: the model's.
+            num_neighbors, retrieved_len: k, and r: a text is read up to its r-th token.
+            scores, sources: of each text; default: 0, and a source without title.
+
+        Raises ValueError if there are not as many scores or sources as texts.
+        """
+        shape = (len(texts), num_neighbors)
+        tokens = np.zeros((*shape, retrieved_len), np.int64)
+        mask = np.zeros((*shape, retrieved_len), bool)
+        ids, found = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
+        origins: list[list[Source | None]] = [[None] * num_neighbors for _ in texts]
+        for name, given in (("scores", scores), ("sources", sources)):
+            if given is not None and list(map(len, given)) != list(map(len, texts)):
+                raise ValueError(f"{name} must hold one for each text, {list(map(len, texts))}; give as many")
+        for q, k in np.ndindex(shape):
+            if k < len(texts[q]):
+                text = tokenizer(texts[q][k], add_special_tokens=False, truncation=True, max_length=retrieved_len)
+                length = len(text["input_ids"])
+                tokens[q, k, :length], mask[q, k, :length] = text["input_ids"], True
+                ids[q, k] = q * num_neighbors + k
+                found[q, k] = 0.0 if scores is None else scores[q][k]
+                origins[q][k] = Source(str(ids[q, k]), "", "", 0) if sources is None else sources[q][k]
+        return cls(ids, tokens, mask, found, origins)
 
     def __getitem__(self, queries: slice) -> Neighbors:
         """The neighbors of some of the queries."""
