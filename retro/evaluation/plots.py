@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from retro.common.extras import check_installed
 from retro.evaluation.bits import COLUMNS
 
 # told apart in grey too, by marker and line
@@ -52,10 +53,7 @@ STYLE = {
 
 def check_plot(file: str | Path) -> None:
     """Raise ValueError, before anything is measured, if a picture cannot be written there."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ValueError("a plot needs matplotlib, which is not installed; pip install retro-lm[eval]")
+    check_installed("matplotlib", "a plot")
     file = Path(file)
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"the plot {file} ends in {file.suffix!r}; let it end in .png, .svg or .pdf")

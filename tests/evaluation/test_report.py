@@ -276,19 +276,34 @@ def put(value, path, new):
 
 
 DAMAGED = {
-    "a column without its figure": ("evaluate", ["bpb", "retro_on"], "much", "bpb.retro_on is 'much', not a number"),
-    "a column of another kind": ("evaluate", ["bpb", "mamba"], 1.0, "bpb has 'mamba'"),
+    "a column without its figure": (
+        "evaluate",
+        ["bpb", "retro_on"],
+        "much",
+        "bpb.retro_on is 'much': it should be a",
+    ),
+    "a column of another kind": ("evaluate", ["bpb", "mamba"], 1.0, "bpb.mamba is 'mamba': it should be 'lm'"),
     "no bytes": ("evaluate", ["bytes"], None, "bytes is missing"),
-    "one end of an interval": ("leakage", ["points", 0, "interval", "retro_on"], [1.0], "has 1 values, not 2"),
-    "no points": ("leakage", ["points"], [], "points is empty"),
+    "one end of an interval": (
+        "leakage",
+        ["points", 0, "interval", "retro_on"],
+        [1.0],
+        "interval.retro_on is a list: it should have",
+    ),
+    "no points": ("leakage", ["points"], [], "points is a list: it should have at least 1 item, not 0"),
     "a point without a column": ("leakage", ["points", 1, "bpb", "retro_off"], None, "different columns"),
     "a place that is no number": ("sweep", ["curve", 1, "num_neighbors"], "two", "curve[1].num_neighbors is 'two'"),
     "half a gain": ("sweep", ["curve", 0, "gain_low"], None, "curve[0].gain is missing"),
-    "a method without a name": ("baselines", ["rows", 0, "label"], 3, "rows[0].label is 3, not a text"),
+    "a method without a name": (
+        "baselines",
+        ["rows", 0, "label"],
+        3,
+        "rows[0].label is 3: it should be",
+    ),
     "a figure without a value": ("task", ["accuracy", "retro_on", "value"], [], "accuracy.retro_on.value is a list"),
     "a chunk beyond the text": ("generate", ["texts", 0, "chunks", 0, "stop"], 999, "a chunk from 0 to 999"),
     "fewer gains than tokens": ("generate", ["texts", 0, "gains"], [0.5], "gains"),
-    "a number beyond all": ("evaluate", ["bytes"], 10**400, "too large"),
+    "a number beyond all": ("evaluate", ["bytes"], 10**400, "it should be less than"),
 }
 
 

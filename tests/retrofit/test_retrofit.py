@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import retro
-from retro.retrieval.building import tasks
+from retro.common import extras
 from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
 from retro.retrofit.config import chosen_layers
@@ -375,8 +375,8 @@ def test_options_that_are_refused(name, options, words, make_fitted):
 
 def test_a_gguf_tokenizer_needs_gguf(monkeypatch, tmp_path):
     (tmp_path / "tiny.gguf").touch()
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="tiny.gguf is in a GGUF file, which needs gguf; pip install gguf"):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'tiny.gguf, a GGUF file, needs gguf, .* pip install "retro-lm\[gguf\]"'):
         load_tokenizer(str(tmp_path / "tiny.gguf"))
 
 

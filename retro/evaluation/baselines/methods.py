@@ -143,7 +143,7 @@ def _lacking(model: Any, reader: Any, retriever: Retriever, validation: Any) -> 
     if validation is None:
         lacking[VALIDATION] = "validation documents, on which its lambda, T and k are chosen; give some"
     if find_spec("bm25s") is None:
-        lacking[BM25] = "bm25s, which is not installed; pip install retro-lm[eval]"
+        lacking[BM25] = "bm25s, which is not installed; pip install retro-lm[bm25]"
     return lacking
 
 

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from retro.common.extras import check_installed
+
 _HOME = {
     "Runs": "retro.evaluation.report.files",
     "read_runs": "retro.evaluation.report.files",
@@ -14,4 +16,5 @@ __all__ = list(_HOME)
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_installed("pydantic", "a report")
     return getattr(import_module(_HOME[name]), name)

@@ -10,8 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from retro.evaluation.bits import COLUMNS
-from retro.evaluation.report.shapes import FIGURE, SHAPES, TEXT, VERBS, checked, kind_of
+from retro.evaluation.report.shapes import METRICS, RESULTS, VERBS, checked, is_text, kind_of
 from retro.provenance import FILE, read_provenance
 from retro.retrieval import Store
 from retro.retrieval.search.index import measured_recall
@@ -108,7 +107,7 @@ def _read_file(file: Path, runs: Runs, seen: set[Path]) -> bool:
         return True
     content = file.read_bytes()
     value = _parsed(content, file)
-    value = {"texts": [value]} if isinstance(value, dict) and set(TEXT) <= set(value) else value
+    value = {"texts": [value]} if is_text(value) else value
     kind = kind_of(value)
     if kind is None:
         return False
@@ -119,7 +118,9 @@ def _read_file(file: Path, runs: Runs, seen: set[Path]) -> bool:
         same.same.append(str(file))
         return True
     try:
-        value = _checked_result(value, kind)
+        if isinstance(value.get("data"), str):
+            value = value | {"data": [value["data"]]}
+        value = checked(value, RESULTS[kind])
     except ValueError as error:
         raise ValueError(f"{file} is damaged, or not written by retro {VERBS[kind]}: {error}.") from None
     written_at = datetime.fromtimestamp(file.stat().st_mtime).isoformat(" ", "minutes")
@@ -134,63 +135,6 @@ def _parsed(content: bytes, name: object) -> Any:
         return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise ValueError(f"{name} is not JSON; copy it again, or write it anew.") from None
-
-
-def _checked_result(value: dict[str, Any], kind: str) -> dict[str, Any]:
-    if isinstance(value.get("data"), str):
-        value = value | {"data": [value["data"]]}
-    value = checked(value, SHAPES[kind])
-    if kind == "sweep":
-        _check_sweep(value)
-    elif kind == "evaluate" and (not value["bpb"] or set(value["bpb"]) != set(value["bpb_little_overlap"])):
-        raise ValueError("bpb and bpb_little_overlap have different columns, or none")
-    elif kind == "leakage":
-        columns = [(list(point["bpb"]), list(point["interval"]), list(point["gain"])) for point in value["points"]]
-        if any(one != columns[0] for one in columns) or columns[0][0] != columns[0][1]:
-            raise ValueError("the points have different columns")
-    elif kind == "task":
-        value |= {name: checked(value[name], FIGURE, name) for name in figures_of(value)}
-    elif kind == "generate":
-        for number, text in enumerate(value["texts"]):
-            _check_text(text, f"texts[{number}]")
-    return value
-
-
-def figures_of(task: dict[str, Any]) -> list[str]:
-    """The fields of a task's result that hold figures with intervals, by column."""
-    return [
-        name
-        for name, field in task.items()
-        if isinstance(field, dict)
-        and field
-        and all(isinstance(one, dict) and {"value", "interval"} <= set(one) for one in field.values())
-    ]
-
-
-def _check_sweep(value: dict[str, Any]) -> None:
-    x, with_gain = value["x"], {}
-    for number, point in enumerate(value["curve"]):
-        place = checked(point.get(x), float, f"curve[{number}].{x}")
-        if not place >= 0 or point["column"] not in COLUMNS:
-            raise ValueError(f"curve[{number}] has the column {point['column']!r} at {x} {place}")
-        has = tuple(name in point for name in ("gain", "gain_low", "gain_high"))
-        if len(set(has)) > 1 or with_gain.setdefault(point["column"], has) != has:
-            raise ValueError(f"curve[{number}].gain is missing")
-    if not any(point[x] > 0 for point in value["curve"]):
-        raise ValueError(f"curve has no place above 0 on {x}")
-
-
-def _check_text(text: dict[str, Any], where: str) -> None:
-    count = len(text["tokens"])
-    if text["gains"] is not None and len(text["gains"]) != count:
-        raise ValueError(f"{where} has {count} tokens and {len(text['gains'])} gains")
-    for chunk in text["chunks"]:
-        if not 0 <= chunk["start"] < chunk["stop"] <= count:
-            raise ValueError(f"{where} has {count} tokens, but a chunk from {chunk['start']} to {chunk['stop']}")
-        for neighbor in chunk["neighbors"]:
-            run = neighbor["copied"]
-            if run and not chunk["start"] <= run["start"] < run["start"] + run["num_tokens"] <= chunk["stop"]:
-                raise ValueError(f"{where} has a copied run from {run['start']}, which is not in its chunk")
 
 
 def _read_model(folder: Path) -> TrainedModel:
@@ -209,7 +153,7 @@ def _metrics(file: Path) -> Iterator[dict[str, Any]]:
         return
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         where = f"{file}, line {number},"
-        yield checked(_parsed(line, where), SHAPES["metrics"], where)
+        yield checked(_parsed(line, where), METRICS, where)
 
 
 def _read_store(folder: Path) -> StoreRecord:

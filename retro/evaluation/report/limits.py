@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from retro.evaluation.bits import COLUMNS
-from retro.evaluation.report.files import Result, StoreRecord, figures_of
+from retro.evaluation.report.files import Result, StoreRecord
 from retro.evaluation.report.samples import attribution_from_json
+from retro.evaluation.report.shapes import figures_of
 from retro.evaluation.report.tables import amount, change, figure, gain_over, percent, share
 from retro.sampling.terminal import shown_runs
 

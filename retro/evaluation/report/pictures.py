@@ -16,7 +16,8 @@ from retro.evaluation.baselines import baselines_rows
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.leakage import leakage_rows
 from retro.evaluation.plots import LOOKS, OTHER_LOOKS, picture, plot_leakage, plot_sweep
-from retro.evaluation.report.files import Result, TrainedModel, figures_of
+from retro.evaluation.report.files import Result, TrainedModel
+from retro.evaluation.report.shapes import figures_of
 from retro.evaluation.report.tables import Table, records_table
 from retro.evaluation.sweeps import sweep_rows
 from retro.evaluation.tasks.results import TITLES as COLUMN_TITLES

@@ -1,165 +1,176 @@
-"""What each kind of result looks like, and the check that a value is one.
-
-A shape is a type (`float` takes whole numbers too, and null, which becomes NaN), a dict of fields ("name?" may be
-missing, what is not named is kept as it is), [shape] for a list, [shape, ...] for one that is not empty, (shape, shape)
-for a list of that length, or one of the classes here.
-"""
+"""What each kind of result must hold for a report to show it; what else a file holds is kept as it is."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from retro.evaluation.bits import COLUMNS
 
 _LARGEST = 1e300
-_NAMES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
 
 
-@dataclass(frozen=True)
-class Maybe:
-    """The shape, or null."""
-
-    shape: Any
-
-
-@dataclass(frozen=True)
-class Each:
-    """An object with values of the shape, under any names, or under some of `names`."""
-
-    shape: Any
-    names: tuple[str, ...] | None = None
+def _number(value: Any) -> Any:
+    """Null, and what no figure can be, as NaN."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return math.nan if value is None or (is_number and not abs(value) <= _LARGEST) else value
 
 
-def by_column(shape: Any) -> Each:
-    """Values by column: LM, RETRO[OFF], ..."""
-    return Each(shape, tuple(COLUMNS))
+Number = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[int, Field(strict=True, lt=1 << 63)]
+Ends = Annotated[list[Number], Field(min_length=2, max_length=2)]  # of an interval
+Three = Annotated[list[Number], Field(min_length=3, max_length=3)]  # a value with its ends
+Texts = Annotated[list[str], Field(min_length=3, max_length=3)]  # before, in and after a run
+Column = Literal[tuple(COLUMNS)]
 
 
-ENDS = (float, float)
-ABOUT = {
-    "data?": Maybe([str]),
-    "store?": Maybe(str),
-    "store_fingerprint?": str,
-    "bytes?": int,
-    "tokens?": int,
-    "chunks?": int,
-    "chunks_without_neighbors?": int,
-    "documents?": int,
-    "num_neighbors?": int,
-    "window_len?": int,
-    "stride?": int,
-    "seed?": int,
-    "index?": Maybe(str),
-    "index_recall?": float,
-    "versions?": Each(str),
-}
-_MEASURED = ABOUT | {"documents": int, "bytes": int, "tokens": int}
-_POINT = {
-    "alpha": float,
-    "chunks": int,
-    "documents": int,
-    "bytes": int,
-    "bpb": by_column(float),
-    "interval": by_column(ENDS),
-    "gain": by_column((float, float, float)),
-}
-_EXAMPLE = {
-    "document_id": str,
-    "chunk": int,
-    "ratio": float,
-    "common_tokens": int,
-    "bits": by_column(float),
-    "text": (str, str, str),
-    "neighbor": {"document_id": str, "title": str, "position": int},
-    "neighbor_text": (str, str, str),
-}
-_BITS = {"bpb": float, "low": float, "high": float}
-_CURVE = _BITS | {"column": str, "gain?": float, "gain_low?": float, "gain_high?": float}
-_ROW = {
-    "method": str,
-    "label": str,
-    "bpb": float,
-    "interval": ENDS,
-    "change": float,
-    "change_interval": ENDS,
-    "bpb_little_overlap": float,
-    "seconds_per_1000_tokens": float,
-    "search_seconds_per_1000_tokens": float,
-    "searches_per_1000_tokens": float,
-    "flops_per_1000_tokens": float,
-    "search_flops_per_1000_tokens": float,
-    "store_bytes": float,
-    "chosen": {},
-}
-_COPIED = {"start": int, "neighbor_start": int, "num_tokens": int, "text": str}
-_NEIGHBOR = {
-    "row": int,
-    "score": float,
-    "document_id": Maybe(str),
-    "title": Maybe(str),
-    "source": Maybe(str),
-    "position": Maybe(int),
-    "date": Maybe(str),
-    "tokens": [str],
-    "continuation_start": int,
-    "copied": Maybe(_COPIED),
-}
-TEXT = {
-    "num_prompt_tokens": int,
-    "chunk_len": int,
-    "token_ids": [int],
-    "tokens": [str],
+def shape(*parts: dict[str, Any], check: Callable[[Any], Any] | None = None, **fields: Any) -> Any:
+    """An object with the fields of some parts and its own, and any others; `check` says whether they fit together."""
+    for part in reversed(parts):
+        fields = part | fields
+    kept = with_config(ConfigDict(extra="allow", strict=True))(TypedDict("Shape", fields))
+    return kept if check is None else Annotated[kept, AfterValidator(check)]
+
+
+def some(of: Any) -> Any:
+    """A list that is not empty."""
+    return Annotated[list[of], Field(min_length=1)]
+
+
+def optional(**fields: Any) -> dict[str, Any]:
+    """Fields that may be missing."""
+    return {name: NotRequired[kind] for name, kind in fields.items()}
+
+
+def figures_of(task: dict[str, Any]) -> list[str]:
+    """The fields of a task's result that hold figures with intervals, by column."""
+    is_figure = lambda one: isinstance(one, dict) and {"value", "interval"} <= set(one)  # noqa: E731
+    return [
+        name
+        for name, field in task.items()
+        if isinstance(field, dict) and field and all(map(is_figure, field.values()))
+    ]
+
+
+def _check_bits(value: dict[str, Any]) -> dict[str, Any]:
+    if not value["bpb"] or set(value["bpb"]) != set(value["bpb_little_overlap"]):
+        raise ValueError("bpb and bpb_little_overlap have different columns, or none")
+    return value
+
+
+def _check_leakage(value: dict[str, Any]) -> dict[str, Any]:
+    columns = [[list(point[name]) for name in ("bpb", "interval", "gain")] for point in value["points"]]
+    if any(one != columns[0] for one in columns) or columns[0][0] != columns[0][1]:
+        raise ValueError("the points have different columns")
+    return value
+
+
+def _check_sweep(value: dict[str, Any]) -> dict[str, Any]:
+    x, with_gain = value["x"], {}
+    for number, point in enumerate(value["curve"]):
+        place = point.get(x)
+        if isinstance(place, bool) or not isinstance(place, (int, float)) or not place >= 0:
+            raise ValueError(f"curve[{number}].{x} is {_short(place)}, not a number from 0")
+        has = tuple(name in point for name in ("gain", "gain_low", "gain_high"))
+        if len(set(has)) > 1 or with_gain.setdefault(point["column"], has) != has:
+            raise ValueError(f"curve[{number}].gain is missing")
+    if not any(point[x] > 0 for point in value["curve"]):
+        raise ValueError(f"curve has no place above 0 on {x}")
+    return value
+
+
+def _check_task(value: dict[str, Any]) -> dict[str, Any]:
+    return value | {name: checked(value[name], FIGURES, name) for name in figures_of(value)}
+
+
+def _check_text(text: dict[str, Any]) -> dict[str, Any]:
+    count = len(text["tokens"])
+    if text["gains"] is not None and len(text["gains"]) != count:
+        raise ValueError(f"it has {count} tokens and {len(text['gains'])} gains")
+    for chunk in text["chunks"]:
+        if not 0 <= chunk["start"] < chunk["stop"] <= count:
+            raise ValueError(f"it has {count} tokens, but a chunk from {chunk['start']} to {chunk['stop']}")
+        for run in (neighbor["copied"] for neighbor in chunk["neighbors"] if neighbor["copied"]):
+            if not chunk["start"] <= run["start"] < run["start"] + run["num_tokens"] <= chunk["stop"]:
+                raise ValueError(f"it has a copied run from {run['start']}, which is not in its chunk")
+    return text
+
+
+_ABOUT = optional(
+    data=list[str] | None, store=str | None, store_fingerprint=str, bytes=Count, tokens=Count, chunks=Count,
+    chunks_without_neighbors=Count, documents=Count, window_len=Count, stride=Count, index=str | None,
+    index_recall=Number,
+)  # fmt: skip
+_MEASURED = _ABOUT | {"documents": Count, "bytes": Count, "tokens": Count}
+_POINT = shape(
+    alpha=Number, chunks=Count, documents=Count, bytes=Count, bpb=dict[Column, Number], interval=dict[Column, Ends],
+    gain=dict[Column, Three],
+)  # fmt: skip
+_EXAMPLE = shape(
+    document_id=str, chunk=Count, ratio=Number, common_tokens=Count, bits=dict[Column, Number], text=Texts,
+    neighbor=shape(document_id=str, title=str, position=Count), neighbor_text=Texts,
+)  # fmt: skip
+_BITS = {"bpb": Number, "low": Number, "high": Number}
+_CURVE = shape(_BITS, optional(gain=Number, gain_low=Number, gain_high=Number), column=Column)
+_ROW = shape(
+    method=str, label=str, bpb=Number, interval=Ends, change=Number, change_interval=Ends, bpb_little_overlap=Number,
+    seconds_per_1000_tokens=Number, search_seconds_per_1000_tokens=Number, searches_per_1000_tokens=Number,
+    flops_per_1000_tokens=Number, search_flops_per_1000_tokens=Number, store_bytes=Number, chosen=dict[str, Any],
+)  # fmt: skip
+_NEIGHBOR = shape(
+    row=Count, score=Number, document_id=str | None, title=str | None, source=str | None, position=Count | None,
+    date=str | None, tokens=list[str], continuation_start=Count,
+    copied=shape(start=Count, neighbor_start=Count, num_tokens=Count, text=str) | None,
+)  # fmt: skip
+_CHUNK = shape(chunk=Count, start=Count, stop=Count, num_prompt_tokens=Count, neighbors=list[_NEIGHBOR])
+_TEXT = {
+    "num_prompt_tokens": Count,
+    "chunk_len": Count,
+    "token_ids": list[Count],
+    "tokens": list[str],
     "retrieved": bool,
-    "gains": Maybe([Maybe(float)]),
-    "chunks": [{"chunk": int, "start": int, "stop": int, "num_prompt_tokens": int, "neighbors": [_NEIGHBOR]}],
+    "gains": list[Number | None] | None,
+    "chunks": list[_CHUNK],
 }
-FIGURE = Each({"value": float, "interval": ENDS})
-RECALL = Each({"questions": int, "by_id": Maybe(FIGURE), "by_answer": Maybe(FIGURE)})
-SHAPES = {
-    "evaluate": _MEASURED
-    | {
-        "bpb": by_column(float),
-        "bpb_little_overlap": by_column(float),
-        "interval?": by_column(ENDS),
-        "gain?": by_column((float, float, float)),
-        "gain_little_overlap?": by_column((float, float, float)),
-        "off_below_lm?": (float, float, float),
-        "perplexity?": by_column(Each(float)),
-        "chunks": int,
-        "chunks_little_overlap": int,
-        "model?": Maybe(str),
-        "lm?": Maybe(str),
-    },
-    "leakage": _MEASURED
-    | {"points": [_POINT, ...], "examples": [_EXAMPLE], "num_neighbors": int, "documents_in_store?": int},
-    "sweep": _MEASURED
-    | {
-        "sweep": str,
-        "x": str,
-        "xlabel": str,
-        "band": str,
-        "points": [_CURVE, ...],
-        "curve": [_CURVE, ...],
-        "references": by_column(_BITS),
-    },
-    "baselines": _MEASURED | {"rows": [_ROW, ...], "windows": int, "validation_tokens": int, "settings": {}},
-    "task": ABOUT
-    | {"task": str, "examples?": int, "questions?": int, "read_neighbors?": float, "answers?": [{}], "recall?": RECALL},
-    "lm_eval": {"results": Each({}), "data?": Maybe([str]), "store?": Maybe(str), "n-samples?": Each({})},
-    "generate": ABOUT | {"texts": [TEXT, ...], "model?": str},
-    "metrics": {"step": int, "tokens": int, "loss?": float},
-}
-VERBS = {
-    "evaluate": "evaluate or demo",
-    "leakage": "leakage",
-    "sweep": "sweep",
-    "baselines": "baselines",
-    "task": "task",
-    "lm_eval": "task lm-eval",
-    "generate": "generate",
-}
+_FIGURES = dict[str, shape(value=Number, interval=Ends)]
+FIGURES = TypeAdapter(_FIGURES)
+METRICS = TypeAdapter(shape(optional(loss=Number), step=Count, tokens=Count))
+_BITS_MAYBE = optional(
+    interval=dict[Column, Ends], gain=dict[Column, Three], gain_little_overlap=dict[Column, Three], off_below_lm=Three,
+    perplexity=dict[Column, dict[str, Number]], model=str | None, lm=str | None,
+)  # fmt: skip
+_TASK_MAYBE = optional(
+    examples=Count, questions=Count, read_neighbors=Number, answers=list[dict[str, Any]],
+    recall=dict[str, shape(questions=Count, by_id=_FIGURES | None, by_answer=_FIGURES | None)],
+)  # fmt: skip
+_SHAPES = {
+    "evaluate": shape(
+        _MEASURED, _BITS_MAYBE, check=_check_bits, bpb=dict[Column, Number], bpb_little_overlap=dict[Column, Number],
+        chunks=Count, chunks_little_overlap=Count,
+    ),
+    "leakage": shape(
+        _MEASURED, optional(documents_in_store=Count), check=_check_leakage, points=some(_POINT),
+        examples=list[_EXAMPLE], num_neighbors=Count,
+    ),
+    "sweep": shape(
+        _MEASURED, check=_check_sweep, sweep=str, x=str, xlabel=str, band=str, points=some(_CURVE), curve=some(_CURVE),
+        references=dict[Column, shape(_BITS)],
+    ),
+    "baselines": shape(_MEASURED, rows=some(_ROW), windows=Count, validation_tokens=Count, settings=dict[str, Any]),
+    "task": shape(_ABOUT, _TASK_MAYBE, check=_check_task, task=str),
+    "lm_eval": shape(
+        optional(data=list[str] | None, store=str | None, **{"n-samples": dict[str, dict[str, Any]]}),
+        results=dict[str, dict[str, Any]],
+    ),
+    "generate": shape(_ABOUT, optional(model=str), texts=some(shape(_TEXT, check=_check_text))),
+}  # fmt: skip
+RESULTS = {kind: TypeAdapter(each) for kind, each in _SHAPES.items()}
+VERBS = {kind: kind for kind in RESULTS} | {"evaluate": "evaluate or demo", "lm_eval": "task lm-eval"}
 _MARKS = {  # fields that only this kind has
     "leakage": {"points", "examples"},
     "sweep": {"sweep", "curve"},
@@ -180,54 +191,27 @@ def kind_of(value: Any) -> str | None:
     return next((kind for kind, marks in _MARKS.items() if marks <= set(value)), None)
 
 
-def checked(value: Any, shape: Any, where: str = "") -> Any:
-    """The value with null and infinite numbers as NaN; ValueError, naming the field, where it has not the shape."""
-    if isinstance(shape, Maybe):
-        return None if value is None else checked(value, shape.shape, where)
-    if isinstance(shape, type):
-        return _checked_scalar(value, shape, where)
-    if isinstance(shape, (list, tuple)):
-        return _checked_list(value, shape, where)
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'it'} is {_short(value)}, not an object")
-    if isinstance(shape, Each):
-        for name in value:
-            if shape.names is not None and name not in shape.names:
-                raise ValueError(f"{where} has {name!r}, which is none of {', '.join(shape.names)}")
-        return {name: checked(one, shape.shape, f"{where}.{name}") for name, one in value.items()}
-    kept = dict(value)
-    for name, inner in shape.items():
-        field = name.removesuffix("?")
-        if field in value:
-            kept[field] = checked(value[field], inner, f"{where}.{field}".lstrip("."))
-        elif field == name:
-            raise ValueError(f"{where}.{field} is missing".lstrip("."))
-    return kept
+def is_text(value: Any) -> bool:
+    """Whether it is one text of `retro generate`, as `retro.sampling.as_json` gives it."""
+    return isinstance(value, dict) and set(_TEXT) <= set(value)
 
 
-def _checked_scalar(value: Any, kind: type, where: str) -> Any:
-    if kind is float and value is None:
-        return math.nan
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{where} is {_short(value)}, not {_NAMES[kind]}")
-    if kind is int and abs(value) > _LARGEST:
-        raise ValueError(f"{where} is {_short(value)}, too large a number")
-    if kind is float:
-        return float(value) if abs(value) <= _LARGEST else math.nan
-    return value
-
-
-def _checked_list(value: Any, shape: list | tuple, where: str) -> list:
-    if not isinstance(value, list):
-        raise ValueError(f"{where} is {_short(value)}, not a list")
-    if isinstance(shape, tuple):
-        if len(value) != len(shape):
-            raise ValueError(f"{where} has {len(value)} values, not {len(shape)}")
-        return [checked(one, inner, f"{where}[{i}]") for i, (one, inner) in enumerate(zip(value, shape, strict=True))]
-    if len(shape) > 1 and not value:
-        raise ValueError(f"{where} is empty")
-    return [checked(one, shape[0], f"{where}[{i}]") for i, one in enumerate(value)]
+def checked(value: Any, of: TypeAdapter, where: str = "") -> Any:
+    """The value with null and infinite numbers as NaN; ValueError, naming the field and what it is, if it is not so."""
+    try:
+        return of.validate_python(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        for part in found["loc"]:
+            where += f"[{part}]" if isinstance(part, int) else f".{part}"
+        where = where.lstrip(".")
+        if found["type"] == "missing":
+            raise ValueError(f"{where} is missing") from None
+        if found["type"] == "value_error":
+            raise ValueError(f"{where}: {found['ctx']['error']}".removeprefix(": ")) from None
+        where = where.removesuffix(".[key]") or "it"
+        told = re.sub("^(Input|List|Dictionary) | after validation", "", found["msg"])
+        raise ValueError(f"{where} is {_short(found['input'])}: it {told}") from None
 
 
 def _short(value: Any) -> str:

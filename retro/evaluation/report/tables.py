@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from retro.evaluation.bits import COLUMNS
-from retro.evaluation.report.files import Result, figures_of
+from retro.evaluation.report.files import Result
+from retro.evaluation.report.shapes import figures_of
 from retro.evaluation.tasks.results import TITLES as COLUMN_TITLES
 
 NOTHING = "–"

@@ -19,13 +19,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from retro.common.extras import check_installed
 from retro.common.files import file_record, open_npy, save_json_lines, save_npy, sync, write_with, written_aside
 from retro.common.pretrained import pretrained_place
 from retro.retrieval.embedding.embedder import (
@@ -52,8 +52,8 @@ def load_tokenizer(name_or_folder: str) -> Any:
     from transformers import AutoTokenizer
 
     place, gguf = pretrained_place(name_or_folder)
-    if gguf and find_spec("gguf") is None:
-        raise ValueError(f"the tokenizer {name_or_folder} is in a GGUF file, which needs gguf; pip install gguf")
+    if gguf:
+        check_installed("gguf", f"the tokenizer {name_or_folder}, a GGUF file,")
     try:
         with quiet_loading():
             return AutoTokenizer.from_pretrained(place, **gguf)

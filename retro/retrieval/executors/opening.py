@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
+from retro.common.extras import check_installed
 from retro.retrieval.executors.local import LocalExecutor
 from retro.retrieval.executors.ranks import RankExecutor, rank_of
 from retro.retrieval.executors.ray_cluster import RayExecutor
@@ -35,6 +35,5 @@ def open_executor(name: str = "local", workers: int | None = None) -> Executor:
         return RankExecutor(rank, count)
     if name == "local":
         return LocalExecutor(workers)
-    if find_spec("ray") is None:
-        raise ValueError("the executor ray needs Ray; pip install retro-lm[ray]")
+    check_installed("ray", "the executor ray")
     return RayExecutor(workers)

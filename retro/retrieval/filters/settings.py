@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from retro.retrieval.filters.dates import DateFilter
+from retro.common.extras import check_installed
 from retro.retrieval.filters.decontamination import parse_measures
 from retro.retrieval.filters.grams import NGRAM
 from retro.retrieval.filters.rules import parse_rule
@@ -93,6 +94,8 @@ class FilterSettings:
     def _check_deduplication(self) -> None:
         if self.deduplicate not in (None, *DEDUPLICATIONS):
             raise ValueError(f"deduplicate must be {' or '.join(DEDUPLICATIONS)}, not {self.deduplicate!r}")
+        if self.deduplicate == "minhash":
+            check_installed("datasketch", "deduplicate=minhash")
         if self.deduplicate_at is not None and not 0 < self.deduplicate_at <= 1:
             raise ValueError(f"deduplicate_at must be above 0 and at most 1, not {self.deduplicate_at}")
         if self.deduplicate_ngram is not None and self.deduplicate_ngram < 1:

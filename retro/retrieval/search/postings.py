@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt32
 
+from retro.common.extras import check_installed
 from retro.common.files import load_json, open_npy, save_json, save_npy
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.search.queries import Queries
@@ -56,10 +57,9 @@ def words_of(texts: list[str]) -> list[list[str]]:
 
 
 def _bm25s() -> Any:
-    try:
-        import bm25s
-    except ImportError:
-        raise ValueError("the index bm25 needs bm25s, which is not installed; pip install retro-lm[eval]") from None
+    check_installed("bm25s", "the index bm25")
+    import bm25s
+
     return bm25s
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from retro.common.extras import check_installed
 from retro.common.files import load_json
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.search import lexical
@@ -221,10 +222,9 @@ def open_sharded(
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be above 0, not {timeout}")
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("a sharded search needs Ray; pip install retro-lm[ray]") from None
+    check_installed("ray", "a sharded search")
+    import ray
+
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     plan = plan_shards(store, kind, len(_nodes(ray)) if num_shards is None else num_shards)

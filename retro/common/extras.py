@@ -1,0 +1,19 @@
+"""Libraries that come with an extra of the package."""
+
+from importlib.util import find_spec
+
+EXTRAS = {
+    "bm25s": "bm25",
+    "datasketch": "minhash",
+    "gguf": "gguf",
+    "matplotlib": "eval",
+    "pydantic": "eval",
+    "ray": "ray",
+}
+
+
+def check_installed(library: str, what: str) -> None:
+    """Raise ValueError, naming the extra, if `what` needs a library that is not installed."""
+    if find_spec(library) is None:
+        extra = EXTRAS[library]
+        raise ValueError(f'{what} needs {library}, which is not installed; pip install "retro-lm[{extra}]"')
