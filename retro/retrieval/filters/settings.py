@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from retro.retrieval.filters.dates import DateFilter
 from retro.common.extras import check_installed
+from retro.retrieval.filters.dates import DateFilter
 from retro.retrieval.filters.decontamination import parse_measures
 from retro.retrieval.filters.grams import NGRAM
 from retro.retrieval.filters.rules import parse_rule
