@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from retro.common.files import check_files, open_npy, save_json, save_npy
-from retro.retrieval.search.engines import IndexLayout, choose_layout, open_engine, write_engine
+from retro.retrieval.search.engines import ENGINES, IndexLayout, choose_layout, open_engine, write_engine
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
 from retro.retrieval.store.store import Store
@@ -203,7 +203,7 @@ def _reached(segment: Segment, sample: _QuerySample, target: float, candidates: 
 def _lists(segment: Segment) -> list[int]:
     """Numbers of lists to try, ascending."""
     settings, most = segment.record["settings"], segment.layout.lists
-    given = settings.get("leaves_to_search") or settings.get("probes")
+    given = settings.get(ENGINES[segment.layout.engine].searched)
     return [min(given or 0, most)] if given or not most else _ladder(1, most)
 
 

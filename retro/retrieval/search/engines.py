@@ -14,7 +14,7 @@ Candidates are local rows; whoever asks re-ranks them by the stored keys. ScaNN 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import log2
@@ -27,10 +27,6 @@ from jaxtyping import Float32, Int64
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
 
-CODES = {
-    "scann": ("brute", "ah", "ah-float32", "ah-bfloat16", "ah-int8"),
-    "faiss": ("flat", "sq8", "pq", "ivf-flat", "ivf-sq8", "ivf-pq"),
-}
 SCANN_BRUTE_ROWS, SCANN_TREE_ROWS, SCANN_SOAR_ROWS = 20_000, 100_000, 5_000_000
 FAISS_FLAT_ROWS = 100_000
 KEYS_IN_MEMORY = 1 << 31  # bytes of keys of a segment above which only codes stay in memory
@@ -108,8 +104,7 @@ def choose_layout(engine: str, settings: dict[str, Any], rows: int, width: int) 
 
     Below 1,000 rows codes that are asked for give way to whole keys, unless leaves or lists are asked for too.
     """
-    choose = {"scann": _choose_scann, "faiss": _choose_faiss}[engine]
-    return choose(settings, rows, width, 4 * rows * (width + 1) <= KEYS_IN_MEMORY)
+    return ENGINES[engine].layout(settings, rows, width, 4 * rows * (width + 1) <= KEYS_IN_MEMORY)
 
 
 def _choose_scann(settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
@@ -158,13 +153,12 @@ def write_engine(
     layout: IndexLayout, store: Store, rows: Int64[np.ndarray, " c"], folder: Path, training_sample: int, seed: int
 ) -> None:
     """Write the codes of the keys of some store rows into a folder, trained on a uniform sample of them."""
-    write = {"scann": _write_scann, "faiss": _write_faiss}[layout.engine]
-    write(layout, store, rows, folder, training_sample, seed)
+    ENGINES[layout.engine].write(layout, store, rows, folder, training_sample, seed)
 
 
 def open_engine(layout: IndexLayout, folder: Path) -> IndexEngine:
     """The engine of a folder that `write_engine` wrote and whose files were checked."""
-    return {"scann": ScannEngine, "faiss": FaissEngine}[layout.engine](layout, folder)
+    return ENGINES[layout.engine].open(layout, folder)
 
 
 def _key_blocks(store: Store, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -294,3 +288,48 @@ class FaissEngine:
             return self._on_gpu.search(queries, count)[1]
         params = faiss.SearchParametersIVF(nprobe=lists) if lists else None
         return self._index.search(queries, count, params=params)[1]
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """All that is known of an engine by its name, which is that of the module it needs.
+
+    codes: what may stand behind its name, as in "faiss:ivf-pq".
+    settings: names of its own; None is the default by the number of rows.
+    searched: the one of these that fixes how many lists a search visits.
+    layout, write, open: see `choose_layout`, `write_engine` and `open_engine`.
+    remedy: how to install it.
+    """
+
+    codes: tuple[str, ...]
+    settings: tuple[str, ...]
+    searched: str
+    layout: Callable[[dict[str, Any], int, int, bool], IndexLayout]
+    write: Callable[..., None]
+    open: Callable[[IndexLayout, Path], IndexEngine]
+    remedy: str
+
+
+ENGINES = {  # "auto" is the first that is installed
+    "scann": EngineKind(
+        codes=("brute", "ah", "ah-float32", "ah-bfloat16", "ah-int8"),
+        settings=("leaves", "leaves_to_search", "soar"),
+        searched="leaves_to_search",
+        layout=_choose_scann,
+        write=_write_scann,
+        open=ScannEngine,
+        remedy="pip install scann (Linux)",
+    ),
+    "faiss": EngineKind(
+        codes=("flat", "sq8", "pq", "ivf-flat", "ivf-sq8", "ivf-pq"),
+        settings=("lists", "probes"),
+        searched="probes",
+        layout=_choose_faiss,
+        write=_write_faiss,
+        open=FaissEngine,
+        remedy="pip install faiss-cpu, or retro-lm[gpu] for faiss-gpu",
+    ),
+}

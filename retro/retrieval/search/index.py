@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from retro.common.files import check_files, stable_hash
 from retro.retrieval.search.dense import Segment, open_segment, retune, write_dense
-from retro.retrieval.search.engines import CODES, FAISS_FLAT_ROWS
+from retro.retrieval.search.engines import ENGINES, FAISS_FLAT_ROWS
 from retro.retrieval.search.exact import (
     ExactIndex,
     Hits,
@@ -52,7 +52,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-KINDS = ("exact", "scann", "faiss")
+KINDS = ("exact", *ENGINES)
 RECALL = 0.95  # tuned to, where nobody names another
 MAX_SEGMENT_ROWS = 30_000_000  # ScaNN peaks at about twice the float size
 
@@ -168,7 +168,7 @@ def served_by(store: Store, kind: str = "auto") -> list[ShardRange]:
     if kind == "exact":
         return []
     engine, codes = _split(kind if kind == "auto" else resolve_kind(kind))
-    for name in ("scann", "faiss"):
+    for name in ENGINES:
         is_wanted = engine == name or (engine == "auto" and _importable(name))
         if is_wanted and (families := _families(store, name, codes)):
             return max(families, key=lambda runs: (_rows(store, runs), _recall(runs)))
@@ -182,7 +182,7 @@ def served_by(store: Store, kind: str = "auto") -> list[ShardRange]:
 def measured_recall(store: Store) -> dict[str, dict[str, Any]]:
     """For each engine, what index.json of the index that `open_index` opens records of its recall."""
     found = {}
-    for kind in ("scann", "faiss"):
+    for kind in ENGINES:
         if families := _families(store, kind):
             best = max(families, key=lambda runs: (_rows(store, runs), _recall(runs)))
             largest = max(best, key=lambda run: run.record["rows"])
@@ -193,19 +193,16 @@ def measured_recall(store: Store) -> dict[str, dict[str, Any]]:
 def resolve_kind(kind: str) -> str:
     """The kind that "auto" stands for here; ValueError for an unknown kind or one that is not installed."""
     if kind == "auto":
-        return next((name for name in ("scann", "faiss") if _importable(name)), "exact")
+        return next((name for name in ENGINES if _importable(name)), "exact")
     engine, codes = _split(kind)
     if engine not in KINDS:
         raise ValueError(f"the index kind must be auto, {', '.join(KINDS)}, tfidf or bm25, not {kind!r}")
-    if codes not in (None, *CODES.get(engine, ())):
-        known = ", ".join(f"{engine}:{name}" for name in CODES.get(engine, ())) or engine
+    all_codes = ENGINES[engine].codes if engine in ENGINES else ()
+    if codes not in (None, *all_codes):
+        known = ", ".join(f"{engine}:{name}" for name in all_codes) or engine
         raise ValueError(f"the index kind {kind!r} is unknown; of its engine there are {known}")
     if not _importable(engine):
-        remedy = {
-            "scann": "pip install scann (Linux)",
-            "faiss": "pip install faiss-cpu, or retro-lm[gpu] for faiss-gpu",
-        }
-        raise ValueError(f"the index kind {kind} needs a library that is not installed; {remedy[engine]}")
+        raise ValueError(f"the index kind {kind} needs a library that is not installed; {ENGINES[engine].remedy}")
     return kind
 
 
@@ -236,15 +233,11 @@ def _settings(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     """All settings of a kind; None is the default by the number of rows of the segment."""
     common = {"codes": None, "candidates": None, "training_sample": 100_000, "seed": 0}
     common["max_segment_rows"] = MAX_SEGMENT_ROWS
-    own = {
-        "scann": {"leaves": None, "leaves_to_search": None, "soar": None},
-        "faiss": {"lists": None, "probes": None},
-    }
-    defaults = {**own[kind], **common}
+    defaults = {**dict.fromkeys(ENGINES[kind].settings), **common}
     _refuse_unknown(given, defaults)
     chosen = {**defaults, **given}
-    if chosen["codes"] not in (None, *CODES[kind]):
-        raise ValueError(f"codes of {kind} must be one of {', '.join(CODES[kind])}, not {chosen['codes']!r}")
+    if chosen["codes"] not in (None, *ENGINES[kind].codes):
+        raise ValueError(f"codes of {kind} must be one of {', '.join(ENGINES[kind].codes)}, not {chosen['codes']!r}")
     for name, value in chosen.items():
         if name not in ("seed", "codes", "soar") and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")

@@ -11,13 +11,13 @@ from retro.retrieval import Store, build_index, open_index
 from retro.retrieval.search import exact
 from retro.retrieval.search import index as index_module
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, Segment, tune
-from retro.retrieval.search.engines import CODES, choose_layout
+from retro.retrieval.search.engines import ENGINES, choose_layout
 from retro.retrieval.search.index import exact_search, measured_recall, resolve_kind
 from retro.retrieval.search.segments import ShardRange
 from tests.stand_ins import make_store, words
 
 APPROXIMATE = [kind for kind in ("scann", "faiss") if index_module._importable(kind)]
-EVERY_CODE = [f"{kind}:{codes}" for kind in APPROXIMATE for codes in CODES[kind]]
+EVERY_CODE = [f"{kind}:{codes}" for kind in APPROXIMATE for codes in ENGINES[kind].codes]
 LISTS = {"scann": "leaves", "faiss": "lists"}
 
 
