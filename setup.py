@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["retro", "retro.*"]), "retro.configs"],
     package_dir={"retro.configs": "configs"},  # data alone: see retro.common.settings.find_config
     package_data={
@@ -64,6 +64,8 @@ setup(
         "pyarrow>=17",
         "PyYAML>=6",
         "jsonargparse>=4.40",
+        "cyclopts>=5",
+        "docstring-parser>=0.16",
         "tqdm>=4.66",
         "jinja2>=3.1",
         "wrapt>=1.16",

@@ -30,8 +30,7 @@ from retro.retrieval import Retriever, Store
 from retro.retrieval.store.random_rows import random_rows
 from retro.retrofit import open_base
 from retro.text.corpus import read_documents
-from retro.training.retrofit import RetrofitSettings
-from retro.training.settings import learning_rate
+from retro.training.settings import RetrofitSettings, learning_rate
 from retro.training.windows import Loader, Windows
 
 LORA_MODULES = ("q_proj", "v_proj")

@@ -1,6 +1,5 @@
 """The documentation: Markdown pages, the API from docstrings, the command line from its own help."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,9 +8,8 @@ from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["COLUMNS"] = "100"  # the width of help texts
 
-from retro.cli import _parser  # noqa: E402
+from retro.cli.reference import reference  # noqa: E402
 from retro.version import __version__  # noqa: E402
 
 project, release = "retro-lm", __version__
@@ -28,17 +26,11 @@ autodoc_typehints_format = "short"
 maximum_signature_line_length = 80
 
 
-def help_texts():
-    verbs = next(a for a in _parser()._actions if getattr(a, "choices", None))
-    return {f"retro {n}": p.format_help() for n, p in verbs.choices.items()}
-
-
 class CommandLine(SphinxDirective):
     """`{command-line}`: what each verb says to --help, under a heading of its own."""
 
     def run(self) -> list[nodes.Node]:
-        text = "\n\n".join(f"## {name}\n\n```text\n{help_text}\n```" for name, help_text in help_texts().items())
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
+        return self.parse_text_to_nodes(reference(), allow_section_headings=True)
 
 
 documented: set[int] = set()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retro.retrieval.building.settings import KEY_DTYPES, BuildSettings, one_of
+from retro.retrieval.building.settings import BuildSettings, ChunkSettings
 from retro.retrieval.building.tasks import load_tokenizer, token_dtype
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder
 from retro.retrieval.executors.local import default_workers
@@ -35,34 +35,31 @@ _BLOCK_CHUNKS = 256  # embedded between two looks at the clock
 
 
 @dataclass
-class PlanSettings:
-    """What `retro plan` needs to know.
+class PlanSettings(ChunkSettings):
+    """What is to be built, from what, and what is trained on it.
 
     Arguments:
-        inputs: documents, as for `retro build`; a part of the corpus will do.
-        tokenizer, embedder, chunk_len, text_field, key_dtype: as for `retro build`.
-        index: "none", or a kind of index of keys, as for `retro build`.
-        tokens: of the corpus that the inputs are a part of, such as 1e12; None plans for the inputs themselves.
-        model: a model to train once on these tokens: 172m, 425m, 1.5b or 7.5b, each alone or with -modern behind it, or
-            a folder with config.json.
-        tflops: TFLOP/s that all machines together reach; None measures what embedding the sample reaches here.
+        inputs: Documents, as for `retro build`; a part of the corpus will do.
+        tokenizer: The tokenizer of the datastore, as for `retro build`.
+        embedder: What turns a chunk into its key, as for `retro build`.
+        index: The index of keys to build, as for `retro build`; "none" plans no index.
+        tokens: Tokens of the corpus that the inputs are a part of, such as 1e12. Default: those of the inputs.
+        model: A model to train once on these tokens: 172m, 425m, 1.5b or 7.5b, each alone or with -modern behind it, or
+            a folder with config.json. Default: nothing is trained.
+        tflops: TFLOP/s that all machines together reach. Default: what embedding reaches here, measured for ten
+            seconds.
     """
 
     inputs: list[str]
     tokenizer: str
     embedder: str = "minilm"
-    chunk_len: int = 64
-    text_field: str = "text"
-    key_dtype: str = "float32"
     index: str = "auto"
     tokens: float | None = None
     model: str | None = None
     tflops: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("key_dtype", self.key_dtype, KEY_DTYPES)
-        if not 1 <= self.chunk_len <= 65535:
-            raise ValueError(f"chunk_len must be from 1 to 65535, not {self.chunk_len}")
+        super().__post_init__()
         for name, least in (("tokens", 1), ("tflops", 1e-12)):
             if (value := getattr(self, name)) is not None and not least <= value < 1e30:
                 raise ValueError(f"{name} must be a number of at least {least:g}, not {value:g}")

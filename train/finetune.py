@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
-from retro.training.finetune import FinetuneModelFactory, FinetuneSettings
+from retro.training.finetune import FinetuneModelFactory
 from retro.training.loop import fit
 from retro.training.script import leave, run_script
+from retro.training.settings import FinetuneSettings
 from retro.training.setup import setup
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
 from retro.training.loop import fit
-from retro.training.retrofit import RetrofitModelFactory, RetrofitSettings
+from retro.training.retrofit import RetrofitModelFactory
 from retro.training.script import leave, run_script
+from retro.training.settings import RetrofitSettings
 from retro.training.setup import setup
 
 

@@ -2,41 +2,98 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from retro.cli.datastore import add_build, add_neighbors, add_search, add_tokenizer
-from retro.cli.measuring import add_baselines, add_evaluate, add_leakage, add_report, add_sweep
-from retro.cli.planning import add_plan
-from retro.cli.sampling import add_demo, add_generate, add_serve
-from retro.cli.searching import add_serve_store
-from retro.cli.tasks import add_task
-from retro.cli.training import add_retrofit, add_train
-from retro.cli.updating import add_add, add_compact, add_remove, add_verify
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from retro.cli.configs import configs
+from retro.cli.datastore import build, neighbors, search, tokenizer
+from retro.cli.measuring import (
+    baselines,
+    evaluate,
+    leakage,
+    report,
+    sweep_datastore,
+    sweep_models,
+    sweep_neighbors,
+    sweep_tokens,
+)
+from retro.cli.options import recipe_help, shown_default
+from retro.cli.planning import plan
+from retro.cli.sampling import demo, generate, serve
+from retro.cli.searching import serve_store
+from retro.cli.tasks import finetune, lambada, lm_eval, qa, recall, summaries
+from retro.cli.training import retrofit, train
+from retro.cli.updating import add, compact, remove, verify
+from retro.training.settings import FinetuneSettings, RetrofitSettings, TrainSettings
+from retro.version import __version__
+
+_SWEEP = App("sweep", help="Measure bits per byte over neighbors, datastore size, models or training tokens.")
+_TASK = App("task", help="Measure tasks with right answers, or train a model for one.")
+_VERBS: dict[str, tuple[Callable | App, ...]] = {
+    "Datastore": (plan, build, tokenizer, neighbors, search, add, remove, compact, verify),
+    "Training": (train, retrofit),
+    "Text": (generate, demo),
+    "Measuring": (evaluate, leakage, _SWEEP, baselines, _TASK, report),
+    "Serving": (serve, serve_store),
+    "Help": (configs,),
+}
+_RECIPES = {train: TrainSettings, retrofit: RetrofitSettings, finetune: FinetuneSettings}
+
+
+def _app() -> App:
+    """The verbs in their groups and order."""
+    app = App(
+        name="retro",
+        help="Language models that read from a datastore.",
+        version=__version__,
+        default_parameter=Parameter(consume_multiple=(1, None), negative=(), show_default=shown_default),
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+    )
+    for number, (name, verbs) in enumerate(_VERBS.items(), start=1):
+        group = Group(name, sort_key=number)
+        for verb in verbs:
+            _add(app, verb, group)
+    app["--help"].group = app["--version"].group = group
+    for verb in (sweep_neighbors, sweep_datastore, sweep_models, sweep_tokens):
+        _add(_SWEEP, verb, drop="sweep_")
+    for verb in (lambada, summaries, qa, recall, lm_eval, finetune):
+        _add(_TASK, verb)
+    return app
+
+
+def _add(app: App, verb: Callable | App, group: Group | None = None, drop: str = "") -> None:
+    """Add a verb; its name is that of its function, without the word to drop."""
+    if not isinstance(verb, App):
+        added = App(verb.__name__.removeprefix(drop).replace("_", "-"))
+        added.help_epilogue = recipe_help(_RECIPES[verb]) if verb in _RECIPES else None
+        added.default(verb)
+        verb = added
+    verb.group, verb.sort_key = group, len(list(app))
+    app.command(verb)
+
+
+app = _app()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; what the user can mend is one line on stderr and exit code 2."""
-    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return args.run(args) or 0
+        return app(sys.argv[1:] if argv is None else list(argv)) or 0
+    except CycloptsError as error:
+        return _refuse(f"{error} See {' '.join(['retro', *(error.command_chain or ())])} --help.")
     except (ValueError, OSError) as error:
-        print(f"retro: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("retro: stopped", file=sys.stderr)
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="retro", description="Language models that read from a datastore.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    data, models = (add_build, add_tokenizer, add_neighbors, add_search), (add_train, add_retrofit)
-    updates = (add_add, add_remove, add_compact, add_verify, add_plan)
-    measures = (add_evaluate, add_leakage, add_sweep, add_baselines, add_task)
-    for add in (*data, *updates, *models, *measures, add_report, add_generate, add_serve, add_serve_store, add_demo):
-        add(verbs)
-    return parser
+def _refuse(reason: str) -> int:
+    print(f"retro: error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Any, Unpack
 
-from retro.cli.shared import KINDS, add_json, verb, write_json
-
-
-def add_plan(verbs: Any) -> None:
-    parser = verb(verbs, "plan", plan, "what a datastore, or training on one, will cost")
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="documents, as for retro build; a part will do")
-    about = "Hugging Face name or folder, or package:NAME, as for retro build"
-    parser.add_argument("--tokenizer", required=True, metavar="T", help=about)
-    parser.add_argument("--embedder", default="minilm", metavar="E", help="as for retro build; default: minilm")
-    parser.add_argument("--chunk-len", type=int, default=64, metavar="M", help="tokens of a chunk; default: 64")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column that holds the text")
-    parser.add_argument("--key-dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--index", default="auto", metavar="I", help=f"none, or one of {KINDS.split(', tfidf')[0]}")
-    about = "tokens of the corpus that the inputs are a part of, such as 1e12; default: those of the inputs"
-    parser.add_argument("--tokens", type=float, metavar="N", help=about)
-    about = "a model to train once on these tokens: 172m, 425m, 1.5b or 7.5b, each alone or with -modern behind it, "
-    parser.add_argument("--model", metavar="PRESET", help=about + "or a folder with config.json")
-    about = "TFLOP/s that all machines together reach; default: what embedding reaches here, measured for ten seconds"
-    parser.add_argument("--tflops", type=float, metavar="X", help=about)
-    add_json(parser)
+from retro.cli.options import argument, options
+from retro.cli.shared import JsonFile, write_json
+from retro.planning import PlanSettings, make_plan
 
 
-def plan(args: argparse.Namespace) -> int:
-    """Say what a datastore will cost before it is built: disk, memory, operations and hours, from a sample of the
-    documents and from how fast this machine embeds it; with --model also what training costs."""
-    from dataclasses import fields
+def plan(
+    inputs: argument(PlanSettings, "inputs"),
+    /,
+    *,
+    json: JsonFile = None,
+    **settings: Unpack[options(PlanSettings, without=["inputs"])],
+) -> None:
+    """Say what a datastore will cost before it is built, and with --model what training on it costs.
 
-    from retro.planning import PlanSettings, make_plan
-
-    result = make_plan(PlanSettings(**{field.name: getattr(args, field.name) for field in fields(PlanSettings)}))
+    Disk, memory, operations and hours follow from a sample of the documents and from how fast this machine embeds it.
+    """
+    result = make_plan(PlanSettings(inputs, **settings))
     for line in lines_of(result):
         print(line)
-    write_json(args.json, result)
-    return 0
+    write_json(json, result)
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:

@@ -2,82 +2,83 @@
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
-from typing import Any
+from typing import Annotated, Any, Unpack
 
-from retro.cli.shared import (
-    KINDS,
-    add_filters,
-    add_limits,
-    add_listening,
-    given_filters,
-    given_limits,
-    verb,
-)
+from cyclopts import Group, Parameter
 
+from retro.cli.options import options, taken
+from retro.cli.shared import ApiKeyFile, Host, IndexKind, StoreFolder
+from retro.retrieval.filters.hits import QueryFilters
+from retro.retrieval.remote.limits import RetrievalLimits
 
-def add_serve_store(verbs: Any) -> None:
-    from retro.retrieval.remote.limits import RetrievalLimits
-
-    parser = verb(verbs, "serve-store", serve_store, "a retrieval server, for trainers and samplers on other machines")
-    parser.add_argument("store", metavar="STORE", help="datastore to search")
-    parser.add_argument("--index", default="auto", metavar="I", help=f"{KINDS}; default: auto")
-    parser.add_argument(
-        "--k", type=int, default=2, metavar="N", help="neighbors, where a client does not say; default 2"
-    )
-    about = "tokens of a neighbor and what follows it, where a client does not say; default 128"
-    parser.add_argument("--retrieved-len", type=int, default=128, metavar="R", help=about)
-    shards = parser.add_argument_group("shards", "a search that is spread over the nodes of a Ray cluster")
-    shards.add_argument("--shards", type=int, metavar="N", help="spread it over N actors")
-    shards.add_argument("--ray-address", metavar="A", help="of the cluster; default: RAY_ADDRESS, else a local one")
-    about = "answer without shards that are missing, and say how many answered; default: an error"
-    shards.add_argument("--partial", action="store_true", default=None, help=about)
-    add_listening(parser, 8001)
-    add_filters(parser)
-    add_limits(parser, RetrievalLimits)
+ServeStoreOptions = options(RetrievalLimits, QueryFilters, without=["against"])
+SHARDS = Parameter(group=Group("Shards", "A search that is spread over the nodes of a Ray cluster."))
 
 
-def serve_store(args: argparse.Namespace) -> int:
-    """Serve the searches of a datastore; its address can be given wherever a command takes --store to retrieve from.
+def serve_store(
+    store: StoreFolder,
+    /,
+    *,
+    index: IndexKind = "auto",
+    k: int = 2,
+    retrieved_len: int = 128,
+    host: Host = "127.0.0.1",
+    port: int = 8001,
+    api_key_file: ApiKeyFile = None,
+    shards: Annotated[int | None, SHARDS] = None,
+    ray_address: Annotated[str | None, SHARDS] = None,
+    partial: Annotated[bool, SHARDS] = False,
+    **given: Unpack[ServeStoreOptions],
+) -> None:
+    """Serve the searches of a datastore, for trainers and samplers on other machines.
 
-    From Python: RemoteRetriever(address), in place of a Retriever.
+    Its address can be given wherever a command takes --store to retrieve from. From Python: RemoteRetriever(address),
+    in place of a Retriever.
+
+    Arguments:
+        k: Neighbors of a query, where a client does not say.
+        retrieved_len: Tokens of a neighbor and what follows it, where a client does not say.
+        port: Port to listen on; 0 takes a free one.
+        shards: Actors over which the search is spread. Default: it stays in this process.
+        ray_address: Address of the Ray cluster. Default: the environment's RAY_ADDRESS, else a local one.
+        partial: Answer without shards that are missing, and say how many answered; without this it is an error.
     """
+    for name, value in (("ray-address", ray_address), ("partial", partial or None)):
+        if shards is None and value is not None:
+            raise ValueError(f"--{name} means nothing without --shards; give the number of shards.")
     from retro.retrieval import Retriever
-    from retro.retrieval.remote.limits import RetrievalLimits
 
-    for name in ("ray_address", "partial"):
-        if args.shards is None and getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} means nothing without --shards; give the number of shards.")
-    limits = given_limits(args, RetrievalLimits)
+    limits = RetrievalLimits(**taken(given, RetrievalLimits))
     try:
         from retro.retrieval.remote.server import create_retrieval_app
         from retro.web.listening import listen, names_of, read_api_key, run, url_of
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
-    api_key = read_api_key(args.api_key_file)
+    api_key = read_api_key(api_key_file)
     with ExitStack() as opened:
-        given = dict(num_neighbors=args.k, retrieved_len=args.retrieved_len, **given_filters(args))
-        retriever = Retriever(*_searched(args, limits, opened), **given)
-        bound = listen(args.host, args.port)
-        app = create_retrieval_app(retriever, limits, api_key, names_of(bound, args.host, api_key))
-        print(f"{args.store} ({retriever.index.kind}): {url_of(bound)}", flush=True)
-        run(app, bound, limits.grace_seconds)
-    return 0
+        # so that an error that names shards comes before that of the request
+        spread = dict(timeout=0.8 * limits.max_seconds, partial=partial, address=ray_address)
+        searched = _searched(store, index, shards, spread, opened)
+        retriever = Retriever(*searched, num_neighbors=k, retrieved_len=retrieved_len, **given)
+        bound = listen(host, port)
+        served = create_retrieval_app(retriever, limits, api_key, names_of(bound, host, api_key))
+        print(f"{store} ({retriever.index.kind}): {url_of(bound)}", flush=True)
+        run(served, bound, limits.grace_seconds)
 
 
-def _searched(args: argparse.Namespace, limits: Any, opened: ExitStack) -> tuple[Any, Any]:
+def _searched(
+    folder: str, index: str, shards: int | None, spread: dict[str, Any], opened: ExitStack
+) -> tuple[Any, Any]:
     """The store and its index: a kind, or a search over shards."""
     from retro.retrieval import Store
     from retro.retrieval.remote.client import is_url
 
-    if is_url(args.store):
-        raise ValueError(f"{args.store} is served already; give the folder of a store.")
-    store = Store.open(args.store)
-    if args.shards is None:
-        return store, args.index
+    if is_url(folder):
+        raise ValueError(f"{folder} is served already; give the folder of a store.")
+    store = Store.open(folder)
+    if shards is None:
+        return store, index
     from retro.retrieval.search.sharded import open_sharded
 
-    seconds = 0.8 * limits.max_seconds  # so that an error that names shards comes before that of the request
-    given = dict(timeout=seconds, partial=bool(args.partial), address=args.ray_address)
-    return store, opened.enter_context(open_sharded(store, args.index, args.shards, **given))
+    return store, opened.enter_context(open_sharded(store, index, shards, **spread))

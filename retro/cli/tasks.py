@@ -1,194 +1,273 @@
-"""The verb task: accuracy, summaries, questions, lm-eval, fine-tuning."""
+"""The verb task: last words, summaries, questions, lm_eval, fine-tuning."""
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Unpack
 
-from retro.cli.shared import KINDS, OWN_INDEX, add_json, add_recipe, held_out, run_recipe, verb, write_measured
+from cyclopts import Parameter
 
-# task
+from retro.cli.options import options
+from retro.cli.shared import JsonFile, Outputs, OwnIndex, check_count, held_out
+from retro.cli.training import run_recipe
 
-
-def add_task(verbs: Any) -> None:
-    about = "tasks with right answers: last words, summaries, questions, and those of lm_eval"
-    kinds = verbs.add_parser("task", help=about, description=about).add_subparsers(metavar="WHAT", required=True)
-    over = verb(kinds, "lambada", task_lambada, "the last word of each document")
-    _add_task(over, "documents, as for retro build")
-    over.add_argument("--align", default="start", choices=["start", "end"], help=_ALIGN)
-    over = verb(kinds, "summaries", task_summaries, "bits per byte of summaries after their articles")
-    _add_task(over, '{"article", "summary", "id"?} a record, JSON Lines or a JSON array')
-    over = verb(kinds, "qa", task_qa, "answers to questions with passages: exact match and F1")
-    _add_task(over, '{"question", "answers", "ctxs"?} a record (FiD, DPR, NQ-open), JSON Lines or an array', k=False)
-    over.add_argument("--passages", type=int, default=20, metavar="N", help="of each question; default 20")
-    over.add_argument("--search", action="store_true", help="find the passages in --store even if the file has some")
-    over.add_argument(
-        "--columns", nargs="+", metavar="C", help="of retro_off, retro_on, retro_on_random, lm, in_context"
-    )
-    over.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of an answer; default 32")
-    over = verb(kinds, "recall", task_recall, "recall@k of the right passage")
-    over.add_argument("--data", required=True, metavar="FILE", help="questions, as for retro task qa")
-    over.add_argument("--store", help="datastore to find passages in; default: the passages of the file")
-    over.add_argument("--index", nargs="+", metavar="I", help=f"one or more of {KINDS}; default: auto")
-    over.add_argument("--ks", type=int, nargs="+", default=[1, 5, 20, 100], metavar="K", help="default: 1 5 20 100")
-    over.add_argument("--documents", type=int, metavar="N", help="read so many questions; default: all")
-    over.add_argument("--seed", type=int, default=0, help="of the intervals")
-    add_json(over)
-    _add_lm_eval(verb(kinds, "lm-eval", task_lm_eval, "lm_eval's tasks; pip install retro-lm[eval]"))
-    over = verb(kinds, "finetune", task_finetune, "train a model to answer questions from passages")
-    add_recipe(over, "finetune_qa", "start=runs/fitted store=stores/docs questions=train.json output=runs/qa")
+AnyModel = Annotated[str, Parameter(help="A model of this library, or any Hugging Face causal language model.")]
+Align = Annotated[
+    Literal["start", "end"],
+    Parameter(help="Whether a context starts at the start of a chunk, or ends at the end of one, filled up in front."),
+]
 
 
-_ALIGN = "of a chunk that the context stands at (see retro.evaluation.tasks.reading); default: start"
+@dataclass(kw_only=True)
+class TaskSettings:
+    """How the task is read.
+
+    Arguments:
+        store: Folder of the datastore to read from, or the address of a retrieval server. Default: none, which is
+            RETRO[OFF] or a plain language model.
+        index: The index to search.
+        num_neighbors: Neighbors of a chunk, k in the paper. Default: the model's.
+        cache: Folder where neighbors are kept. Default: neighbors/ in the store.
+        decontaminate: Leave out what shares 13 words in a row with the right text.
+        documents: Read so many documents, pairs or questions. Default: all.
+        max_len: Tokens of an input. Default: the model's positions, at most 2048.
+        batch_size: Texts that are read together.
+        seed: Seed of everything that is drawn.
+    """
+
+    store: str | None = None
+    index: OwnIndex = None
+    num_neighbors: int | None = None
+    cache: str | None = None
+    decontaminate: bool = False
+    documents: int | None = None
+    max_len: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+    def reader(self, model: str, **more: Any) -> Any:
+        """What reads the task."""
+        from retro.evaluation.tasks import open_reader
+
+        _refuse_without_store(self.store, index=self.index, k=self.num_neighbors, cache=self.cache)
+        names = ("num_neighbors", "decontaminate", "max_len", "batch_size", "seed")
+        given = {name: getattr(self, name) for name in names} | {"cache": self.cache or True, "progress": True}
+        return open_reader(model, self.store, self.index or "auto", **given, **more)
+
+    def first(self, records: list) -> list:
+        """As many records as are read."""
+        check_count(self.documents)
+        return records[: self.documents]
 
 
-def _add_task(parser: argparse.ArgumentParser, data: str, k: bool = True) -> None:
-    """Options of our own tasks."""
-    parser.add_argument("model", metavar="MODEL", help="a model of this library, or any Hugging Face causal LM")
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help=data)
-    parser.add_argument("--documents", type=int, metavar="N", help="read so many; default: all")
-    parser.add_argument("--store", help="datastore to read from; default: none, RETRO[OFF] or a plain LM")
-    parser.add_argument("--index", metavar="I", help=f"{KINDS}; {OWN_INDEX}")
-    if k:
-        parser.add_argument("--k", type=int, metavar="N", help="neighbors per chunk; default: the model's")
-        parser.add_argument("--cache", metavar="DIR", help="where neighbors are kept; default: the store's neighbors/")
-    about = "leave out what shares 13 words in a row with the right text"
-    parser.add_argument("--decontaminate", action="store_true", help=about)
-    parser.add_argument(
-        "--max-len", type=int, metavar="N", help="tokens of an input; default: the model's, at most 2048"
-    )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts read together; default 8")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    add_json(parser)
+TaskOptions = options(TaskSettings)
+QuestionOptions = options(TaskSettings, without=["num_neighbors", "cache"])
 
 
-def _add_lm_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model of this library, or any Hugging Face causal LM")
-    parser.add_argument(
-        "--tasks", nargs="+", required=True, metavar="TASK", help="names of lm_eval's tasks, or of yours"
-    )
-    parser.add_argument("--include", metavar="DIR", help="folder with the YAML files of your tasks")
-    parser.add_argument("--store", help="datastore to read from; default: none, RETRO[OFF] or a plain LM")
-    parser.add_argument("--index", metavar="I", help=f"{KINDS}; {OWN_INDEX}")
-    parser.add_argument(
-        "--k", type=int, metavar="N", help="neighbors per chunk, or passages; default: the model's, or 3"
-    )
-    about = "passages are neighbors, or stand in the prompt of any causal LM; default: neighbors"
-    parser.add_argument("--reading", default="neighbors", choices=["neighbors", "prompt"], help=about)
-    parser.add_argument("--retrieval", choices=["on", "off", "random"], help="default: on with a store")
-    parser.add_argument("--align", default="start", choices=["start", "end"], help=_ALIGN)
-    parser.add_argument("--fewshot", type=int, metavar="N", help="examples in the prompt; default: the task's")
-    parser.add_argument("--limit", type=int, metavar="N", help="read so many documents of each task; default: all")
-    parser.add_argument("--max-len", type=int, metavar="N", help="tokens of an input; default: the model's positions")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts read together; default 8")
-    parser.add_argument("--cache", metavar="DIR", help="keep responses there, a file for each model and store")
-    parser.add_argument("--seed", type=int, default=0, help="of random neighbors and of few-shot examples")
-    add_json(parser)
+def lambada(
+    model: AnyModel,
+    /,
+    *,
+    data: list[str],
+    align: Align = "start",
+    json: JsonFile = None,
+    **settings: Unpack[TaskOptions],
+) -> None:
+    """Measure LAMBADA: the share of last words that greedy decoding writes, and their perplexity.
 
+    The columns are RETRO[OFF], RETRO[ON] and RETRO[ON] with random neighbors, or a plain language model. Neighbors are
+    those of whole chunks before the last word.
 
-def task_lambada(args: argparse.Namespace) -> int:
-    """LAMBADA: the share of last words that greedy decoding writes, and their perplexity; RETRO[OFF], [ON], [ON] with
-    random neighbors, or a plain LM. Neighbors are those of whole chunks before the last word."""
+    Arguments:
+        data: Documents, as for `retro build`.
+    """
     from retro.evaluation.tasks import lambada_table, measure_lambada
 
-    documents = held_out(args)
-    result = measure_lambada(_task_reader(args, align=args.align), documents)
+    chosen = TaskSettings(**settings)
+    documents = held_out(data, chosen.documents)
+    result = measure_lambada(chosen.reader(model, align=align), documents)
     print(lambada_table(result))
-    return _write_task(args, result)
+    _write(json, result, chosen.store, data)
 
 
-def task_summaries(args: argparse.Namespace) -> int:
-    """Bits per byte of summaries after article and "TL;DR:"; RETRO[OFF], [ON], [ON] with random neighbors, or a plain
-    LM."""
+def summaries(model: AnyModel, /, *, data: list[str], json: JsonFile = None, **settings: Unpack[TaskOptions]) -> None:
+    """Measure bits per byte of summaries after their articles and "TL;DR:".
+
+    The columns are RETRO[OFF], RETRO[ON] and RETRO[ON] with random neighbors, or a plain language model.
+
+    Arguments:
+        data: Files of records {"article", "summary", "id"?}, as JSON Lines or a JSON array.
+    """
     from retro.evaluation.tasks import measure_summaries, read_summaries, summaries_table
 
-    pairs = _first(args, [pair for file in args.data for pair in read_summaries(file)])
-    result = measure_summaries(_task_reader(args), pairs)
+    chosen = TaskSettings(**settings)
+    pairs = chosen.first([pair for file in data for pair in read_summaries(file)])
+    result = measure_summaries(chosen.reader(model), pairs)
     print(summaries_table(result))
-    return _write_task(args, result)
+    _write(json, result, chosen.store, data)
 
 
-def task_qa(args: argparse.Namespace) -> int:
-    """Greedy answers to questions: with passages as neighbors (RETRO[ON]), with those of other questions, with them in
-    the prompt, and without any. Passages are those of the file, or else what --store finds for the question."""
+def qa(
+    model: AnyModel,
+    /,
+    *,
+    data: list[str],
+    passages: int = 20,
+    search: bool = False,
+    columns: list[str] | None = None,
+    max_new_tokens: int = 32,
+    json: JsonFile = None,
+    **settings: Unpack[QuestionOptions],
+) -> None:
+    """Measure greedy answers to questions, by exact match and F1.
+
+    Passages are read as neighbors (RETRO[ON]), as neighbors of other questions, in the prompt, and not at all. They are
+    those of the file, or else what the store holds nearest to the question.
+
+    Arguments:
+        data: Files of records {"question", "answers", "ctxs"?} (FiD, DPR, NQ-open), as JSON Lines or a JSON array.
+        passages: Passages of each question.
+        search: Find the passages in the store even if the file has some.
+        columns: Columns of the table, of retro_off, retro_on, retro_on_random, lm and in_context. Default: all that can
+            run.
+        max_new_tokens: Tokens of the longest answer.
+    """
     from retro.evaluation.tasks import answers_table, find_passages, measure_answers, read_questions, without_overlap
 
-    questions = _first(args, [one for file in args.data for one in read_questions(file)])
-    if args.search and not args.store:
+    chosen = TaskSettings(**settings)
+    questions = chosen.first([one for file in data for one in read_questions(file)])
+    if search and not chosen.store:
         raise ValueError("--search is given without --store; name a datastore.")
-    reader = _task_reader(args)
-    if reader.retriever is not None and (args.search or any(one.passages is None for one in questions)):
-        questions = find_passages(questions, reader.retriever, args.passages, args.decontaminate, progress=True)
-    elif args.decontaminate:
+    reader = chosen.reader(model)
+    if reader.retriever is not None and (search or any(one.passages is None for one in questions)):
+        questions = find_passages(questions, reader.retriever, passages, chosen.decontaminate, progress=True)
+    elif chosen.decontaminate:
         questions = [without_overlap(one) for one in questions]
-    result = measure_answers(reader, questions, args.passages, args.max_new_tokens, args.columns)
+    result = measure_answers(reader, questions, passages, max_new_tokens, columns)
     print(answers_table(result))
-    return _write_task(args, result)
+    _write(json, result, chosen.store, data)
 
 
-def task_recall(args: argparse.Namespace) -> int:
-    """For how many questions one of the first k passages is of the right document, or holds a right answer."""
+def recall(
+    *,
+    data: str,
+    store: str | None = None,
+    index: list[str] | None = None,
+    ks: tuple[int, ...] = (1, 5, 20, 100),
+    documents: int | None = None,
+    seed: int = 0,
+    json: JsonFile = None,
+) -> None:
+    """Measure for how many questions one of the first k passages is of the right document, or holds a right answer.
+
+    Arguments:
+        data: File of questions, as for `retro task qa`.
+        store: Folder of the datastore to find passages in, or the address of a retrieval server. Default: the passages
+            are those of the file.
+        index: One or several indexes to search, as for `retro search`. Default: auto.
+        ks: Numbers of passages.
+        documents: Read so many questions. Default: all.
+        seed: Seed of the intervals.
+    """
     from retro.evaluation.tasks import find_passages, read_questions, recall, recall_table
     from retro.loading import open_retriever
     from retro.provenance import versions
 
-    if args.index and not args.store:
-        raise ValueError("--index means nothing without --store; name a datastore.")
-    questions, results = _first(args, read_questions(args.data)), {}
-    for kind in args.index or ["auto"] if args.store else []:
-        found = find_passages(questions, open_retriever(args.store, kind), max(args.ks), progress=True)
-        results[kind] = recall(found, args.ks, args.seed)
-    results = results or {"the file's": recall(questions, args.ks, args.seed)}
+    _refuse_without_store(store, index=index)
+    chosen, results = TaskSettings(documents=documents), {}
+    questions = chosen.first(read_questions(data))
+    for kind in index or ["auto"] if store else []:
+        found = find_passages(questions, open_retriever(store, kind), max(ks), progress=True)
+        results[kind] = recall(found, ks, seed)
+    results = results or {"the file's": recall(questions, ks, seed)}
     print(recall_table(results))
-    return _write_task(args, {"task": "recall", "seed": args.seed, "recall": results, "versions": versions()})
+    _write(json, {"task": "recall", "seed": seed, "recall": results, "versions": versions()}, store, data)
 
 
-def task_lm_eval(args: argparse.Namespace) -> int:
-    """Run lm_eval's tasks on a model with a datastore. lm_eval's own command knows the model as "retro":
-    python -m retro.evaluation.harness --model retro --model_args pretrained=MODEL,store=STORE --tasks TASK"""
+@dataclass(kw_only=True)
+class LmEvalSettings:
+    """How lm_eval's tasks are read.
+
+    Arguments:
+        store: Folder of the datastore to read from, or the address of a retrieval server. Default: none, which is
+            RETRO[OFF] or a plain language model.
+        index: The index to search.
+        num_neighbors: Neighbors of a chunk, or passages in the prompt. Default: the model's, or 3 passages.
+        reading: Whether passages are neighbors, or stand in the prompt of any causal language model.
+        retrieval: Whether to retrieve, or to read random chunks. Default: on with a store.
+        align: How a context is placed in chunks.
+        max_length: Tokens of an input. Default: the model's positions.
+        batch_size: Texts that are read together.
+        seed: Seed of random neighbors and of few-shot examples.
+    """
+
+    store: str | None = None
+    index: OwnIndex = None
+    num_neighbors: int | None = None
+    reading: Literal["neighbors", "prompt"] = "neighbors"
+    retrieval: Literal["on", "off", "random"] | None = None
+    align: Align = "start"
+    max_length: Annotated[int | None, Parameter(name="--max-len")] = None
+    batch_size: int = 8
+    seed: int = 0
+
+
+def lm_eval(
+    model: AnyModel,
+    /,
+    *,
+    tasks: list[str],
+    include: str | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    cache: str | None = None,
+    json: JsonFile = None,
+    **settings: Unpack[options(LmEvalSettings)],
+) -> None:
+    """Run tasks of lm_eval on a model with a datastore; it needs pip install "retro-lm[eval]".
+
+    lm_eval's own command knows the model as "retro": python -m retro.evaluation.harness --model retro --model_args
+    pretrained=MODEL,store=STORE --tasks TASK
+
+    Arguments:
+        tasks: Names of lm_eval's tasks, or of your own.
+        include: Folder with the YAML files of your own tasks.
+        fewshot: Examples in the prompt. Default: the task's.
+        limit: Read so many documents of each task. Default: all.
+        cache: Folder where responses are kept, a file for each model and store. Default: none.
+    """
     try:
         from retro.evaluation.harness import RetroLM, results_table, run_tasks
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is not installed; pip install "retro-lm[eval]".') from None
-    _refuse_without_store(args, "index", "k")
-    names = {"num_neighbors": "k", "max_length": "max_len"} | {
-        name: name for name in ("store", "index", "reading", "retrieval", "align", "batch_size", "seed")
-    }
-    given = {name: getattr(args, option) for name, option in names.items() if getattr(args, option) is not None}
-    lm = RetroLM(args.model, **given)
-    results = run_tasks(lm, args.tasks, args.include, args.cache, args.fewshot, args.limit, args.seed)
+    chosen = LmEvalSettings(**settings)
+    _refuse_without_store(chosen.store, index=chosen.index, k=chosen.num_neighbors)
+    given = {name: value for name, value in vars(chosen).items() if value is not None}
+    results = run_tasks(RetroLM(model, **given), tasks, include, cache, fewshot, limit, chosen.seed)
     print(results_table(results))
-    return _write_task(args, results, "lm_eval")
+    _write(json, results, chosen.store, None, "lm_eval")
 
 
-def task_finetune(args: argparse.Namespace) -> int:
-    """Train on answers only, as CONFIG and key=value say. The same command goes on from the last checkpoint."""
+def finetune(config: str, /, *settings: str) -> int:
+    """Train a model to answer questions from passages; the loss is on answers only.
+
+    The same command goes on from the last checkpoint in `output`.
+
+    Arguments:
+        config: A YAML file, or the name of a packaged configuration such as finetune_qa; see `retro configs`.
+        settings: Settings as key=value, such as start=runs/fitted store=stores/docs questions=train.json
+            output=runs/qa; they go before those of the file. All of them are listed below.
+    """
     from retro.training.finetune import main
 
-    return run_recipe(main, args)
+    return run_recipe(main, config, settings)
 
 
-def _task_reader(args: argparse.Namespace, **options: Any) -> Any:
-    from retro.evaluation.tasks import open_reader
-
-    _refuse_without_store(args, "index", "k", "cache")
-    given = {name: getattr(args, name) for name in ("decontaminate", "max_len", "batch_size", "seed")}
-    given |= {"num_neighbors": getattr(args, "k", None), "cache": getattr(args, "cache", None) or True}
-    return open_reader(args.model, args.store, args.index or "auto", progress=True, **given, **options)
-
-
-def _refuse_without_store(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if not args.store and getattr(args, name, None) is not None:
+def _refuse_without_store(store: str | None, **given: Any) -> None:
+    for name, value in given.items():
+        if not store and value is not None:
             raise ValueError(f"--{name} means nothing without --store; name a datastore.")
 
 
-def _first(args: argparse.Namespace, records: list) -> list:
-    if args.documents is not None and args.documents < 1:
-        raise ValueError(f"--documents is {args.documents}; give at least 1.")
-    return records[: args.documents]
-
-
-def _write_task(args: argparse.Namespace, result: dict[str, Any], kind: str = "task") -> int:
-    write_measured(args, kind, result)
-    return 0
+def _write(json: str | None, result: dict[str, Any], store: str | None, data: Any, kind: str = "task") -> None:
+    Outputs(json).write({"kind": kind} | result | {"store": store, "data": data})

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Unpack
 
-from retro.cli.datastore import add_build_filters, print_counts
-from retro.cli.shared import add_json, stamp, verb, write_json
+from cyclopts import Parameter
 
+from retro.cli.datastore import Inputs, print_counts
+from retro.cli.options import options
+from retro.cli.shared import JsonFile, StoreFolder, stamp, write_json
+from retro.retrieval.building.settings import BuildSettings
+from retro.retrieval.building.updates import FIXED
 
-def _add_store(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("store", metavar="STORE", help=help)
-
-
-def _add_no_index(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-index", action="store_true", help="leave the indexes of the store as they are")
+AddOptions = options(BuildSettings, without=FIXED, defaults=False)
+NoIndex = Annotated[bool, Parameter(help="Leave the indexes of the datastore as they are.")]
 
 
 def _report(store: Any, file: str | None, did: dict[str, Any]) -> None:
@@ -30,66 +29,56 @@ def _report(store: Any, file: str | None, did: dict[str, Any]) -> None:
     write_json(file, about | {"removed_documents": removed} | did | stamp(store))
 
 
-# add
+def add(
+    store: StoreFolder,
+    inputs: Inputs,
+    /,
+    *,
+    no_decontaminate: bool = False,
+    no_index: NoIndex = False,
+    json: JsonFile = None,
+    **settings: Unpack[AddOptions],
+) -> None:
+    """Add documents to a datastore, cut, embedded and filtered as it was built.
+
+    A setting that is not given is that of the build.
+
+    Arguments:
+        no_decontaminate: Add to a datastore that was built with --decontaminate without looking at those documents.
+    """
+    from retro.retrieval import add_documents
+
+    if no_decontaminate:
+        settings["decontaminate"] = []
+    changed = add_documents(store, inputs, index=not no_index, progress=True, **settings)
+    added = changed.manifest["updates"][-1]["counts"]
+    print_counts(added, changed.path / "rejects" / f"{changed.generation:05d}")
+    _report(changed, json, {"counts": changed.manifest["counts"], "added": added})
 
 
-def add_add(verbs: Any) -> None:
-    parser = verb(verbs, "add", add, "add documents to a datastore")
-    _add_store(parser, "datastore to add to")
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="as for retro build")
-    parser.add_argument("--text-field", metavar="NAME", help="field or column that holds the text")
-    parser.add_argument("--on-bad", choices=["error", "reject"], help="at a record that is no document")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="chunks per forward pass")
-    group = parser.add_argument_group("filters", "documents left out; each is that of the build where it is not given")
-    add_build_filters(group)
-    about = "add to a datastore that was built with --decontaminate without looking at those documents"
-    group.add_argument("--no-decontaminate", dest="decontaminate", action="store_const", const=[], help=about)
-    parser.set_defaults(decontaminate=None)
-    group = parser.add_argument_group("work", "who does it; the datastore is the same to the byte")
-    about = "processes of this machine, or a Ray cluster; default: local"
-    group.add_argument("--executor", choices=["local", "ray"], help=about)
-    group.add_argument("--workers", type=int, metavar="N", help="default: one for each GPU, or else for each core")
-    _add_no_index(parser)
-    add_json(parser)
+def remove(
+    store: StoreFolder,
+    document_ids: list[str] | None = None,
+    /,
+    *,
+    ids: str | None = None,
+    no_index: NoIndex = False,
+    json: JsonFile = None,
+) -> None:
+    """Take documents out of a datastore: no search returns them any more.
 
+    Their text stays on disk until `retro compact` deletes it.
 
-def add(args: argparse.Namespace) -> int:
-    """Add documents, cut, embedded and filtered as the datastore was built."""
-    from dataclasses import fields
-
-    from retro.retrieval import BuildSettings, add_documents
-
-    names = {field.name for field in fields(BuildSettings)} - {"store", "inputs"}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    store = add_documents(args.store, args.inputs, index=not args.no_index, progress=True, **given)
-    added = store.manifest["updates"][-1]["counts"]
-    print_counts(added, store.path / "rejects" / f"{store.generation:05d}")
-    _report(store, args.json, {"counts": store.manifest["counts"], "added": added})
-    return 0
-
-
-# remove
-
-
-def add_remove(verbs: Any) -> None:
-    parser = verb(verbs, "remove", remove, "take documents out of a datastore")
-    _add_store(parser, "datastore to take documents out of")
-    parser.add_argument("ids", metavar="ID", nargs="*", help="ids of documents")
-    parser.add_argument("--ids", dest="ids_file", metavar="FILE", help="a file of ids, one a line")
-    _add_no_index(parser)
-    add_json(parser)
-
-
-def remove(args: argparse.Namespace) -> int:
-    """Remove documents by id: no search returns them any more. `retro compact` then deletes their text from disk."""
+    Arguments:
+        document_ids: Ids of documents.
+        ids: File of ids, one a line.
+    """
     from retro.retrieval import remove_documents
 
-    ids = [*args.ids, *(_ids_of(args.ids_file) if args.ids_file else [])]
-    if not ids:
+    named = [*(document_ids or []), *(_ids_of(ids) if ids else [])]
+    if not named:
         raise ValueError("no id was given; name documents, or a file of ids with --ids")
-    store = remove_documents(args.store, ids, index=not args.no_index)
-    _report(store, args.json, {"ids": len(set(ids))})
-    return 0
+    _report(remove_documents(store, named, index=not no_index), json, {"ids": len(set(named))})
 
 
 def _ids_of(file: str) -> list[str]:
@@ -97,50 +86,37 @@ def _ids_of(file: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-# compact
+def compact(store: StoreFolder, /, *, no_index: NoIndex = False, json: JsonFile = None) -> None:
+    """Delete the text of removed documents from disk and merge small shards.
 
-
-def add_compact(verbs: Any) -> None:
-    parser = verb(verbs, "compact", compact, "delete removed text from disk and merge small shards")
-    _add_store(parser, "datastore to compact")
-    _add_no_index(parser)
-    add_json(parser)
-
-
-def compact(args: argparse.Namespace) -> int:
-    """Delete the text of removed documents from disk. Rows get new numbers: run `retro neighbors` again afterwards."""
+    Rows get new numbers: run `retro neighbors` again afterwards.
+    """
     from retro.retrieval import compact as compact_store
 
-    store = compact_store(args.store, index=not args.no_index, progress=True)
-    _report(store, args.json, {"shards": len(store.shards)})
-    return 0
+    compacted = compact_store(store, index=not no_index, progress=True)
+    _report(compacted, json, {"shards": len(compacted.shards)})
 
 
-# verify
+def verify(store: StoreFolder, /, *, full: bool = False, embed: int = 0, seed: int = 0, json: JsonFile = None) -> None:
+    """Check that a datastore is whole: its files agree with its manifest and with each other.
 
+    The first file that differs is named.
 
-def add_verify(verbs: Any) -> None:
-    parser = verb(verbs, "verify", verify, "check that a datastore is whole")
-    _add_store(parser, "datastore to check")
-    parser.add_argument("--full", action="store_true", help="compare the checksum of every file, look at every key")
-    parser.add_argument("--embed", type=int, default=0, metavar="N", help="embed N chunks again and compare their keys")
-    parser.add_argument("--seed", type=int, default=0, help="of the chunks that are drawn")
-    add_json(parser)
-
-
-def verify(args: argparse.Namespace) -> int:
-    """Compare a datastore's files with its manifest and with each other; the first that differs is named."""
+    Arguments:
+        full: Compare the checksum of every file, and look at every key.
+        embed: Chunks to embed again, whose keys are compared.
+        seed: Seed by which those chunks are drawn.
+    """
     from retro.retrieval import Store, verify_store
 
-    store = Store.open(args.store)
-    checked = verify_store(store, "full" if args.full else "quick", args.embed, args.seed)
+    opened = Store.open(store)
+    checked = verify_store(opened, "full" if full else "quick", embed, seed)
     counts = f"{checked['documents']} documents, {checked['chunks']} chunks"
-    print(f"{store.path}: generation {store.generation} is whole: {counts}")
-    if args.full:
+    print(f"{opened.path}: generation {opened.generation} is whole: {counts}")
+    if full:
         print(f"the checksums of {checked['files']} files are right, every key is finite")
     if checked["embedded"]:
         print(
             f"{checked['embedded']} chunks embedded again: at most {checked['largest_difference']:.2g} from their keys"
         )
-    write_json(args.json, {"store": str(store.path), **checked} | stamp(store))
-    return 0
+    write_json(json, {"store": str(opened.path), **checked} | stamp(opened))

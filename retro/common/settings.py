@@ -69,6 +69,42 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
     return names
 
 
+def sections(settings_class: type) -> list[tuple[type, list[dataclasses.Field]]]:
+    """The fields of a dataclass below the class that declares each: its own first, then those it inherits."""
+    found: dict[type, list[dataclasses.Field]] = {}
+    for field in dataclasses.fields(settings_class):
+        owner = next(one for one in settings_class.__mro__ if field.name in one.__dict__.get("__annotations__", {}))
+        found.setdefault(owner, []).append(field)
+    return sorted(found.items(), key=lambda item: item[0] is not settings_class)
+
+
+def field_docs(settings_class: type) -> dict[str, str]:
+    """What the docstrings of a dataclass, and of those it inherits from, say of each field, on one line."""
+    from docstring_parser import DocstringStyle, parse
+
+    docs: dict[str, str] = {}
+    for one in reversed(settings_class.__mro__[:-1]):
+        params = parse(one.__doc__ or "", DocstringStyle.GOOGLE).params
+        docs |= {param.arg_name: " ".join((param.description or "").split()) for param in params}
+    return docs
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a field that has one."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def packaged_configs() -> list[Path]:
+    """The configurations of this very copy of the library: inside the package where it is installed, else beside it."""
+    folder = next((one for one in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if one.is_dir()), None)
+    return [] if folder is None else sorted(folder.glob("*.yaml"))
+
+
 def find_config(name: str | Path, verb: str = "") -> Path:
     """The file of a configuration given by path, or by the name of one that comes with the library (`train_small`).
 
@@ -77,7 +113,7 @@ def find_config(name: str | Path, verb: str = "") -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    packaged = {file.stem: file for file in _packaged_configs() if file.stem.startswith(verb)}
+    packaged = {file.stem: file for file in packaged_configs() if file.stem.startswith(verb)}
     key = str(name).removesuffix(".yaml")
     if key not in packaged:
         raise FileNotFoundError(
@@ -113,12 +149,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values or {}
 
 
-def _packaged_configs() -> list[Path]:
-    """The configurations of this very copy of the library: inside the package where it is installed, else beside it."""
-    folder = next((one for one in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if one.is_dir()), None)
-    return [] if folder is None else sorted(folder.glob("*.yaml"))
-
-
 def _put(values: dict[str, Any], override: str) -> None:
     """Set one `a.b.c=value` in nested dicts; the value stays text, the field's type reads it later."""
     key, equals, value = override.partition("=")
@@ -143,8 +173,7 @@ def _build(settings_class: type, values: Mapping[str, Any], prefix: str) -> Any:
             raise ValueError(unknown_name(f"{prefix}{key}", [f"{prefix}{name}" for name in fields]))
     given = {name: _read(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
     for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in given:
+        if is_required(field) and name not in given:
             raise ValueError(f"{prefix}{name} is required; add {prefix}{name}=... or a line in the configuration file")
     return settings_class(**given)
 
@@ -156,12 +185,12 @@ def _read(hint: Any, value: Any, name: str) -> Any:
     if nested is not None and isinstance(value, Mapping):
         return _build(nested, value, f"{name}.")
     if value is None and not {type(None), Any} & set(options):
-        raise ValueError(f"{name}: null is not {_type_name(hint)}; leave it out for the default")
+        raise ValueError(f"{name}: null is not {type_name(hint)}; leave it out for the default")
     try:
         return _parser(hint).parse_object({"value": value}).value
     except argparse.ArgumentError:
         example = _example(hint, name)
-        raise ValueError(f"{name}: {value!r} is not {_type_name(hint)}; write for example {example}") from None
+        raise ValueError(f"{name}: {value!r} is not {type_name(hint)}; write for example {example}") from None
 
 
 @functools.cache
@@ -184,17 +213,17 @@ _NAMES = {
 _EXAMPLES = {int: "4", float: "1e-3", bool: "true", str: "text", dict: "{key: value}", list: "[1, 2]", tuple: "[1, 2]"}
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """A type in words: int -> a whole number, Literal -> its choices."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(arg) for arg in args)
+        return " or ".join(type_name(arg) for arg in args)
     if origin is typing.Literal:
         return "one of " + ", ".join(str(arg) for arg in args)
     if origin is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)} values, each {' / '.join(dict.fromkeys(_type_name(arg) for arg in args))}"
+        return f"a list of {len(args)} values, each {' / '.join(dict.fromkeys(type_name(arg) for arg in args))}"
     if origin in (list, tuple, Sequence):
-        return f"a list of values, each {_type_name(args[0])}"
+        return f"a list of values, each {type_name(args[0])}"
     if origin is dict or hint is dict:
         return "a mapping"
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 _HOME = {
-    "BaselineSettings": "retro.evaluation.baselines",
+    "BaselineSettings": "retro.evaluation.settings",
     "measure_baselines": "retro.evaluation.baselines",
     "baselines_table": "retro.evaluation.baselines",
     "ChunkScores": "retro.evaluation.scorer",
@@ -16,7 +16,7 @@ _HOME = {
     "leakage_table": "retro.evaluation.leakage",
     "measure_leakage": "retro.evaluation.leakage",
     "longest_common_run": "retro.text.overlap",
-    "ScoringSettings": "retro.evaluation.sweeps",
+    "ScoringSettings": "retro.evaluation.settings",
     "sweep_datastore": "retro.evaluation.sweeps",
     "sweep_models": "retro.evaluation.sweeps",
     "sweep_neighbors": "retro.evaluation.sweeps",

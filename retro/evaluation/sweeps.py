@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,10 @@ from retro.evaluation.scorer import (
     ChunkScores,
     EvaluationData,
     find_neighbors,
-    prepare,
     reads_neighbors,
     score,
-    window_of,
 )
+from retro.evaluation.settings import DEFAULT, KS, SHARES, ScoringSettings
 from retro.loading import load_model
 from retro.retrieval import Retriever, Store
 from retro.retrieval.filters import drawn
@@ -45,30 +44,7 @@ from retro.text.documents import Document
 if TYPE_CHECKING:
     from retro.retrieval import Embedder
 
-KS = (0, 1, 2, 4, 7, 10, 20, 40)
-SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 BOOTSTRAP = "95% bootstrap over documents"
-
-
-@dataclass(frozen=True)
-class ScoringSettings:
-    """How the text is read at every place of a sweep: see `score` and `prepare`."""
-
-    window_len: int | None = None
-    stride: int | None = None
-    seed: int = 0
-    cache: str | Path | bool = True
-    progress: bool = False
-
-    def prepare(self, documents: Sequence[Document], retriever: Retriever, k: int) -> EvaluationData:
-        store = retriever.store
-        return prepare(documents, store.tokenizer, store.chunk_len, retriever, k, self.progress, cache=self.cache)
-
-    def given(self, data: EvaluationData, *models: Any) -> dict[str, Any]:
-        """What `score` takes, with a window that all models can read."""
-        present = [model for model in models if model is not None]
-        window_len, stride = window_of(present, data.chunk_len, self.window_len, self.stride)
-        return dict(window_len=window_len, stride=stride, seed=self.seed, progress=self.progress)
 
 
 def sweep_neighbors(
@@ -77,7 +53,7 @@ def sweep_neighbors(
     retriever: Retriever,
     ks: Sequence[int] = KS,
     baseline: Any = None,
-    reading: ScoringSettings = ScoringSettings(),
+    reading: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """RETRO[ON] with k neighbors for each k; 0 is RETRO[OFF]. More neighbors than in training are welcome.
 
@@ -110,7 +86,7 @@ def sweep_datastore(
     baseline: Any = None,
     index: str = "exact",
     embedder: Embedder | None = None,
-    reading: ScoringSettings = ScoringSettings(),
+    reading: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """RETRO[ON] over shares p of the store's documents, `num_draws` of each; mean, least and greatest.
 
@@ -157,7 +133,7 @@ def sweep_models(
     documents: Sequence[Document],
     retriever: Retriever,
     num_neighbors: int | None = None,
-    reading: ScoringSettings = ScoringSettings(),
+    reading: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """Bits per byte against parameters: "lm" of plain LMs, RETRO[OFF] and RETRO[ON] of the others.
 
@@ -179,7 +155,7 @@ def sweep_tokens(
     retriever: Retriever,
     num_neighbors: int | None = None,
     baseline: Any = None,
-    reading: ScoringSettings = ScoringSettings(),
+    reading: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """Bits per byte against tokens seen, over the checkpoints of one run of training or RETRO-fitting.
 

@@ -2,22 +2,36 @@
 
 from dataclasses import dataclass
 
-from retro.web.limits import check_above_zero, limit
+from retro.web.limits import check_above_zero
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, one batch and the queue may hold. Raises ValueError for a limit that is not above 0."""
+    """What one request, one batch and the queue may hold.
 
-    max_prompt_tokens: int = limit(4096, "longest prompt; longer ones get 400")
-    max_new_tokens: int = limit(1024, "longest text written; more gets 400")
-    max_neighbors: int = limit(16, "most neighbors per chunk; more gets 400")
-    max_batch: int = limit(8, "texts written at once, and most of one request")
-    max_queue: int = limit(64, "texts that may wait; beyond it requests get 429")
-    max_seconds: float = limit(120.0, "time of a request, waiting included; then it gets 504")
-    max_stop_chars: int = limit(256, "longest stop string; longer ones get 400")
-    max_request_bytes: int = limit(1_000_000, "largest body of a request; larger ones get 413")
-    grace_seconds: float = limit(10.0, "time that requests have to end after SIGTERM or Ctrl-C")
+    Arguments:
+        max_prompt_tokens: Tokens of the longest prompt; a longer one gets status 400.
+        max_new_tokens: Tokens of the longest text that is written; a request for more gets status 400.
+        max_neighbors: The largest number of neighbors of a chunk; a request for more gets status 400.
+        max_batch: Texts that are written at once, and the most that one request may ask for.
+        max_queue: Texts that may wait; a request beyond gets status 429.
+        max_seconds: Seconds of a request, waiting included; then it gets status 504.
+        max_stop_chars: Characters of the longest stop string; a longer one gets status 400.
+        max_request_bytes: Bytes of the largest body of a request; a larger one gets status 413.
+        grace_seconds: Seconds that requests have to end after SIGTERM or Ctrl-C.
+
+    Raises ValueError for a limit that is not above 0.
+    """
+
+    max_prompt_tokens: int = 4096
+    max_new_tokens: int = 1024
+    max_neighbors: int = 16
+    max_batch: int = 8
+    max_queue: int = 64
+    max_seconds: float = 120.0
+    max_stop_chars: int = 256
+    max_request_bytes: int = 1_000_000
+    grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         check_above_zero(self)

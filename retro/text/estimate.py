@@ -14,8 +14,8 @@ import numpy as np
 
 from retro.text.chunks import TokenIds, tokenize_ids
 from retro.text.corpus import expand_inputs
-from retro.text.documents import Document, Input, Piece
-from retro.text.formats import read_piece
+from retro.text.documents import Document, Input, InputPartition
+from retro.text.formats import read_partition
 
 READ_BYTES = 256 << 20  # of files; of more, every file gives its beginning
 TOKENIZED_BYTES = 8 << 20
@@ -62,9 +62,9 @@ def estimate_corpus(
     for item, size in zip(items, sizes, strict=True):
         if size and item.kind == "text" and draw.random() >= wanted:
             continue
-        piece, share = _beginning(item, size, wanted)
+        partition, share = _beginning(item, size, wanted)
         read += size * share
-        for document in _with_text(read_piece(piece, text_field)):
+        for document in _with_text(read_partition(partition, text_field)):
             length, drawn = len(document.text.encode()), draw.random()
             documents, num_bytes = documents + 1, num_bytes + length
             if drawn < threshold:
@@ -97,24 +97,24 @@ def _with_text(records: Iterator[Any]) -> Iterator[Document]:
     return (record for record in records if isinstance(record, Document) and record.text.strip())
 
 
-def _beginning(item: Input, size: int, wanted: float) -> tuple[Piece, float]:
+def _beginning(item: Input, size: int, wanted: float) -> tuple[InputPartition, float]:
     """The first records of a file, of about so large a share of its bytes, and the share that they are."""
     if wanted == 1 or item.kind not in ("jsonl", "parquet"):
-        return Piece(item), 1.0
+        return InputPartition(item), 1.0
     if item.kind == "parquet":
         import pyarrow.parquet as pq
 
         metadata = pq.ParquetFile(item.path).metadata
         rows = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
         stop = int(np.searchsorted(rows, wanted * metadata.num_rows)) + 1
-        return Piece(item, 0, stop), float(rows[stop - 1] / metadata.num_rows)
+        return InputPartition(item, 0, stop), float(rows[stop - 1] / metadata.num_rows)
     with open(item.path, "rb") as raw:
         if not item.path.lower().endswith(".gz"):
             raw.seek(int(wanted * size))
             raw.readline()
-            return Piece(item, 0, raw.tell()), raw.tell() / size
+            return InputPartition(item, 0, raw.tell()), raw.tell() / size
         packed, lines = io.BytesIO(raw.read(int(wanted * size))), 0
     with gzip.open(packed) as handle, suppress(EOFError):
         for lines, _ in enumerate(handle, start=1):  # noqa: B007
             pass
-    return Piece(item, 0, lines), packed.tell() / size
+    return InputPartition(item, 0, lines), packed.tell() / size

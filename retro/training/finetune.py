@@ -9,7 +9,6 @@ The script train/finetune.py is the same, step by step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,9 @@ from retro.loading import load
 from retro.provenance import check_store, own_index
 from retro.retrieval import Store
 from retro.training.loop import fit
-from retro.training.settings import TrainSettings
+from retro.training.settings import FinetuneSettings
 from retro.training.setup import setup
 from retro.training.windows import IGNORED, Batch, Windows, check_window
-
-
-@dataclass(kw_only=True)
-class FinetuneSettings(TrainSettings):
-    """One fine-tuning; all fields of TrainSettings, without those of another kind of data.
-
-    start: folder of a trained RETRO, all of whose weights are trained, or of a RETRO-fitted model, whose base stays.
-    questions: a file of questions and answers; see `retro.evaluation.tasks.passages`.
-    store: of the model's tokenizer; where passages are searched (with `index`) if the file has none.
-    num_neighbors: passages of a question.
-    retrieval: false trains without passages.
-    """
-
-    start: str
-    questions: str
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("valid_store", "model", "random_neighbors"):
-            if getattr(self, name):
-                raise ValueError(f"{name}: {getattr(self, name)} means nothing in fine-tuning; leave it out")
 
 
 def main(config: str, overrides: Sequence[str] = ()) -> bool:

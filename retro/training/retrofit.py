@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,29 +17,10 @@ from retro.common.settings import find_config, load_settings
 from retro.retrieval import Store
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, open_base, retrofit
 from retro.training.loop import fit
-from retro.training.settings import TrainSettings
+from retro.training.settings import RetrofitSettings
 from retro.training.setup import TrainingRun, setup
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class RetrofitSettings(TrainSettings):
-    """One RETRO-fit; all fields of TrainSettings, of which `model` is any field of RetrofitConfig.
-
-    base: a Hugging Face name, a folder, a GGUF file or "package:NAME"; its tokenizer is the store's.
-    base_dtype: the type in which the base is held; what is trained is float32.
-    revision: of a base on the hub.
-    """
-
-    base: str
-    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    revision: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.retrieval:
-            raise ValueError("retrieval is false, so that nothing would be trained; leave it out")
 
 
 def main(config: str, overrides: Sequence[str] = ()) -> bool:

@@ -1,4 +1,4 @@
-"""The settings of a training run, and the learning rate as a function of the step."""
+"""The settings of the three recipes, and the learning rate as a function of the step."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,76 +14,134 @@ FREE_FIELDS = (
 
 
 @dataclass(kw_only=True)
-class TrainSettings:
-    """One training run.
+class DataSettings:
+    """What is trained on.
 
-    output: folder of the run; a run that finds its own checkpoint there goes on from it.
-    store: the datastore to train on, with the neighbors of its chunks.
-    valid_store: a store of held-out documents, with neighbors in `store`; evaluated with and without retrieval.
-    model: any field of RetroConfig, or `preset` and the fields to change in it. The vocabulary, the special tokens and
-        the chunk length come from the store.
-    retrieval: false trains the same decoder as a plain language model: no CCA, no encoder, no neighbors.
-    random_neighbors: replace each neighbor by a random chunk of another document: a control.
-    drop_neighbors: the probability with which a chunk loses all its neighbors, drawn anew whenever it is read; without
-        it the decoder leans on them, and RETRO[OFF] ends behind a plain language model. Not in the paper. Of a
-        plain model, `retrieval` false, it takes nothing.
-    num_neighbors: k in training, at most what the neighbor table holds.
-    index: the kind of index whose neighbor table is read ("tfidf" ...); any, the exact one first, if null.
-    window_len: n, tokens in a window; a multiple of the store's chunk length m.
-    batch_size: windows per process and micro-batch; a step of all processes takes batch_size *
-        gradient_accumulation_steps * processes windows.
-    max_steps, max_tokens: the length of the run; exactly one of them.
-    lr, min_lr_ratio, warmup_steps: see `learning_rate`.
-    lr_width: the width d at which `lr` was found. Matrices of a model of another width learn at lr * lr_width / d, so
-        that one `lr` serves all widths, the encoder's taking d of the decoder too; embeddings, norms and other vectors
-        learn at `lr`, and the share of a weight that decays in a step stays. null: one rate for all.
-    optimizer: "adamw", or "muon": torch's Muon for the matrices that `lr_ratios` does not name, AdamW for the rest.
-    lr_ratios: parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
-        A key that fits none is refused, unless `retrieval` is false: the parts it names may then be left out.
-    weight_decay: of matrices; embeddings, norms, biases and other vectors do not decay.
-    max_grad_norm: gradients are scaled down to this norm.
-    eval_windows: at most so many windows of the validation store, evenly spread; all if null.
-    keep_checkpoints: the last N are kept.
-    mixed_precision: "bf16" runs the products in bfloat16; weights and optimizer stay in float32.
-    gradient_checkpointing: compute activations again in the backward pass rather than keep them.
-    fsdp: spread weights, gradients and moments over the processes (FSDP2), for a model too large for each of them; the
-        run is the same. For RetroForCausalLM.
-    tracker: metrics.jsonl is always written; "tensorboard" and "wandb" (offline with WANDB_MODE=offline) besides.
+    Arguments:
+        store: Folder of the datastore to train on, with the neighbors of its chunks (`retro neighbors`).
+        valid_store: Folder of a store of held-out documents with neighbors in `store`, measured with and without
+            retrieval. Default: nothing is measured.
+        window_len: Tokens of a window, n in the paper; a multiple of the store's chunk length m.
+        num_neighbors: Neighbors of a chunk, k in the paper; at most what the neighbor table holds.
+        index: The kind of index whose neighbor table is read, such as tfidf. Default: any, the exact one first.
+        retrieval: Whether to read neighbors; false trains the same decoder as a plain language model, without CCA,
+            encoder and neighbors.
+        random_neighbors: Whether to replace each neighbor by a random chunk of another document, as a control.
+        drop_neighbors: Probability, from 0 to below 1, with which a chunk loses all its neighbors, drawn anew whenever
+            it is read; without it the decoder leans on them, and RETRO[OFF] ends behind a plain language model. Not in
+            the paper. Without retrieval it takes nothing.
     """
 
-    output: str
     store: str
     valid_store: str | None = None
-    model: dict[str, Any] = field(default_factory=dict)
+    window_len: int = 2048
+    num_neighbors: int = 2
+    index: str | None = None
     retrieval: bool = True
     random_neighbors: bool = False
     drop_neighbors: float = 0.0
-    num_neighbors: int = 2
-    index: str | None = None
-    window_len: int = 2048
+
+
+@dataclass(kw_only=True)
+class LengthSettings:
+    """How much a step takes, and how long the run is.
+
+    Arguments:
+        batch_size: Windows of a process and micro-batch; a step of all processes takes batch_size *
+            gradient_accumulation_steps * processes windows.
+        gradient_accumulation_steps: Micro-batches of a step.
+        max_steps: Steps of the run; give this or max_tokens.
+        max_tokens: Tokens of the run; give this or max_steps.
+    """
+
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     max_steps: int | None = None
     max_tokens: int | None = None
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """How weights are learned.
+
+    Arguments:
+        lr: The highest learning rate, which is reached after the warmup.
+        lr_width: Width d at which `lr` was found. Matrices of a model of another width learn at lr * lr_width / d, so
+            that one `lr` serves all widths, the encoder's taking d of the decoder too; embeddings, norms and other
+            vectors learn at `lr`, and the share of a weight that decays in a step stays. Default: one rate for all.
+        min_lr_ratio: The learning rate at the end of the run, as a share of `lr`; a cosine leads there.
+        warmup_steps: Steps in which the learning rate rises in a line from 1e-7 to `lr`.
+        optimizer: "adamw", or "muon": torch's Muon for the matrices that `lr_ratios` does not name, AdamW for the rest.
+        lr_ratios: Parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
+            A key that fits none is refused, unless `retrieval` is false: the parts it names may then be left out.
+        weight_decay: Weight decay of matrices; embeddings, norms, biases and other vectors do not decay.
+        betas: The two betas of AdamW.
+        max_grad_norm: Norm to which gradients are scaled down.
+    """
+
     lr: float = 2e-4
     lr_width: int | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
     min_lr_ratio: float = 0.1
     warmup_steps: int = 750
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr_ratios: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
-    seed: int = 0
-    eval_every: int = 500
-    eval_windows: int | None = 64
+
+
+@dataclass(kw_only=True)
+class OutputSettings:
+    """What is written, and how often.
+
+    Arguments:
+        output: Folder of the run; a run that finds its own checkpoint there goes on from it.
+        save_every: Steps between two checkpoints.
+        keep_checkpoints: The number of checkpoints kept, the last ones.
+        eval_every: Steps between two measurements of the validation store.
+        eval_windows: Windows of the validation store that are measured, evenly spread; null takes all.
+        log_every: Steps between two lines of the log.
+        tracker: Where metrics go besides metrics.jsonl, which is always written; wandb stays on this machine with
+            WANDB_MODE=offline.
+    """
+
+    output: str
     save_every: int = 500
     keep_checkpoints: int = 2
+    eval_every: int = 500
+    eval_windows: int | None = 64
     log_every: int = 10
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+
+@dataclass(kw_only=True)
+class HardwareSettings:
+    """How the run uses its processors and their memory.
+
+    Arguments:
+        mixed_precision: "bf16" runs the products in bfloat16; weights and optimizer stay in float32.
+        gradient_checkpointing: Whether to compute activations again in the backward pass rather than keep them.
+        fsdp: Whether to spread weights, gradients and moments over the processes (FSDP2), for a RETRO from scratch that
+            is too large for each of them; the run is the same.
+    """
+
     mixed_precision: Literal["none", "bf16"] = "none"
     gradient_checkpointing: bool = False
     fsdp: bool = False
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+
+@dataclass(kw_only=True)
+class TrainSettings(HardwareSettings, OutputSettings, OptimizerSettings, LengthSettings, DataSettings):
+    """The run and its model.
+
+    Arguments:
+        model: Any field of RetroConfig, as in model.hidden_size=256, or `preset` and the fields to change in it. The
+            vocabulary, the special tokens and the chunk length come from the store.
+        seed: Seed of everything that is drawn, from 0 to below 2^32.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
     def __post_init__(self):
         if (self.max_steps is None) == (self.max_tokens is None):
@@ -114,6 +172,55 @@ class TrainSettings:
     def windows_per_step(self, world_size: int) -> int:
         """Windows that all processes together take in one step."""
         return self.batch_size * self.gradient_accumulation_steps * world_size
+
+
+@dataclass(kw_only=True)
+class RetrofitSettings(TrainSettings):
+    """The base that learns to read neighbors, and what is added to it.
+
+    Arguments:
+        base: A Hugging Face name, a folder, a GGUF file or package:NAME; its tokenizer is the store's.
+        base_dtype: The type in which the base is held; what is trained is float32.
+        revision: Revision of a base on the hub. Default: the newest.
+        model: Any field of RetrofitConfig, as in model.form=pointer. The chunk length comes from the store.
+    """
+
+    base: str
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.retrieval:
+            raise ValueError("retrieval is false, so that nothing would be trained; leave it out")
+
+
+@dataclass(kw_only=True)
+class FinetuneSettings(TrainSettings):
+    """The model to start at, and the questions that it learns to answer.
+
+    Arguments:
+        start: Folder of a trained RETRO, all of whose weights are trained, or of a RETRO-fitted model, whose base
+            stays as it is.
+        questions: File of questions and answers, as for `retro task qa`.
+        store: Folder of a datastore of the model's tokenizer, where passages are searched if the file has none.
+        index: The index that finds passages, if the file has none. Default: the one of the model's training.
+        num_neighbors: Passages of a question.
+        retrieval: Whether to read passages; false trains without them.
+        valid_store: Not for fine-tuning; leave it out.
+        random_neighbors: Not for fine-tuning; leave it out.
+        model: Not for fine-tuning; leave it out.
+    """
+
+    start: str
+    questions: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("valid_store", "model", "random_neighbors"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: {getattr(self, name)} means nothing in fine-tuning; leave it out")
 
 
 _POSITIVE = (

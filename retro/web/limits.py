@@ -1,14 +1,11 @@
-"""Limits of a server: fields with a default and a help text."""
+"""Limits of a server are numbers above 0."""
 
-from dataclasses import field, fields
+from dataclasses import fields
 from typing import Any
 
 
-def limit(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 def check_above_zero(limits: Any) -> None:
+    """Raise ValueError for a limit that is not above 0."""
     for limit in fields(limits):
         value = getattr(limits, limit.name)
         if not 0 < value < float("inf"):

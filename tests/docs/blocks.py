@@ -19,9 +19,10 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from cyclopts import CycloptsError
 from markdown_it import MarkdownIt
 
-from retro.cli import _parser, main
+from retro.cli import app, main
 from retro.common.settings import find_config, load_settings
 from retro.text.packages import package_documents
 
@@ -201,17 +202,16 @@ def read_command(command: list[str], block: Block) -> None:
 def read_retro(argv: list[str], place: str) -> None:
     """Arguments of the command `retro`, settings of recipes included."""
     try:
-        args = _parser().parse_args(argv)
-    except SystemExit as error:
-        assert not error.code, f"{place}: retro {' '.join(argv)}"
-        return
+        arguments = app.parse_args(argv)[1].arguments
+    except CycloptsError as error:
+        raise AssertionError(f"{place}: retro {' '.join(argv)}: {error}") from None
     recipe = argv[1] if argv[:2] == ["task", "finetune"] else argv[0]
     if recipe in ("train", "retrofit", "finetune"):
         if recipe == "train":
             from retro.training.settings import TrainSettings as Settings
         elif recipe == "retrofit":
-            from retro.training.retrofit import RetrofitSettings as Settings
+            from retro.training.settings import RetrofitSettings as Settings
         else:
-            from retro.training.finetune import FinetuneSettings as Settings
-        if not Path(args.config).suffix:
-            load_settings(Settings, find_config(args.config, recipe), args.overrides)
+            from retro.training.settings import FinetuneSettings as Settings
+        if not Path(arguments["config"]).suffix:
+            load_settings(Settings, find_config(arguments["config"], recipe), arguments["settings"])

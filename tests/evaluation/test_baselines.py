@@ -218,7 +218,7 @@ def test_equals_what_evaluate_scores(name, make_bench, sample, planted_store):
 
 
 def test_all_windows_are_the_whole_text(pointer, planted_retriever):
-    settings = BaselineSettings(("lm", "retro_on"), windows_per_document=None, **SMALL)
+    settings = BaselineSettings(("lm", "retro_on"), windows_per_document=0, **SMALL)
     result = measure_baselines(pointer, HELD_OUT, planted_retriever, settings=settings)
     data = prepare(HELD_OUT, planted_retriever.store.tokenizer, 8, planted_retriever, 2)
     expected = {"lm": score(pointer.base, data, window_len=32, stride=16)}
@@ -316,7 +316,7 @@ def test_the_command(made, tmp_path, capsys):  # noqa: F811
 
 
 REFUSED = {
-    "a method that is none": (["--methods", "replugg"], "did you mean replug?"),
+    "a method that is none": (["--methods", "replugg"], 'Did you mean "replug"?'),
     "no validation": (["--reader", "{lm}", "--methods", "knn_lm"], "needs validation documents"),
     "no reader": (["--methods", "prepend"], "needs a plain LM"),
     "a reader of another tokenizer": (["--reader", "{other}"], "tokenizer"),

@@ -22,7 +22,7 @@ def base_folder(tmp_path, make_base):
 
 @pytest.fixture
 def make_settings(stores, tmp_path, base_folder):  # noqa: F811
-    from retro.training.retrofit import RetrofitSettings
+    from retro.training.settings import RetrofitSettings
 
     def make(output: str = "run", form: str = "pointer", **changes):
         model = {"form": form, "retrieved_len": 16} | ({"cca_layers": [2, 3]} if form == "paper" else {})

@@ -156,7 +156,9 @@ def folders(tmp_path_factory):
     for number in range(2):
         records = [{"id": f"{number}-{i}", "text": words(30, seed=i + 10 * number)} for i in range(5)]
         inputs = [write_jsonl(folder / f"{number}.jsonl", records)]
-        settings = BuildSettings(str(folder / f"store{number}"), inputs, "words", "none", chunk_len=8, min_chunk_len=2)
+        settings = BuildSettings(
+            str(folder / f"store{number}"), inputs, "words", embedder="none", chunk_len=8, min_chunk_len=2
+        )
         build_store(settings, NoEmbedder(), tokenizer)
     return folder
 

@@ -2,10 +2,10 @@
 
 from retro.evaluation.baselines.table import (
     METHODS,
-    BaselineSettings,
     baselines_rows,
     baselines_table,
     measure_baselines,
 )
+from retro.evaluation.settings import BaselineSettings
 
 __all__ = ["METHODS", "BaselineSettings", "baselines_rows", "baselines_table", "measure_baselines"]

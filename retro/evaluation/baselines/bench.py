@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from retro.evaluation.baselines import costs, ensembles, knn
-from retro.evaluation.baselines.methods import BaselineSettings, num_positions
+from retro.evaluation.baselines.methods import num_positions
 from retro.evaluation.baselines.oracle import oracle_rows
 from retro.evaluation.baselines.prompting import (
     SpanHits,

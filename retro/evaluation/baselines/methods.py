@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from retro.common.settings import unknown_name
 from retro.evaluation.baselines.prompting import check_room
+from retro.evaluation.settings import BaselineSettings
 from retro.text.documents import Document
 
 if TYPE_CHECKING:
@@ -31,58 +31,6 @@ METHODS = {
     "rag_sequence": ("RAG-sequence", {READER, PROMPT}),
     "knn_lm": ("kNN-LM", {READER, VALIDATION}),
 }
-_AT_LEAST_1 = ("prompt_neighbors", "retrieval_stride", "query_len", "windows_per_document", "oracle_candidates")
-
-
-@dataclass(frozen=True)
-class BaselineSettings:
-    """What is measured and how.
-
-    methods: Names of METHODS; None takes all that can run. The first row, LM or RETRO[OFF], is always there.
-    num_neighbors: k; None is the model's.
-    prompt_neighbors: Documents put in front together, at most k; None is k, or as many as there is room for.
-    retrieval_stride, query_len: Tokens between two searches, and in a query, of in-context retrieval and REPLUG; None
-        is the chunk length, which RETRO and RAG always have.
-    windows_per_document: None takes all.
-    window_len, stride: See `window_of`.
-    oracle_candidates: Ranked for each chunk.
-    temperature, replug_temperatures: REPLUG's, and those that validation data chooses from.
-    knn_tokens: Keys of kNN-LM, drawn with the seed; None takes the whole store.
-    knn_ks, knn_temperatures, knn_weights: The grid for k, T (in units of the expected squared distance of two keys)
-        and lambda.
-    """
-
-    methods: tuple[str, ...] | None = None
-    num_neighbors: int | None = None
-    prompt_neighbors: int | None = None
-    retrieval_stride: int | None = None
-    query_len: int | None = None
-    windows_per_document: int | None = 4
-    window_len: int | None = None
-    stride: int | None = None
-    oracle_candidates: int = 50
-    temperature: float = 1.0
-    replug_temperatures: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    knn_tokens: int | None = None
-    knn_ks: tuple[int, ...] = (8, 32, 128, 1024)
-    knn_temperatures: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    knn_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in self.methods or ():
-            if name not in METHODS:
-                raise ValueError(unknown_name(name, METHODS, "method"))
-        for name in (*_AT_LEAST_1, "knn_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
-        temperatures = (self.temperature, *self.replug_temperatures, *self.knn_temperatures)
-        if min(temperatures) <= 0:
-            raise ValueError(f"a temperature is {min(temperatures)}; give numbers above 0.")
-        if min(self.knn_weights) < 0 or max(self.knn_weights) >= 1:
-            raise ValueError(f"knn_weights are {list(self.knn_weights)}; give numbers from 0 to below 1.")
-        if min(self.knn_ks) < 1:
-            raise ValueError(f"knn_ks are {list(self.knn_ks)}; give at least 1.")
 
 
 def resolved(settings: BaselineSettings, retriever: Retriever, reader: Any, k: int) -> BaselineSettings:

@@ -10,10 +10,11 @@ import numpy as np
 
 from retro.common.settings import to_plain
 from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
-from retro.evaluation.baselines.methods import METHODS, BaselineSettings, plan_methods, resolved
+from retro.evaluation.baselines.methods import METHODS, plan_methods, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
 from retro.evaluation.bits import LITTLE_OVERLAP, bpb_interval, gain, measured_with, neighbors_of
 from retro.evaluation.scorer import LEAKAGE_NEIGHBORS, ChunkScores, overlap_of, prepare, reads_neighbors, window_of
+from retro.evaluation.settings import BaselineSettings
 from retro.retrieval import Retriever
 from retro.text.documents import Document
 
@@ -90,7 +91,7 @@ def _check_apart(documents: Sequence[Document], validation: Sequence[Document]) 
 
 def _sample(documents: Sequence[Document], retriever: Retriever, settings: BaselineSettings) -> Sample:
     data = prepare(documents, retriever.store.tokenizer, retriever.store.chunk_len)
-    return draw_sample(data, settings.window_len, settings.stride, settings.windows_per_document, settings.seed)
+    return draw_sample(data, settings.window_len, settings.stride, settings.windows_per_document or None, settings.seed)
 
 
 def _little_overlap(sample: Sample, retriever: Retriever) -> np.ndarray:

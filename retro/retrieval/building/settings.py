@@ -5,77 +5,127 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, load_embedder
-from retro.retrieval.executors.opening import EXECUTORS
+from retro.retrieval.embedding.presets import Attention, Pooling, Similarity
+from retro.retrieval.executors.opening import EXECUTORS, ExecutorName
 from retro.retrieval.filters import FilterSettings
 from retro.retrieval.search.searchers import parse_kind
 
-KEY_DTYPES = ("float32", "float16", "bfloat16")
+KeyDtype = Literal["float32", "float16", "bfloat16"]
+KEY_DTYPES = get_args(KeyDtype)
 EMBEDDER_CHOICES = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalize")
 LATER_CHOICES = ("similarity", "query_encoder", "attention", "pool_prefix")  # in the fingerprint of the embedder
 
 
-@dataclass
-class BuildSettings(FilterSettings):
-    """What `retro build` needs to know: the one schema of a store's build. Of filters: see `FilterSettings`.
+@dataclass(kw_only=True)
+class ChunkSettings:
+    """How text becomes chunks, and how their keys are stored.
 
     Arguments:
-        store: the folder to write.
-        inputs: see `retro.text.corpus.read_documents`.
-        tokenizer: Hugging Face name, folder, GGUF file, or "package:NAME" for the GGUF file of an installed package.
-        embedder: see `load_embedder`, and for the fields that bear its names; "none" makes a store without keys, which
-            is searched by its words ("tfidf", "bm25").
-        key_dtype: "float32", "float16" or "bfloat16".
-        chunk_len: m, tokens of a chunk.
-        min_chunk_len: chunks with fewer tokens keep their row, but no search returns them.
-        text_field: field or column that holds the text.
-        on_bad: "error" stops at the first record that is no document; "reject" lists it in rejects/.
-        index: "none", or a kind of retro.retrieval.search.searchers: "auto", "exact", "scann", "faiss", "tfidf",
-            "bm25", or several joined by "+".
-        recall: share of the true nearest keys that an approximate index is tuned to find; None is its default.
-        shard_chunks: a shard is closed before the document that would take it beyond this many chunks.
-        batch_size: chunks per forward pass of the embedder; None suits the device.
-        executor, workers: who does the work, see `open_executor`; the store is the same.
+        text_field: Field or column that holds the text.
+        chunk_len: Tokens of a chunk, m in the paper, from 1 to 65535.
+        key_dtype: How the numbers of keys are stored.
+    """
+
+    text_field: str = "text"
+    chunk_len: int = 64
+    key_dtype: KeyDtype = "float32"
+
+    def __post_init__(self) -> None:
+        one_of("key_dtype", self.key_dtype, KEY_DTYPES)
+        if not 1 <= self.chunk_len <= 65535:
+            raise ValueError(f"chunk_len must be from 1 to 65535, not {self.chunk_len}")
+
+
+@dataclass(kw_only=True)
+class EmbedderSettings:
+    """What turns a chunk into its key.
+
+    Arguments:
+        embedder: A preset (minilm, contriever, dpr, e5-base-v2 and others), a Hugging Face name or folder with
+            safetensors, or "none" for a store without keys, which is searched by its words.
+        pooling: Which of the embedder's tokens make the key. Default: what the preset says, else what the folder says,
+            else mean.
+        query_prefix: Text that the embedder wants before a query. Default: what the preset says, else none.
+        passage_prefix: Text that the embedder wants before a passage. Default: what the preset says, else none.
+        max_length: The embedder's tokens to which a text is cut. Default: what the preset or the folder says.
+        normalize: Whether keys get length 1, which is the same as similarity cosine. Default: as similarity says.
+        similarity: What keys are compared by: cosine, dot (the inner product) or l2 (the distance). Default: what the
+            preset says, else cosine.
+        query_encoder: Name or folder of another encoder for queries, "same" for none. Default: what the preset says,
+            else same.
+        attention: "own" is the model's, "bidirectional" lets every token of a decoder see all others. Default: what the
+            preset says, else own.
+        pool_prefix: Whether the tokens of a prefix are pooled too. Default: what the preset says, else yes.
+        batch_size: Chunks of a forward pass of the embedder. Default: as many as suit the device.
+    """
+
+    embedder: str = "minilm"
+    pooling: Pooling | None = None
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
+    max_length: int | None = None
+    normalize: bool | None = None
+    similarity: Similarity | None = None
+    query_encoder: str | None = None
+    attention: Attention | None = None
+    pool_prefix: bool | None = None
+    batch_size: int | None = None
+
+
+@dataclass(kw_only=True)
+class ExecutorSettings:
+    """Who does the work; what is made is the same to the byte.
+
+    Arguments:
+        executor: "local" is processes of this machine, "ranks" the ranks of a Slurm array, srun or torchrun, "ray"
+            tasks on a Ray cluster.
+        workers: Processes, or tasks at a time on Ray. Default: one for each GPU, or else for each core.
+    """
+
+    executor: ExecutorName = "local"
+    workers: int | None = None
+
+
+@dataclass
+class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSettings):
+    """What a datastore is built from, and how.
+
+    Arguments:
+        store: Folder of the datastore.
+        inputs: Documents: .jsonl(.gz), .parquet, .txt, .md or .rst files, folders of those, the name or folder of a
+            `datasets` dataset, or package:NAME for the documentation of an installed package.
+        tokenizer: Hugging Face name or folder, a GGUF file, or package:NAME for the GGUF file of an installed package.
+        min_chunk_len: Tokens of the shortest chunk that a search may return; shorter ones keep their row.
+        on_bad: What to do at a record that is no document: "error" stops, "reject" lists it in rejects/.
+        index: The index to build: auto, exact, scann, scann:CODES, faiss, faiss:CODES, tfidf, bm25, or several joined
+            by +; "none" builds no index.
+        recall: Share of the true nearest keys that an approximate index is tuned to find, such as 0.95. Default: the
+            index's own.
+        shard_chunks: Chunks of a shard; it is closed before the document that would take it beyond.
     """
 
     store: str
     inputs: list[str]
     tokenizer: str
-    embedder: str = "minilm"
-    pooling: str | None = None
-    query_prefix: str | None = None
-    passage_prefix: str | None = None
-    max_length: int | None = None
-    normalize: bool | None = None
-    key_dtype: str = "float32"
-    chunk_len: int = 64
     min_chunk_len: int = 8
-    text_field: str = "text"
-    on_bad: str = "error"
+    on_bad: Literal["error", "reject"] = "error"
     index: str = "auto"
     recall: float | None = None
     shard_chunks: int = 1_000_000
-    batch_size: int | None = None
-    similarity: str | None = None
-    query_encoder: str | None = None
-    attention: str | None = None
-    pool_prefix: bool | None = None
-    executor: str = "local"
-    workers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ChunkSettings.__post_init__(self)
         self.store = os.fspath(self.store)
         self.tokenizer, self.embedder = os.fspath(self.tokenizer), os.fspath(self.embedder)
         self.inputs = [os.fspath(item) for item in self.inputs]
-        one_of("key_dtype", self.key_dtype, KEY_DTYPES)
         one_of("on_bad", self.on_bad, ("error", "reject"))
         one_of("executor", self.executor, EXECUTORS)
         if self.index != "none":
             parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER)
-        if not 1 <= self.chunk_len <= 65535:
-            raise ValueError(f"chunk_len must be from 1 to 65535, not {self.chunk_len}")
         if not 1 <= self.min_chunk_len <= self.chunk_len:
             raise ValueError(f"min_chunk_len must be from 1 to chunk_len ({self.chunk_len}), not {self.min_chunk_len}")
         for name in ("shard_chunks", "workers"):
@@ -92,9 +142,6 @@ def embedder_of_settings(settings: BuildSettings) -> Embedder:
     if given:
         raise ValueError(f"{given[0]} is given, but embedder is none; leave it out or name an embedder")
     return NoEmbedder()
-
-
-# Plan
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:

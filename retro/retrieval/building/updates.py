@@ -102,7 +102,7 @@ def remove_documents(path: str | Path, ids: Collection[str], index: bool = True)
 # Add
 
 
-_FIXED = {
+FIXED = {
     *("store", "inputs", "tokenizer", "key_dtype", "chunk_len", "min_chunk_len", "shard_chunks", "index", "embedder"),
     *("pooling", "query_prefix", "passage_prefix", "max_length", "normalize", "similarity", "query_encoder"),
     *("attention", "pool_prefix"),
@@ -120,8 +120,8 @@ def _settings_like(
     names = {field.name for field in fields(BuildSettings)}
     for name in given:
         if name not in names:
-            raise ValueError(f"an addition takes no setting {name!r}; it takes {', '.join(sorted(names - _FIXED))}")
-        if name in _FIXED:
+            raise ValueError(f"an addition takes no setting {name!r}; it takes {', '.join(sorted(names - FIXED))}")
+        if name in FIXED:
             raise ValueError(f"{name} is fixed by the store {store.path}; leave it out, or build another store")
     if given.get("executor") == "ranks":
         raise ValueError("the executor ranks builds whole stores only; add with local or ray")

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-POOLINGS = ("mean", "cls", "last", "weighted_mean", "max")
-SIMILARITIES = ("cosine", "dot", "l2")
-ATTENTIONS = ("own", "bidirectional")
+Pooling = Literal["mean", "cls", "last", "weighted_mean", "max"]
+Similarity = Literal["cosine", "dot", "l2"]
+Attention = Literal["own", "bidirectional"]
+POOLINGS, SIMILARITIES, ATTENTIONS = get_args(Pooling), get_args(Similarity), get_args(Attention)
 SAME = "same"  # queries go through the encoder of passages
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 

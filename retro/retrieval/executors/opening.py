@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal, get_args
 
 from retro.common.extras import check_installed
 from retro.retrieval.executors.local import LocalExecutor
@@ -10,7 +11,8 @@ from retro.retrieval.executors.ranks import RankExecutor, rank_of
 from retro.retrieval.executors.ray_cluster import RayExecutor
 from retro.retrieval.executors.tasks import Executor
 
-EXECUTORS = ("local", "ranks", "ray")
+ExecutorName = Literal["local", "ranks", "ray"]
+EXECUTORS = get_args(ExecutorName)
 
 
 def open_executor(name: str = "local", workers: int | None = None) -> Executor:

@@ -17,6 +17,7 @@ from retro.retrieval.filters.decontamination import Decontaminator, parse_measur
 from retro.retrieval.filters.grams import text_ngrams, word_hashes
 from retro.retrieval.filters.records import DocumentFilter
 from retro.retrieval.filters.rules import parse_rule
+from retro.retrieval.filters.settings import DocumentFilterSettings
 from retro.retrieval.filters.subsampling import SubsampleFilter, check_subsample
 from retro.text.chunks import decode_chunks
 from retro.text.documents import Document
@@ -27,18 +28,21 @@ _KNOWN_CHUNKS = 1 << 16  # some 2 kB each
 _UNKNOWN, _KEPT, _REMOVED = 0, 1, 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueryFilters:
-    """What is kept out of the neighbors of a query; see `retro.retrieval.Retriever`."""
+@dataclass(kw_only=True)
+class QueryFilters(DocumentFilterSettings):
+    """What is kept out of the neighbors of a query.
+
+    Arguments:
+        deduplicate: Let no two neighbors of a query be of the same text, or nearly so.
+        decontaminate: How a neighbor is told to give the text being read away, one or several of "longest_run>=13"
+            (words in a row that both hold), "jaccard>=0.8" and "overlap>=0.8" (over sets of word 13-grams). Such a
+            neighbor is left out. Default: none is.
+        against: Texts that no neighbor may resemble, as those of a test set. Default: the query itself.
+    """
 
     deduplicate: bool = False
-    decontaminate: str | Sequence[str] | None = None
+    decontaminate: Sequence[str] | None = None
     against: Sequence[str] | None = None
-    min_date: str | None = None
-    max_date: str | None = None
-    undated: str | None = None
-    quality: Sequence[str] = ()
-    subsample: Sequence[float | int] | None = None
 
     def __post_init__(self) -> None:
         if self.against is not None and not self.decontaminate:
@@ -60,7 +64,7 @@ class QueryFilters:
         share = [] if self.subsample is None else ["subsample={:g}/{}".format(*check_subsample(self.subsample))]
         parts = ["deduplicate"] * self.deduplicate + measures + texts
         parts += [f"{name}={value}" for name, value in named.items() if value is not None]
-        return ", ".join([*parts, *(rule.text for rule in map(parse_rule, self.quality)), *share])
+        return ", ".join([*parts, *(rule.text for rule in map(parse_rule, self.quality or ())), *share])
 
     def of_documents(self) -> list[DocumentFilter]:
         """Those that look at a document's record alone, the quick ones first."""
@@ -69,7 +73,7 @@ class QueryFilters:
         )
         if self.min_date is not None or self.max_date is not None:
             found.append(DateFilter(self.min_date, self.max_date, self.undated or "drop"))
-        return found + [parse_rule(rule) for rule in self.quality]
+        return found + [parse_rule(rule) for rule in self.quality or ()]
 
 
 class FilteredSearcher:

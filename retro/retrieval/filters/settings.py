@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from retro.common.extras import check_installed
 from retro.retrieval.filters.dates import DateFilter
@@ -13,45 +14,61 @@ from retro.retrieval.filters.grams import NGRAM
 from retro.retrieval.filters.rules import parse_rule
 from retro.retrieval.filters.subsampling import check_subsample
 
-DEDUPLICATIONS = ("exact", "minhash")
+Deduplication = Literal["exact", "minhash"]
+Undated = Literal["drop", "keep"]
 
 
 @dataclass(kw_only=True)
-class FilterSettings:
+class DocumentFilterSettings:
+    """Which documents count, by what their records say; the defaults keep all.
+
+    Arguments:
+        min_date: First year, month or day (2015, 2015-06 or 2015-06-30) of documents. A document stays if every day
+            that its date may mean lies in the range. Default: no limit.
+        max_date: Last year, month or day of documents. Default: no limit.
+        undated: Whether to drop or keep documents without an ISO date where there is a first or last one. Default:
+            drop.
+        quality: Rules about fields of a document, such as "extra.score>=0.5" or "language==en", which must all hold; a
+            shell wants quotes around > and <. Default: no rule.
+        subsample: A share P of the documents and a SEED by which it is drawn from their ids. With one seed a smaller
+            share lies within the larger ones. Default: all documents.
+    """
+
+    min_date: str | None = None
+    max_date: str | None = None
+    undated: Undated | None = None
+    quality: list[str] | None = None
+    subsample: tuple[float, int] | None = None
+
+
+@dataclass(kw_only=True)
+class FilterSettings(DocumentFilterSettings):
     """Which documents are kept out of a store; the defaults keep all.
 
     Arguments:
-        decontaminate: held-out inputs that no document may resemble.
-        decontaminate_by: how the resemblance of a document A to a held-out text B is measured and from where on it is
+        decontaminate: Held-out inputs that no document may resemble. Default: none.
+        decontaminate_by: How the resemblance of a document A to a held-out text B is measured, and from where on it is
             too much; one or several of "jaccard>=0.8" (|A & B| / |A | B| over sets of word 13-grams), "overlap>=0.8"
-            (|A & B| / |B|) and "longest_run>=13" (words in a row that both hold). A name alone takes these values; None
-            is "jaccard".
-        deduplicate: None, "exact" (texts that are the same but for case and white space) or "minhash" (also texts of
-            which the word n-grams have a Jaccard similarity of deduplicate_at, estimated). The first in the order of
-            the inputs is kept.
-        deduplicate_at: similarity from which "minhash" takes two texts for one; None is 0.8.
-        deduplicate_ngram: words of a gram of "minhash"; None is 13.
-        min_date, max_date: first and last year, month or day (2015, 2015-06, 2015-06-30) of documents. A document stays
-            if every day that its date may mean lies between them.
-        undated: "drop" or "keep" documents without an ISO date where there is a min_date or max_date; None is "drop".
-        min_chars, max_chars: the shortest and the longest text, in characters.
-        quality: rules such as "extra.score>=0.5" or "language==en", which must all hold; see `parse_rule`.
-        subsample: (p, seed) keeps a share p of the documents, drawn by a hash of seed and id. With one seed a smaller
-            share lies within the larger ones.
+            (|A & B| / |B|) and "longest_run>=13" (words in a row that both hold). A name alone takes these values.
+            Default: jaccard.
+        deduplicate: Whether to leave out documents whose text was read before or is in the store: "exact" takes texts
+            for one that are the same but for case and white space, "minhash" also those whose word n-grams have an
+            estimated Jaccard similarity of deduplicate_at. The first in the order of the inputs is kept. Default:
+            all are kept.
+        deduplicate_at: Jaccard similarity, above 0 and at most 1, from which "minhash" takes two texts for one.
+            Default: 0.8.
+        deduplicate_ngram: Length in words of the n-grams of "minhash". Default: 13.
+        min_chars: Characters of the shortest document. Default: no limit.
+        max_chars: Characters of the longest document. Default: no limit.
     """
 
     decontaminate: list[str] = field(default_factory=list)
-    decontaminate_by: list[str] | str | None = None
-    deduplicate: str | None = None
+    decontaminate_by: Sequence[str] | None = None
+    deduplicate: Deduplication | None = None
     deduplicate_at: float | None = None
     deduplicate_ngram: int | None = None
-    min_date: str | None = None
-    max_date: str | None = None
-    undated: str | None = None
     min_chars: int | None = None
     max_chars: int | None = None
-    quality: list[str] | None = None
-    subsample: Sequence[float | int] | None = None
 
     def __post_init__(self) -> None:
         """Check what is given; ValueError names the field, the value and the remedy."""
@@ -92,8 +109,8 @@ class FilterSettings:
             raise ValueError(f"min_chars ({self.min_chars}) is above max_chars ({self.max_chars}); no text is so long")
 
     def _check_deduplication(self) -> None:
-        if self.deduplicate not in (None, *DEDUPLICATIONS):
-            raise ValueError(f"deduplicate must be {' or '.join(DEDUPLICATIONS)}, not {self.deduplicate!r}")
+        if self.deduplicate not in (None, *get_args(Deduplication)):
+            raise ValueError(f"deduplicate must be {' or '.join(get_args(Deduplication))}, not {self.deduplicate!r}")
         if self.deduplicate == "minhash":
             check_installed("datasketch", "deduplicate=minhash")
         if self.deduplicate_at is not None and not 0 < self.deduplicate_at <= 1:

@@ -451,9 +451,9 @@ def test_commands_take_an_address(url, local, capsys, tmp_path):
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["neighbors"] == local.show(TEXTS[3], 2) and result["store_fingerprint"] == local.store.fingerprint
     assert main(["search", url, TEXTS[3], "--index", "exact"]) == 2
-    assert "--index is for a store of this machine" in capsys.readouterr().err
+    assert "index is for a store of this machine" in capsys.readouterr().err
     assert main(["search", url, TEXTS[3], "--deduplicate"]) == 2
-    assert "--deduplicate is for a store of this machine" in capsys.readouterr().err
+    assert "deduplicate is for a store of this machine" in capsys.readouterr().err
     assert main(["search", f"http://127.0.0.1:{free_port()}", "w1"]) == 2
     assert "is the server running?" in capsys.readouterr().err
     assert main(["serve-store", url]) == 2

@@ -1,0 +1,130 @@
+"""How held-out text is scored, and what baselines are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from retro.common.settings import unknown_name
+
+if TYPE_CHECKING:
+    from retro.evaluation.scorer import EvaluationData
+    from retro.retrieval import Retriever
+    from retro.text.documents import Document
+
+KS = (0, 1, 2, 4, 7, 10, 20, 40)
+SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+Method = Literal[
+    "lm",
+    "retro_off",
+    "retro_on",
+    "retro_on_random",
+    "retro_on_bm25",
+    "retro_on_tfidf",
+    "retro_on_oracle",
+    "prepend",
+    "replug",
+    "rag_token",
+    "rag_sequence",
+    "knn_lm",
+]
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How held-out text is scored.
+
+    Arguments:
+        window_len: Tokens of a window. Default: the model's positions, at most 2048.
+        stride: Tokens between the starts of two windows. Default: half a window.
+        seed: Seed of everything that is drawn.
+        cache: Folder where neighbors are kept; false keeps none. Default: neighbors/ in the store.
+        progress: Whether to show a bar.
+    """
+
+    window_len: int | None = None
+    stride: int | None = None
+    seed: int = 0
+    cache: str | Path | bool = True
+    progress: bool = False
+
+    def prepare(self, documents: Sequence[Document], retriever: Retriever, k: int) -> EvaluationData:
+        """The documents with their neighbors."""
+        from retro.evaluation.scorer import prepare
+
+        store = retriever.store
+        return prepare(documents, store.tokenizer, store.chunk_len, retriever, k, self.progress, cache=self.cache)
+
+    def given(self, data: EvaluationData, *models: Any) -> dict[str, Any]:
+        """What `score` takes, with a window that all models can read."""
+        from retro.evaluation.scorer import window_of
+
+        present = [model for model in models if model is not None]
+        window_len, stride = window_of(present, data.chunk_len, self.window_len, self.stride)
+        return dict(window_len=window_len, stride=stride, seed=self.seed, progress=self.progress)
+
+
+DEFAULT = ScoringSettings()
+
+
+@dataclass(frozen=True)
+class BaselineSettings:
+    """What is measured, and how.
+
+    Arguments:
+        methods: The rows of the table; the first, LM or RETRO[OFF], is always there. Default: all that can run.
+        num_neighbors: Neighbors of a chunk, k in the paper. Default: the model's.
+        prompt_neighbors: Documents that are put in front together, at most k. Default: k, or as many as there is room
+            for.
+        retrieval_stride: Tokens between two searches of in-context retrieval and REPLUG. Default: the chunk length,
+            which RETRO and RAG always have.
+        query_len: Tokens of a query of in-context retrieval and REPLUG. Default: the chunk length.
+        windows_per_document: Windows of each document that are scored; 0 takes all.
+        window_len: Tokens of a window. Default: the model's positions, at most 2048.
+        stride: Tokens between the starts of two windows. Default: half a window.
+        oracle_candidates: Neighbors that the oracle ranks for each chunk.
+        temperature: Temperature of REPLUG's weights where there is no validation data.
+        replug_temperatures: Temperatures of REPLUG's weights that validation data chooses from.
+        knn_tokens: Keys of kNN-LM, drawn with the seed. Default: those of the whole store.
+        knn_ks: Numbers of neighbors of kNN-LM that validation data chooses from.
+        knn_temperatures: Temperatures of kNN-LM that validation data chooses from, in units of the expected squared
+            distance of two keys.
+        knn_weights: Weights of kNN-LM, lambda in its paper, that validation data chooses from.
+        seed: Seed of everything that is drawn.
+    """
+
+    methods: tuple[Method, ...] | None = None
+    num_neighbors: int | None = None
+    prompt_neighbors: int | None = None
+    retrieval_stride: int | None = None
+    query_len: int | None = None
+    windows_per_document: int = 4
+    window_len: int | None = None
+    stride: int | None = None
+    oracle_candidates: int = 50
+    temperature: float = 1.0
+    replug_temperatures: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    knn_tokens: int | None = None
+    knn_ks: tuple[int, ...] = (8, 32, 128, 1024)
+    knn_temperatures: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    knn_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.methods or ():
+            if name not in get_args(Method):
+                raise ValueError(unknown_name(name, get_args(Method), "method"))
+        for name in ("prompt_neighbors", "retrieval_stride", "query_len", "oracle_candidates", "knn_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
+        if self.windows_per_document < 0:
+            raise ValueError(f"windows_per_document is {self.windows_per_document}; give 0 or more.")
+        temperatures = (self.temperature, *self.replug_temperatures, *self.knn_temperatures)
+        if min(temperatures) <= 0:
+            raise ValueError(f"a temperature is {min(temperatures)}; give numbers above 0.")
+        if min(self.knn_weights) < 0 or max(self.knn_weights) >= 1:
+            raise ValueError(f"knn_weights are {list(self.knn_weights)}; give numbers from 0 to below 1.")
+        if min(self.knn_ks) < 1:
+            raise ValueError(f"knn_ks are {list(self.knn_ks)}; give at least 1.")
