@@ -39,7 +39,7 @@ def load(
         store: A `Store` or its folder, or the address of a retrieval server (`retro serve-store`), whose tokenizer must
             be the model's. None: RETRO[OFF], or a plain LM.
         index: The kind of search, see `Retriever`, or a search such as `open_sharded` gives. "auto" is the kind that
-            the model was trained with if that goes by words, else the best one of the store.
+            the model was trained with if that is lexical, else the best one of the store.
         num_neighbors: k where a call does not say otherwise; default: the model's, or 2. r is always the model's.
         embedder: Of the queries; default: the one that the store names.
         tokenizer: Default: the one beside the model, or, of a model in memory, the store's.

@@ -64,7 +64,7 @@ class PlanSettings(ChunkSettings):
             if (value := getattr(self, name)) is not None and not least <= value < 1e30:
                 raise ValueError(f"{name} must be a number of at least {least:g}, not {value:g}")
         if self.index in lexical.KINDS:
-            raise ValueError(f"index is {self.index!r}, an index of words, which is not planned; give none")
+            raise ValueError(f"index is {self.index!r}, a lexical index, which is not planned; give none")
         if self.index != "none":
             resolve_kind(self.index)
 

@@ -81,10 +81,10 @@ def _file_of(model: str | Path) -> Path | None:
 
 
 def own_index(model: str | Path | None, store: Store, index: Any = "auto") -> Any:
-    """What "auto" means for a model: the kind of search it was trained with, if that goes by words.
+    """What "auto" means for a model: the kind of search it was trained with, if that is lexical.
 
     Kinds that go by keys find the same neighbors, each as far as it is tuned to: there the store's best stays "auto".
-    In a store without keys only what goes by words is kept.
+    In a store without keys only what is lexical is kept.
     """
     from retro.retrieval.search.lexical import KINDS
     from retro.retrieval.search.searchers import is_keyless

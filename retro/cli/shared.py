@@ -26,7 +26,7 @@ _INDEX = (
 )
 IndexKind = Annotated[str, Parameter(help=f"{_INDEX}auto is the best one built, else exact search.")]
 OwnIndex = Annotated[
-    str | None, Parameter(help=f"{_INDEX}Default: auto, or the kind of the model's training if that goes by words.")
+    str | None, Parameter(help=f"{_INDEX}Default: auto, or the kind of the model's training if that is lexical.")
 ]
 DocumentCount = Annotated[int | None, Parameter(help="Read so many documents. Default: all.")]
 RESULTS = Group("Results", sort_key=1000)

@@ -96,7 +96,7 @@ def sweep_datastore(
     Args:
         shares: Each in (0, 1]. In one draw, a smaller share lies in the larger ones (see `Subsample`); one without any
             document is read as RETRO[OFF].
-        index: "exact", or an index of words (built anew for each share, in the store's folder).
+        index: "exact", or a lexical index (built anew for each share, in the store's folder).
         embedder: None loads the store's.
     """
     shares = sorted(set(shares))

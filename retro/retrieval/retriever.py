@@ -177,7 +177,7 @@ class Retriever:
         if keys is not None and lists is not None and len(keys) != len(lists):
             raise ValueError(f"keys must hold one row per query ({len(lists)}), not {len(keys)}")
         if keys is not None and goes_by_words(self.index.kind):
-            raise ValueError(f"keys are given to the index {self.index.kind}, which goes by words; give texts")
+            raise ValueError(f"keys are given to the index {self.index.kind}, which is lexical; give texts")
         if lists and isinstance(lists[0], str):
             return Queries(self.store.tokenizer, texts=lists, keys=keys)
         return Queries(self.store.tokenizer, tokens=lists, keys=keys)

@@ -96,7 +96,7 @@ def test_keys_instead_of_texts(retriever):
         (lambda: retriever(texts[:2], keys=keys), "one row per query"),
         (lambda: retriever(None, keys=keys[:, :5]), "as the store's keys"),
         (lambda: both(None, keys=keys), "give their texts too"),
-        (lambda: Retriever(store, "tfidf")(texts, keys=keys), "goes by words"),
+        (lambda: Retriever(store, "tfidf")(texts, keys=keys), "which is lexical"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -79,7 +79,7 @@ def _pointer(model: Any, length: int, num_chunks: int, k: int, r: int) -> int:
 def search_flops(searcher: Any, query_len: int) -> int:
     """Of one search: the embedder over a query of about so many tokens, and its comparison with every key.
 
-    What approximate indexes, those of words and second stages do is not counted.
+    What approximate and lexical indexes and second stages do is not counted.
     """
     if isinstance(searcher, RerankedSearcher):
         return search_flops(searcher.first, query_len)

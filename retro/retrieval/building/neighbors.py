@@ -64,13 +64,13 @@ def build_neighbors(
             id); "none" leaves out nothing, not even the chunk itself.
         index: what to search through (see retro.retrieval.search.searchers): "exact" is a blocked matrix product over
             the keys; of "auto", "scann" and "faiss" the over-fetch grows until k neighbors survive the exclusion or the
-            index is exhausted; "tfidf" and "bm25" go by shared words; "exact+tfidf" fuses both.
+            index is exhausted; "tfidf" and "bm25" are lexical; "exact+tfidf" fuses both.
         embedder: needed only if it embeds queries otherwise than keys; None loads the one the manifest names. One that
             is given keeps the search in this process.
         executor, workers: who does the work, see `retro.retrieval.executors.opening.open_executor`.
 
     Chunks with fewer neighbors are filled with -1, those of removed documents with nothing else. Distances are squared
-    L2, or -score where words decide. The same table is opened if it is there already; one that was interrupted is taken
+    L2, or -score of a lexical index. The same table is opened if it is there already; one that was interrupted is taken
     up again.
     Raises ValueError if k is larger than the store, or the two stores have different embedders or tokenizers.
     """

@@ -56,7 +56,7 @@ class Embedder(Protocol):
 
 
 class NoEmbedder:
-    """Keys of no width, for a store that is searched by its words only."""
+    """Keys of no width, for a store that has a lexical index only."""
 
     dim, fingerprint, num_truncated, batch_size = 0, NO_EMBEDDER, 0, 1024
     description = {"name": NO_EMBEDDER, "dim": 0}

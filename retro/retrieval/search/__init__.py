@@ -1,1 +1,1 @@
-"""Search in a store: exact, approximate (ScaNN, faiss), by words, fused, and over shards."""
+"""Search in a store: exact, approximate (ScaNN, faiss), lexical, fused, and over shards."""

@@ -1,4 +1,4 @@
-"""Inverted files of words: which chunks hold a term and how often, written block by block; then weighed over all.
+"""Inverted files of terms: which chunks hold a term and how often, written block by block; then weighed over all.
 
 A segment (retro.retrieval.search.segments) holds counts only, which no other shard changes:
 

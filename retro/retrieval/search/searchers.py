@@ -1,7 +1,7 @@
-"""One search over a store, whatever it goes by: nearest keys, shared words, or both.
+"""One search over a store, whatever finds the chunks: nearest keys (dense), shared terms (lexical), or both.
 
 A kind is "auto", "exact", "scann" or "faiss" (nearest keys; see retro.retrieval.search.index for their codes), "bm25"
-or "tfidf" (shared words), or several joined by "+", as in "exact+tfidf": their lists are fused by reciprocal rank, the
+or "tfidf" (lexical), or several joined by "+", as in "exact+tfidf": their lists are fused by reciprocal rank, the
 sum over the lists of 1 / (60 + rank). Source of the fusion: Cormack et al. 2009.
 
 A second stage follows ">": "scann>bm25" orders the best candidates of ScaNN by BM25, "scann>e5-large-v2" by the keys
@@ -290,7 +290,7 @@ def embedder_of(store: Store, embedder: Embedder | None = None) -> Embedder:
     Searches of one process share what is loaded here.
     """
     if embedder is None and is_keyless(store):
-        raise ValueError(f"{store.path} was built without an embedder; use an index of words, tfidf or bm25")
+        raise ValueError(f"{store.path} was built without an embedder; use a lexical index, tfidf or bm25")
     if embedder is None:
         embedder = _LOADED.get(store.embedder_fingerprint) or embedder_from(store.manifest["embedder"], store.path)
         _LOADED[embedder.fingerprint] = embedder

@@ -53,7 +53,7 @@ class MissingShards(ConnectionError):
 @dataclass(frozen=True)
 class ShardAssignment:
     """What one shard holds of one kind of search: ranges of rows that are searched exactly, segments (their first shard
-    of the store, the one behind the last, and the folder's name), or all of an index of words."""
+    of the store, the one behind the last, and the folder's name), or all of a lexical index."""
 
     kind: str
     ranges: list[tuple[int, int]] = field(default_factory=list)
