@@ -20,6 +20,8 @@ from retro.modules.positions import rotary_table
 class RetroCache(Cache):
     """What a RETRO keeps while it generates. It keeps no gradients, and is not for torch.compile.
 
+    Columns of a batch, and positions in its rows::
+
         column   0 1 2 3 4 5 6 7 8 9    m = 4, length = 10, padding included
         row 0    a b c d|e f g h|i j    padding 0: position = column;     reading 2: E of "efgh"
         row 1    . . . A B C D|E F G    padding 3: position = column - 3; reading 1: E of "ABCD"

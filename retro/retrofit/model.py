@@ -81,7 +81,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         use_cache: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits and, with labels, the mean loss in nats, in one of three ways.
+        """Logits and, with labels, the mean loss in nats, in one of three ways::
 
             no neighbors, no documents, no RetroCache    the base's own forward: RETRO[OFF], bit for bit
             with a cache, given or asked for             `_forward_cached`: new tokens after those that it has seen

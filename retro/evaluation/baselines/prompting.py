@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spans:
-    """Stretches of the windows of a sample: span s is tokens begins[s] .. ends[s] - 1 of windows[s].
+    """Spans of the windows of a sample: span s is tokens begins[s] .. ends[s] - 1 of windows[s].
 
     queries: what is searched for each; empty at the beginning of a document. of_target: the span of each scored token.
     """
