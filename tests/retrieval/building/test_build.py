@@ -193,13 +193,13 @@ def test_an_error_of_the_disk_keeps_what_was_built(settings, tokenizer, monkeypa
 def test_progress_counts_the_bytes_read_and_the_chunks_embedded(settings, tokenizer, monkeypatch):
     bars = []
 
-    class Bars(shards._Bars):
+    class Bars(shards._ProgressBars):
         def __init__(self, shown, num_bytes, embeds):
-            self.settled_parts, self.steps = [], []
+            self.merged_parts, self.steps = [], []
             bars.append((num_bytes, self))
 
-        def settled(self, num_bytes, num_chunks):
-            self.settled_parts.append((num_bytes, num_chunks))
+        def merged(self, num_bytes, num_chunks):
+            self.merged_parts.append((num_bytes, num_chunks))
 
         def embedded(self, num_chunks, resumed):
             self.steps.append((num_chunks, resumed))
@@ -207,11 +207,11 @@ def test_progress_counts_the_bytes_read_and_the_chunks_embedded(settings, tokeni
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr(shards, "_Bars", Bars)
+    monkeypatch.setattr(shards, "_ProgressBars", Bars)
     write_jsonl(Path(settings.inputs[0]), [{"text": words(4 * 2600, 1)}])
     store = build(settings, tokenizer)
     ((num_bytes, bar),) = bars
-    assert num_bytes == Path(settings.inputs[0]).stat().st_size and bar.settled_parts == [(num_bytes, 2601)]
+    assert num_bytes == Path(settings.inputs[0]).stat().st_size and bar.merged_parts == [(num_bytes, 2601)]
     assert store.num_chunks == 2601 and bar.steps == [(1024, False), (1024, False), (553, False)]
 
 
