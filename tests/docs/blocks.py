@@ -27,7 +27,8 @@ from retro.common.settings import find_config, load_settings
 from retro.text.packages import package_documents
 
 ROOT = Path(__file__).parents[2]
-PAGES = {page.stem: page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]}
+PAGES = {name: ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "examples/README")}
+PAGES |= {page.stem: page for page in (ROOT / "docs").glob("*.md")}
 RUN, SHOWN = ("bash", "python"), ("text", "yaml", "json")
 DIRECTIVES = ("{toctree}", "{eval-rst}", "{include}", "{command-line}")
 REASONS = ("hub", "gpu", "server", "long", "cluster", "outside")
@@ -181,7 +182,7 @@ def read_command(command: list[str], block: Block) -> None:
             read_retro(rest, block.place)
         elif script.startswith("train/"):
             read_retro([{"pretrain": "train"}.get(Path(script).stem, Path(script).stem), *rest], block.place)
-        else:
+        else:  # of benchmarks and examples
             source = (ROOT / script).read_text(encoding="utf-8")
             for word in rest:
                 assert not word.startswith("--") or f'"{word}"' in source, f"{block.place}: {script} has no {word}"
