@@ -13,21 +13,24 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from retro.common.products import fast_products
 from retro.common.settings import load_settings
 from retro.evaluation import EvaluationData, prepare
+from retro.evaluation.neighbors import random_neighbors
+from retro.evaluation.scorer import joined, score_tokens
 from retro.evaluation.sweeps import checkpoints_of
+from retro.loading import load, load_model
 from retro.provenance import versions
-from retro.retrieval import Retriever, Store
-from retro.retrieval.store.random_rows import random_rows
+from retro.retrieval import Store
 from retro.retrofit import open_base
 from retro.text.corpus import read_documents
 from retro.training.settings import RetrofitSettings, learning_rate
@@ -61,63 +64,38 @@ class HeldOutSample:
     def num_tokens(self) -> int:
         return sum(int(self.data.scored[self.chunks(start)[1:]].sum()) for start in self.starts)
 
-    def neighbors(self, chunks: np.ndarray, k: int, retrieved_len: int, randomly: bool) -> tuple[Tensor, Tensor]:
-        """Tokens and mask [chunks, k, r] of the neighbors of chunks."""
-        rows = self.data.rows[chunks, :k]
-        if randomly:
-            rows = random_rows(self.store, chunks, np.full(len(chunks), -1), k, self.seed)
-        ids, mask = self.store.values(rows, retrieved_len)
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+    def text(self, start: int) -> np.ndarray:
+        return self.data.tokens[self.chunks(start)].reshape(-1)
 
-    def bits(self, log_p: Callable[[int], Tensor]) -> float:
-        """Bits of the scored tokens; log_p(start) gives those of the window's tokens from the second chunk on."""
-        total = 0.0
-        for start in self.starts:
-            scored = torch.from_numpy(self.data.scored[self.chunks(start)[1:]].reshape(-1))
-            total -= float(log_p(start)[scored].double().sum()) / np.log(2)
-        return total
+    def places(self, start: int) -> np.ndarray:
+        """Of the scored tokens of a window, from its second chunk on."""
+        scored = self.data.scored[self.chunks(start)].copy()
+        scored[0] = False
+        return np.flatnonzero(scored)
 
 
-@torch.inference_mode()
-@fast_products()
-def log_p_of_window(
-    model: PreTrainedModel,
-    sample: HeldOutSample,
-    start: int,
-    k: int = 0,
-    randomly: bool = False,
-    retrieved_len: int = 128,
-) -> Tensor:
+def log_p_of_windows(model: PreTrainedModel, sample: HeldOutSample, k: int = 0, randomly: bool = False) -> np.ndarray:
     """With k neighbors a chunk, read as the model does."""
-    chunks = sample.chunks(start)
-    ids = torch.from_numpy(sample.data.tokens[chunks].reshape(1, -1))
-    read = {}
-    if k:
-        found, mask = sample.neighbors(chunks, k, retrieved_len, randomly)
-        read = {"neighbor_ids": found[None], "neighbor_mask": mask[None]}
-    logits = model(input_ids=ids, **read).logits
-    return _of_targets(logits, ids)[0, sample.data.chunk_len - 1 :]
+    texts, places = ([of(start) for start in sample.starts] for of in (sample.text, sample.places))
+    if not k:
+        return joined(score_tokens(model, texts, places, batch_size=1))
+    rows = sample.data.rows[:, :k]
+    rows = random_neighbors(sample.store, rows, sample.seed) if randomly else rows
+    of_window = [rows[sample.chunks(start)] for start in sample.starts]
+    return joined(score_tokens(model, texts, places, of_window, sample.store, batch_size=1))
 
 
-@torch.inference_mode()
-@fast_products()
-def log_p_with_prompt(base: PreTrainedModel, sample: HeldOutSample, start: int, k: int, retrieved_len: int) -> Tensor:
+def log_p_with_prompt(base: PreTrainedModel, sample: HeldOutSample, k: int, retrieved_len: int) -> np.ndarray:
     """With the k neighbors of the chunk before put in front, anew for each chunk: in-context retrieval."""
-    m, scored = sample.data.chunk_len, []
-    chunks = sample.chunks(start)
-    for number in range(1, len(chunks)):
-        found, mask = sample.neighbors(chunks[number - 1 : number], k, retrieved_len, randomly=False)
-        before = [found[0, i][mask[0, i]] for i in reversed(range(k))]  # the nearest stands last
-        text = torch.from_numpy(sample.data.tokens[chunks[: number + 1]].reshape(-1))
-        ids = torch.cat([*before, text])[None]
-        logits = base(input_ids=ids, logits_to_keep=m + 1).logits
-        scored.append(_of_targets(logits, ids[:, -m - 1 :])[0])
-    return torch.cat(scored)
-
-
-def _of_targets(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p of ids[:, 1:]."""
-    return logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    m, texts, places = sample.data.chunk_len, [], []
+    for start in sample.starts:
+        text, scored = sample.text(start), sample.places(start)
+        for number in range(1, sample.num_chunks + 1):
+            ids, mask = sample.store.values(sample.data.rows[start + number - 1, :k], retrieved_len)
+            before = [one[real] for one, real in zip(reversed(ids), reversed(mask), strict=True)]  # the nearest last
+            texts.append(np.concatenate([*before, text[: (number + 1) * m]]))
+            places.append(scored[scored // m == number] + sum(map(len, before)))
+    return joined(score_tokens(base, texts, places, batch_size=1))
 
 
 @fast_products()
@@ -177,9 +155,9 @@ class PrintedTable:
     def __init__(self, sample: HeldOutSample):
         self.sample, self.rows = sample, []
 
-    def add(self, name: str, log_p: Callable[[int], Tensor], **more: Any) -> None:
+    def add(self, name: str, log_p: Callable[[], np.ndarray], **more: Any) -> None:
         started = time.perf_counter()
-        bpb = self.sample.bits(log_p) / self.sample.num_bytes()
+        bpb = -log_p().sum() / np.log(2) / self.sample.num_bytes()
         seconds = (time.perf_counter() - started) / self.sample.num_tokens() * 1000
         change = 100 * (bpb / self.rows[0]["bpb"] - 1) if self.rows else 0.0
         self.rows.append({"name": name, "bpb": bpb, "change": change, "seconds_per_1000_tokens": seconds, **more})
@@ -191,41 +169,32 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     store = Store.open(arguments.store)
     settings = load_settings(RetrofitSettings, arguments.fitted / "config.yaml", [])
     arguments.k = arguments.k or [settings.num_neighbors]
-    retriever = Retriever(store, arguments.index)
+    retriever = load(arguments.fitted, store, index=arguments.index).retriever
     data = prepare(list(read_documents(arguments.data)), store.tokenizer, store.chunk_len, retriever, max(arguments.k))
     sample = HeldOutSample(data, store, arguments.window, arguments.seed)
     sample.starts = sample.starts[: arguments.max_windows]
     print(f"{len(sample.starts)} windows, {sample.num_tokens():,} tokens, {sample.num_bytes():,} bytes")
     table = PrintedTable(sample)
     base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype))
-    table.add("base", lambda start: log_p_of_window(base, sample, start))
+    table.add("base", partial(log_p_of_windows, base, sample))
     for folder in (arguments.fitted, *arguments.beside):
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model = load_model(folder, store)
         cost = {"weights": model.trainable_share()[0], "training_seconds": training_seconds(folder)}
-        r = model.config.retrieved_len
-        table.add(f"{folder.name}, OFF", lambda start, model=model: log_p_of_window(model, sample, start), **cost)
+        table.add(f"{folder.name}, OFF", partial(log_p_of_windows, model, sample), **cost)
         for k in arguments.k:
             for randomly in (False, True):
-                table.add(
-                    f"{folder.name}, ON, k = {k}{', random' * randomly}",
-                    lambda start, model=model, k=k, randomly=randomly, r=r: log_p_of_window(
-                        model, sample, start, k, randomly, r
-                    ),
-                )
+                name = f"{folder.name}, ON, k = {k}{', random' * randomly}"
+                table.add(name, partial(log_p_of_windows, model, sample, k, randomly))
+    k = arguments.k[0]
     for tokens, folder in chosen_checkpoints(arguments.fitted, arguments.checkpoints):
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        k, seen = arguments.k[0], {"tokens": tokens, "training_seconds": training_seconds(arguments.fitted, tokens)}
-        read = dict(k=k, retrieved_len=model.config.retrieved_len)
-        table.add(
-            f"ON, k = {k}", lambda start, model=model, read=read: log_p_of_window(model, sample, start, **read), **seen
-        )
+        seen = {"tokens": tokens, "training_seconds": training_seconds(arguments.fitted, tokens)}
+        table.add(f"ON, k = {k}", partial(log_p_of_windows, load_model(folder, store), sample, k), **seen)
     if arguments.prepend:
-        k = arguments.k[0]
-        table.add(f"prepended, k = {k}", lambda start: log_p_with_prompt(base, sample, start, k, r))
+        table.add(f"prepended, k = {k}", partial(log_p_with_prompt, base, sample, k, retriever.retrieved_len))
     if arguments.lora:
         adapted, weights, seconds = train_lora(settings, store, cost["weights"])
         cost = {"weights": weights, "training_seconds": seconds}
-        table.add("LoRA", lambda start: log_p_of_window(adapted, sample, start), **cost)
+        table.add("LoRA", partial(log_p_of_windows, adapted, sample), **cost)
     return table.rows
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from retro.evaluation import bits, scorer
-from retro.evaluation.scorer import ChunkScores, EvaluationData
+from retro.evaluation import bits
+from retro.evaluation import data as held_out
+from retro.evaluation.bits import ChunkScores
+from retro.evaluation.data import EvaluationData
 from retro.model import RetroForCausalLM
 from retro.retrieval import Store, open_neighbors
 from retro.text.chunks import decode_chunks
@@ -41,12 +43,12 @@ def evaluation_data(store: Store, valid: Store, k: int, index: str | None) -> Ev
     borders = np.flatnonzero(np.diff(valid.document_rows(rows), prepend=-1, append=-1)).tolist()
     spans = [rows[first:end] for first, end in zip(borders[:-1], borders[1:], strict=True)]
     texts = enumerate(decode_chunks(valid.tokenizer, [np.concatenate(valid.token_lists(span)) for span in spans]))
-    data = scorer.prepare([Document(str(n), text) for n, text in texts], valid.tokenizer, valid.chunk_len)
+    data = held_out.prepare([Document(str(n), text) for n, text in texts], valid.tokenizer, valid.chunk_len)
     if not np.array_equal(data.tokens, valid.chunks(rows)):
         raise ValueError(f"the tokens of {valid.path} spell a text of other tokens, so that its bytes are not known")
     found = open_neighbors(store, valid, k, index=index).rows[rows]
-    leak_rows = open_neighbors(store, valid, index=index).rows[rows][:, : scorer.LEAKAGE_NEIGHBORS]
-    return replace(data, rows=found, leak_rows=leak_rows, overlap=scorer.overlap_of(data, leak_rows, store))
+    leak_rows = open_neighbors(store, valid, index=index).rows[rows][:, : held_out.LEAKAGE_NEIGHBORS]
+    return replace(data, rows=found, leak_rows=leak_rows, overlap=held_out.overlap_of(data, leak_rows, store))
 
 
 def part_of(data: EvaluationData, window_len: int, num_tokens: int) -> tuple[EvaluationData, EvaluationData]:
@@ -54,8 +56,8 @@ def part_of(data: EvaluationData, window_len: int, num_tokens: int) -> tuple[Eva
 
     So a window scores what it scores in `data`, and its chunks cost what they cost there.
     """
-    window_len, stride = scorer.window_of([], data.chunk_len, window_len)
-    windows = list(scorer.windows_of(data, window_len // data.chunk_len, stride // data.chunk_len))
+    window_len, stride = held_out.window_of([], data.chunk_len, window_len)
+    windows = list(held_out.windows_of(data, window_len // data.chunk_len, stride // data.chunk_len))
     count = min(max(1, round(len(windows) * num_tokens / data.scored.sum())), len(windows))
     chosen = [windows[number] for number in np.linspace(0, len(windows) - 1, count).round().astype(int)]
     chunks = np.concatenate([np.arange(start, stop) for start, stop, _ in chosen])

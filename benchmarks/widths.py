@@ -51,8 +51,9 @@ from trials import PROBE_SECONDS, Trial, evaluation_data, part_of, step_tokens
 from retro.common.files import save_json
 from retro.common.settings import find_config, read_yaml, to_plain, unknown_name
 from retro.evaluation import bits
+from retro.evaluation.bits import ChunkScores
+from retro.evaluation.data import EvaluationData
 from retro.evaluation.plots import OTHER_LOOKS, check_plot, curve, picture, plain
-from retro.evaluation.scorer import ChunkScores, EvaluationData
 from retro.provenance import versions
 from retro.retrieval import Store
 from retro.training.settings import TrainSettings

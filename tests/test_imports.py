@@ -56,7 +56,8 @@ MAY_IMPORT = {
     "retro.retrofit": ("retro.common", "retro.modules", "retro.model"),
     "retro.provenance": ("retro.version", "retro.retrieval"),
     "retro.loading": ("retro.provenance", "retro.retrieval", "retro.retrofit"),
-    "retro.sampling": ("retro.text", "retro.retrieval", "retro.model"),
+    "retro.evaluation.scorer": ("retro.common",),
+    "retro.sampling": ("retro.text", "retro.retrieval", "retro.model", "retro.evaluation.scorer"),
     "retro.evaluation": (
         "retro.version",
         "retro.common",

@@ -14,23 +14,94 @@ Source: RETRO, sections 2.6 and 4.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from retro.evaluation.data import EvaluationData, prepare, texts_of, window_of, windows_of
 from retro.evaluation.intervals import interval, ratio, resampled_sums
-from retro.evaluation.scorer import ChunkScores, EvaluationData, prepare, reads_neighbors, score, window_of
+from retro.evaluation.neighbors import random_neighbors
+from retro.evaluation.scorer import joined, reads_neighbors, score_tokens
 from retro.provenance import versions
 from retro.text.documents import Document
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever, Store
 
+RETRIEVAL = ("off", "on", "random")
 LITTLE_OVERLAP = 0.125  # r(C): 8 tokens of a chunk of 64
 COLUMNS = {"lm": "LM", "retro_off": "RETRO[OFF]", "retro_on": "RETRO[ON]", "retro_on_random": "RETRO[ON], random"}
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """Bits that the scored tokens of each chunk cost a model, and the seconds it took."""
+
+    bits: Float[np.ndarray, " c"]
+    elapsed_seconds: float
+
+    def bits_per_byte(self, data: EvaluationData, chunks: Bool[np.ndarray, " c"] | None = None) -> float:
+        """Over all chunks, or those marked True; NaN where they hold no text."""
+        chunks = np.ones(len(self.bits), bool) if chunks is None else chunks
+        num_bytes = int(data.bytes_of_chunk[chunks].sum())
+        return float(self.bits[chunks].sum() / num_bytes) if num_bytes else float("nan")
+
+
+def score(
+    model: Any,
+    data: EvaluationData,
+    retrieval: str = "off",
+    store: Store | None = None,
+    num_neighbors: int | None = None,
+    window_len: int | None = None,
+    stride: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> ChunkScores:
+    """Bits of every scored token, each predicted once, with at least `window_len - stride` tokens before it if any are.
+
+    Args:
+        model: Any Hugging Face causal LM; with neighbors, one of this library's.
+        retrieval: "off", "on", or "random": as many neighbors, each a random chunk of the store, as a control.
+        store: Where `data`'s neighbors are rows; needed unless "off".
+        num_neighbors: k, at most what `data` holds; default all.
+        window_len, stride: n and the step between windows, multiples of the chunk length; see `window_of`.
+    """
+    if retrieval not in RETRIEVAL:
+        raise ValueError(f"retrieval is {retrieval!r}; choose one of {', '.join(RETRIEVAL)}.")
+    window_len, stride = window_of([model], data.chunk_len, window_len, stride)
+    rows, started = _rows_for(retrieval, data, store, num_neighbors, seed), time.perf_counter()
+    windows = list(windows_of(data, window_len // data.chunk_len, stride // data.chunk_len))
+    texts, places, chunks = texts_of(data, windows)
+    rows = None if rows is None else [rows[start:stop] for start, stop, _ in windows]
+    label = f"scoring, retrieval {retrieval}" if progress else None
+    log_p = joined(score_tokens(model, texts, places, rows, store, progress=label))
+    return ChunkScores(bits_of_chunks(log_p, chunks, data), time.perf_counter() - started)
+
+
+def bits_of_chunks(
+    log_p: Float[np.ndarray, " t"], chunks: Int[np.ndarray, " t"], data: EvaluationData
+) -> Float[np.ndarray, " c"]:
+    """The sum over the tokens of each chunk, from nats."""
+    return np.bincount(chunks, -log_p / math.log(2), minlength=len(data.tokens))
+
+
+def _rows_for(retrieval: str, data: EvaluationData, store: Store | None, num_neighbors: int | None, seed: int):
+    """The neighbor rows of every chunk [c, k], or None for retrieval off."""
+    if retrieval == "off":
+        return None
+    if data.rows is None or store is None:
+        raise ValueError(f"retrieval is {retrieval!r}; it needs data prepared with a retriever, and store=.")
+    k = data.rows.shape[1] if num_neighbors is None else num_neighbors
+    if k > data.rows.shape[1]:
+        raise ValueError(f"num_neighbors is {k}; the data was prepared with {data.rows.shape[1]}.")
+    rows = data.rows[:, :k]
+    return rows if retrieval == "on" else random_neighbors(store, rows, seed)
 
 
 def score_columns(
@@ -57,7 +128,7 @@ def score_columns(
             raise ValueError("the model reads no neighbors, so that there would be two plain LMs; leave one out.")
         return {"lm": score(model, data, **given)}
     scores = {} if baseline is None else {"lm": score(baseline, data, **given)}
-    read = dict(store=store, retrieved_len=model.config.retrieved_len, num_neighbors=num_neighbors)
+    read = dict(store=store, num_neighbors=num_neighbors)
     columns = {"retro_off": "off", "retro_on": "on"} | ({"retro_on_random": "random"} if random else {})
     for column, retrieval in columns.items():
         scores[column] = score(model, data, retrieval, **read, **given)

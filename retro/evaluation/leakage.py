@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from retro.evaluation.bits import COLUMNS, measured_with, neighbors_of, score_columns
+from retro.evaluation.data import EvaluationData, prepare, window_of
 from retro.evaluation.intervals import interval, ratio, resampled_sums
-from retro.evaluation.scorer import EvaluationData, prepare, window_of
 from retro.text.documents import Document
 from retro.text.overlap import common_runs
 

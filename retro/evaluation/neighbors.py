@@ -19,10 +19,11 @@ from retro.common.files import check_files, file_record, load_json, open_npy, sa
 from retro.retrieval.filters.hits import FilteredSearcher
 from retro.retrieval.remote.client import RemoteIndex
 from retro.retrieval.search.sharded import ShardedSearcher
+from retro.retrieval.store.random_rows import random_rows
 from retro.version import __version__
 
 if TYPE_CHECKING:
-    from retro.retrieval import Retriever
+    from retro.retrieval import Retriever, Store
 
 log = logging.getLogger(__name__)
 _BATCH_CHUNKS = 512
@@ -70,6 +71,13 @@ def neighbor_rows(
     except OSError as error:
         log.warning("the neighbors are not kept in %s: %s", folder, error)
     return rows
+
+
+def random_neighbors(store: Store, rows: Int[np.ndarray, "c k"], seed: int) -> Int[np.ndarray, "c k"]:
+    """As many neighbors for each chunk, each a random chunk of the store: the control of what was found."""
+    numbers = np.arange(len(rows))
+    drawn = random_rows(store, numbers, np.full_like(numbers, -1), rows.shape[1], seed)
+    return np.where(rows >= 0, drawn, -1)
 
 
 def _search(retriever, tokens, mask, num_neighbors: int, excluded, progress: bool) -> np.ndarray:

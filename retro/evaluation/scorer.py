@@ -1,193 +1,111 @@
-"""Bits of held-out text under a model: documents in chunks, their neighbors, windows, scores of chunks.
+"""log p of tokens, given the tokens before them and the neighbors of the chunks before them.
 
-Each token is predicted once. A document's first token is scored where the tokenizer puts a bos before it; the end
-of text is not scored.
+It is computed here and nowhere else: bits per byte, leakage, sweeps, tasks, baselines, validation during training and
+the gains of a sample are its sums.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from retro.common.modes import evaluating
 from retro.common.products import fast_products
-from retro.evaluation.neighbors import neighbor_rows
-from retro.retrieval.store.random_rows import random_rows
-from retro.text.documents import Document
-from retro.text.overlap import longest_common_run
 
-if TYPE_CHECKING:
-    from retro.retrieval import Retriever, Store
-
-LEAKAGE_NEIGHBORS = 10  # neighbors of a chunk that its overlap is measured against
-RETRIEVAL = ("off", "on", "random")
-EXCLUDE = ("same_document", "none")
-MAX_LOGITS, MAX_NEIGHBOR_TOKENS = 2**25, 2**17  # of one batch
+MAX_TOKENS, MAX_LOGITS, MAX_NEIGHBOR_TOKENS = 2**13, 2**25, 2**17  # of one batch
+_SLICE_LOGITS = 2**22  # whose softmax is taken at a time
+Ids = Int[np.ndarray, " _"]  # of a text, each of its own length
 
 
-@dataclass(frozen=True)
-class EvaluationData:
-    """Held-out documents cut into chunks, with what each chunk retrieves. Chunks of all documents stand in one row.
+class TokenScores(NamedTuple):
+    """Of some tokens: log p in nats, whether each is the most likely one, and what the output embeddings were given."""
 
-    `rows` are the neighbors in the store, nearest first, -1 = none; `overlap` is s, the longest token run that a chunk
-    shares with any of `leak_rows`, its 10 nearest neighbors with what follows them (2 m tokens each). `words` and
-    `line_ends` are counted per document.
-    """
-
-    tokens: Int[np.ndarray, "c m"]
-    lens: Int[np.ndarray, " c"]
-    num_bytes: Int[np.ndarray, "c m"]
-    scored: Bool[np.ndarray, "c m"]
-    documents: Int[np.ndarray, " c"]
-    rows: Int[np.ndarray, "c k"] | None
-    leak_rows: Int[np.ndarray, "c s"] | None
-    overlap: Int[np.ndarray, " c"] | None
-    document_ids: list[str]
-    words: Int[np.ndarray, " d"]
-    line_ends: Int[np.ndarray, " d"]
-
-    @property
-    def chunk_len(self) -> int:
-        return self.tokens.shape[1]
-
-    @property
-    def mask(self) -> Bool[np.ndarray, "c m"]:
-        """True = a real token."""
-        return np.arange(self.chunk_len) < self.lens[:, None]
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.document_ids)
-
-    @property
-    def overlap_ratio(self) -> Float[np.ndarray, " c"]:
-        """r(C) = s / the tokens of C, which are m but in the last chunk of a document.
-
-        The paper divides by m <= 64, which leaves a short last chunk open. Divided by its own length, a copy has r = 1
-        however short it is, and a chunk of a few tokens seldom counts as having little in common.
-        """
-        return self.overlap / self.lens
-
-    @cached_property
-    def bytes_of_chunk(self) -> Int[np.ndarray, " c"]:
-        """UTF-8 bytes of the scored text of each chunk."""
-        return (self.num_bytes * self.scored).sum(-1)
+    log_probs: Float32[np.ndarray, " t"]
+    greedy: Bool[np.ndarray, " t"]
+    states: Float32[np.ndarray, "t d"] | None = None
 
 
-@dataclass(frozen=True)
-class ChunkScores:
-    """Bits that the scored tokens of each chunk cost a model, and the seconds it took."""
-
-    bits: Float[np.ndarray, " c"]
-    elapsed_seconds: float
-
-    def bits_per_byte(self, data: EvaluationData, chunks: Bool[np.ndarray, " c"] | None = None) -> float:
-        """Over all chunks, or those marked True; NaN where they hold no text."""
-        chunks = np.ones(len(self.bits), bool) if chunks is None else chunks
-        num_bytes = int(data.bytes_of_chunk[chunks].sum())
-        return float(self.bits[chunks].sum() / num_bytes) if num_bytes else float("nan")
-
-
-def prepare(
-    documents: Iterable[Document],
-    tokenizer: Any,
-    chunk_len: int,
-    retriever: Retriever | None = None,
-    num_neighbors: int = 2,
-    progress: bool = False,
-    exclude: str = "same_document",
-    cache: str | Path | bool = True,
-) -> EvaluationData:
-    """Tokenize and chunk documents and search the neighbors of every chunk.
-
-    Args:
-        exclude: "same_document" leaves out neighbors from a document of the same id, "none" nothing.
-        cache: Where the neighbors are kept: True in the store, a folder, or False nowhere (see `neighbor_rows`).
-
-    Raises ValueError if there is no document, or no text in them.
-    """
-    if exclude not in EXCLUDE:
-        raise ValueError(f"exclude is {exclude!r}; choose one of {', '.join(EXCLUDE)}.")
-    pieces, ids, words, line_ends = [], [], [], []
-    for number, document in enumerate(tqdm(documents, desc="reading", unit="document", disable=not progress)):
-        pieces.append(_chunks_of(document, tokenizer, chunk_len, number))
-        ids.append(document.id)
-        words.append(len(document.text.split()))
-        line_ends.append(document.text.count("\n"))
-    if not any(len(piece[0]) for piece in pieces):
-        raise ValueError("there is no text to evaluate; give at least one document")
-    tokens, lens, num_bytes, scored, numbers = (np.concatenate(part) for part in zip(*pieces, strict=True))
-    data = EvaluationData(
-        tokens, lens, num_bytes, scored, numbers, None, None, None, ids, np.array(words), np.array(line_ends)
-    )
-    if retriever is None:
-        return data
-    found = find_neighbors(data, retriever, max(num_neighbors, LEAKAGE_NEIGHBORS), exclude, cache, progress)
-    leak_rows = found[:, :LEAKAGE_NEIGHBORS]
-    overlap = overlap_of(data, leak_rows, retriever.store)
-    return replace(data, rows=found[:, :num_neighbors], leak_rows=leak_rows, overlap=overlap)
-
-
-def find_neighbors(
-    data: EvaluationData,
-    retriever: Retriever,
-    num_neighbors: int,
-    exclude: str = "same_document",
-    cache: str | Path | bool = True,
-    progress: bool = False,
-) -> Int[np.ndarray, "c k"]:
-    """The k nearest rows of every chunk in the retriever's store; see `prepare`."""
-    names = None if exclude == "none" else [data.document_ids[number] for number in data.documents]
-    return neighbor_rows(retriever, data.tokens, data.mask, num_neighbors, names, cache, progress)
-
-
-def score(
+def score_tokens(
     model: Any,
-    data: EvaluationData,
-    retrieval: str = "off",
-    store: Store | None = None,
-    retrieved_len: int = 128,
-    num_neighbors: int | None = None,
-    window_len: int | None = None,
-    stride: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> ChunkScores:
-    """Bits of every scored token, each predicted once, with at least `window_len - stride` tokens before it if any are.
+    texts: Sequence[Ids],
+    places: Sequence[Ids],
+    rows: Sequence[Int[np.ndarray, "_ k"]] | None = None,
+    store: Any = None,
+    *,
+    batch_size: int | None = None,
+    states: bool = False,
+    progress: str | None = None,
+) -> list[TokenScores]:
+    """Score some tokens of each text, in one forward pass over the tokens before the last of them.
 
     Args:
-        model: Any Hugging Face causal LM; with neighbors, one of this library's.
-        retrieval: "off", "on", or "random": as many neighbors, each a random chunk of the store, as a control.
-        store: Where `data`'s neighbors are rows; needed unless "off".
-        retrieved_len: r, tokens of a value [N, F].
-        num_neighbors: k, at most what `data` holds; default all.
-        window_len, stride: n and the step between windows, multiples of the chunk length; see `window_of`.
+        model: Any Hugging Face causal LM; with neighbors, one of this library's. It is put into evaluation mode.
+        texts: Their tokens; chunks are counted from the start of each.
+        places: Of the tokens to score in each text, ascending, 1 or more; there may be none.
+        rows: The neighbors of the first whole chunks of each text as rows of `store`, -1 = none. None: no retrieval.
+        batch_size: At most so many texts together.
+        states: Whether to give the states, too; a model that reads neighbors may have none.
+        progress: What a progress bar is called; None shows none.
     """
-    if retrieval not in RETRIEVAL:
-        raise ValueError(f"retrieval is {retrieval!r}; choose one of {', '.join(RETRIEVAL)}.")
-    window_len, stride = window_of([model], data.chunk_len, window_len, stride)
-    rows = _rows_for(retrieval, data, store, num_neighbors, seed)
-    values = None if rows is None else lambda places: store.values(places, retrieved_len)
-    started, bits = time.perf_counter(), np.zeros(len(data.tokens))
-    windows = sorted(windows_of(data, window_len // data.chunk_len, stride // data.chunk_len), key=_num_chunks)
-    neighbor_tokens = 0 if rows is None else rows.shape[1] * retrieved_len
-    batches = list(_batches(windows, data.chunk_len * model.config.get_text_config().vocab_size, neighbor_tokens))
-    training = model.training
-    model.eval()
-    for batch in tqdm(batches, desc=f"scoring, retrieval {retrieval}", unit="batch", disable=not progress):
-        losses = _losses(model, _inputs(data, batch, rows, values), data, batch)
-        for (_, stop, first_new), row in zip(batch, losses, strict=True):
-            bits[first_new:stop] = row[: stop - first_new]
-    model.train(training)
-    return ChunkScores(bits, time.perf_counter() - started)
+    nothing = TokenScores(np.zeros(0, np.float32), np.zeros(0, bool))
+    scores, chosen = [nothing] * len(texts), [i for i, at in enumerate(places) if len(at)]
+    read = {i: texts[i][: places[i][-1]] for i in chosen}
+    k, m, r = (0, 1, 0) if rows is None else (rows[0].shape[1], model.config.chunk_len, model.config.retrieved_len)
+    num_logits = {i: len(read[i] if _needs_all_logits(model, rows is not None) else places[i]) for i in chosen}
+    with evaluating(model), tqdm(total=len(chosen), desc=progress, unit="text", disable=progress is None) as bar:
+        for batch in batches(read, num_logits, model.config.get_text_config().vocab_size, k * r / m, batch_size):
+            inputs = padded([read[i] for i in batch])
+            if rows is not None:
+                whole = [rows[i][: len(read[i]) // m] for i in batch]
+                inputs |= _neighbors(whole, inputs["input_ids"].shape[1] // m, store, r)
+            at = [places[i] for i in batch]
+            targets = np.concatenate([texts[i][own] for i, own in zip(batch, at, strict=True)])
+            found = score_batch(model, inputs, *flat(at), torch.from_numpy(targets), states)
+            for i, one in zip(batch, _split(found, at), strict=True):
+                scores[i] = one
+            bar.update(len(batch))
+    return scores
+
+
+@torch.no_grad()  # rather than inference_mode: what a model caches may be trained with afterwards
+@fast_products()
+def score_batch(
+    model: Any,
+    inputs: dict[str, Tensor],
+    lines: Int[Tensor, " t"],
+    columns: Int[Tensor, " t"],
+    targets: Int[Tensor, " t"],
+    states: bool = False,
+) -> TokenScores:
+    """Score targets from the logits at (line, column) of a batch, by one forward pass; logits live for these alone.
+
+    inputs: As the model takes them: input_ids, attention_mask, neighbor_ids ... The model is in evaluation mode.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    lines, columns, targets = (x.to(model.device) for x in (lines, columns, targets))
+    head = None if _needs_all_logits(model, "neighbor_ids" in inputs) else _head(model)
+    with only_at(head, lines, columns) as given:
+        logits = model(**inputs, use_cache=False).logits
+    logits = logits[0] if given else logits[lines.to(logits.device), columns.to(logits.device)]
+    log_probs, greedy, step = [], [], max(1, _SLICE_LOGITS // logits.shape[-1])
+    for part, own in zip(logits.split(step), targets.to(logits.device).split(step), strict=True):
+        log_p = part.float().log_softmax(-1)
+        log_probs.append(log_p.gather(-1, own[:, None])[:, 0])
+        greedy.append(log_p.argmax(-1) == own)
+    kept = given[0].float().cpu().numpy() if states and given else None
+    return TokenScores(torch.cat(log_probs).cpu().numpy(), torch.cat(greedy).cpu().numpy(), kept)
+
+
+def joined(scores: Sequence[TokenScores]) -> Float64[np.ndarray, " t"]:
+    """log p of all tokens, text after text, in the type that sums are taken in."""
+    return np.concatenate([one.log_probs for one in scores]).astype(np.float64)
 
 
 def reads_neighbors(model: Any) -> bool:
@@ -195,130 +113,101 @@ def reads_neighbors(model: Any) -> bool:
     return hasattr(model.config, "num_neighbors") and getattr(model.config, "cca_layers", None) != []
 
 
-def _chunks_of(document: Document, tokenizer: Any, chunk_len: int, number: int) -> tuple[np.ndarray, ...]:
-    """One document's chunks: tokens, lengths, bytes and which tokens are scored, the last chunk padded."""
-    from retro.text.chunks import pad_token_id, tokenize_document
-
-    tokenized = tokenize_document(tokenizer, document.text)
-    ids, num_bytes = tokenized.ids, tokenized.num_bytes
-    scored = np.ones(len(ids), bool)
-    scored[:1] = False  # bos, or the first token of a text that has none: nothing predicts it
-    if len(ids) and ids[-1] == tokenizer.eos_token_id and num_bytes[-1] == 0:
-        scored[-1] = False
-    num_chunks = -(-len(ids) // chunk_len)
-    padding = num_chunks * chunk_len - len(ids)
-    fold = lambda x, fill: np.pad(x, (0, padding), constant_values=fill).reshape(num_chunks, chunk_len)  # noqa: E731
-    lens = np.full(num_chunks, chunk_len)
-    lens[-1:] -= padding
-    numbers = np.full(num_chunks, number)
-    return fold(ids, pad_token_id(tokenizer)), lens, fold(num_bytes, 0), fold(scored, False), numbers
+class Stopped(Exception):
+    """Ends a forward pass before the output embeddings."""
 
 
-def overlap_of(data: EvaluationData, rows: np.ndarray, store: Store) -> Int[np.ndarray, " c"]:
-    """s of every chunk: the longest run in common with its neighbors [N, F] of 2 m tokens."""
-    overlap = np.zeros(len(rows), np.int64)
-    for start in range(0, len(rows), 512):
-        part = slice(start, start + 512)
-        values, value_mask = store.values(rows[part], 2 * store.chunk_len)
-        overlap[part] = longest_common_run(data.tokens[part], values, data.mask[part], value_mask)
-    return overlap
+@contextmanager
+def only_at(
+    head: nn.Module | None, lines: Int[Tensor, " t"], columns: Int[Tensor, " t"], stop: bool = False
+) -> Iterator[list[Float[Tensor, "t d"]]]:
+    """Let output embeddings see some positions only: the logits are [1, t, v]. None changes nothing.
 
-
-def window_of(
-    models: Sequence[Any], chunk_len: int, window_len: int | None = None, stride: int | None = None
-) -> tuple[int, int]:
-    """Tokens of a window and of the step between windows that all models can read, as given or by default.
-
-    The default is 2048 tokens or the least `max_position_embeddings` if smaller, and half of it. Raises ValueError for
-    more than that, and for what is no multiple of the chunk length.
+    Gives the list that will hold the states they are given; with `stop` nothing is computed after them.
     """
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    longest = min((limit for limit in limits if limit), default=None)
-    if window_len is None:
-        window_len = max(chunk_len, min(longest or 2048, 2048) // chunk_len * chunk_len)
-    stride = stride or max(chunk_len, window_len // 2 // chunk_len * chunk_len)
-    for name, value in (("window_len", window_len), ("stride", stride)):
-        if value % chunk_len or value < 1:
-            raise ValueError(f"{name} is {value}; it must be a multiple of the chunk length {chunk_len}.")
-    if longest and window_len > longest:
-        raise ValueError(f"window_len is {window_len}, more than the {longest} positions of the model; give fewer.")
-    if stride >= window_len:
-        raise ValueError(
-            f"stride is {stride} and window_len {window_len}, so that windows start with nothing to read; "
-            "give a longer window."
-        )
-    return window_len, stride
+    given: list[Tensor] = []
+
+    def gather(module, args):
+        given.append(args[0][lines.to(args[0].device), columns.to(args[0].device)])
+        if stop:
+            raise Stopped
+        return (given[-1][None], *args[1:])
+
+    handle = None if head is None else head.register_forward_pre_hook(gather)
+    try:
+        yield given
+    except Stopped:
+        pass
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
-def _rows_for(retrieval: str, data: EvaluationData, store: Store | None, num_neighbors: int | None, seed: int):
-    """The neighbor rows of every chunk [c, k], or None for retrieval off."""
-    if retrieval == "off":
-        return None
-    if data.rows is None or store is None:
-        raise ValueError(f"retrieval is {retrieval!r}; it needs data prepared with a retriever, and store=.")
-    k = data.rows.shape[1] if num_neighbors is None else num_neighbors
-    if k > data.rows.shape[1]:
-        raise ValueError(f"num_neighbors is {k}; the data was prepared with {data.rows.shape[1]}.")
-    if retrieval == "on":
-        return data.rows[:, :k]
-    numbers = np.arange(len(data.rows))
-    drawn = random_rows(store, numbers, np.full_like(numbers, -1), k, seed)
-    return np.where(data.rows[:, :k] >= 0, drawn, -1)
+def _head(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def windows_of(data: EvaluationData, window_chunks: int, stride_chunks: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first chunk not scored before) of each window, in chunks; windows stay inside a document."""
-    borders = np.flatnonzero(np.diff(data.documents, prepend=-1, append=-1))
-    for first, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-        start, done = first, first
-        while done < end:
-            stop = min(start + window_chunks, end)
-            yield start, stop, done
-            start, done = start + stride_chunks, stop
+def _needs_all_logits(model: Any, has_neighbors: bool) -> bool:
+    """Whether logits are edited after the output embeddings, position by position, or these are not known."""
+    return _head(model) is None or (has_neighbors and getattr(model.config, "form", None) == "pointer")
 
 
-def _num_chunks(window: tuple[int, int, int]) -> int:
-    return window[1] - window[0]
+# Batches
 
 
-def _batches(windows: list[tuple[int, int, int]], logits: int, neighbor_tokens: int) -> Iterator[list]:
-    """Windows of similar length together, as many as the logits and neighbors of their chunks leave room for."""
-    chunks = max(1, min(MAX_LOGITS // logits, MAX_NEIGHBOR_TOKENS // max(1, neighbor_tokens)))
-    batch: list = []
-    for window in windows:
-        if batch and (len(batch) + 1) * _num_chunks(window) > chunks:
+def batches(
+    texts: dict[int, Ids],
+    num_logits: dict[int, int],
+    vocab_size: int,
+    neighbor_tokens: float = 0.0,
+    batch_size: int | None = None,
+) -> Iterator[list[int]]:
+    """Texts of similar length together, as many as tokens, logits and neighbors leave room for.
+
+    neighbor_tokens: for each token of a text.
+    """
+    batch, logits = [], 0
+    for i in sorted(texts, key=lambda i: len(texts[i])):
+        tokens, logits = (len(batch) + 1) * len(texts[i]), logits + num_logits[i] * vocab_size
+        limits = ((tokens, MAX_TOKENS), (logits, MAX_LOGITS), (tokens * neighbor_tokens, MAX_NEIGHBOR_TOKENS))
+        if batch and (len(batch) == batch_size or any(value > most for value, most in limits)):
             yield batch
-            batch = []
-        batch.append(window)
+            batch, logits = [], num_logits[i] * vocab_size
+        batch.append(i)
     if batch:
         yield batch
 
 
-def _inputs(data: EvaluationData, batch: list, rows: np.ndarray | None, values) -> dict[str, torch.Tensor]:
-    """Right-padded windows and the neighbors of their whole chunks."""
-    longest = max(map(_num_chunks, batch))
-    places = np.array([start for start, _, _ in batch])[:, None] + np.arange(longest)
-    inside = places < np.array([stop for _, stop, _ in batch])[:, None]
-    places = np.where(inside, places, 0)
-    lens = np.where(inside, data.lens[places], 0)
-    mask = (np.arange(data.chunk_len) < lens[..., None]).reshape(len(batch), -1)
-    inputs = {"input_ids": data.tokens[places].reshape(len(batch), -1), "attention_mask": mask.astype(np.int64)}
-    if rows is not None:
-        whole = (lens == data.chunk_len)[..., None]
-        inputs["neighbor_ids"], inputs["neighbor_mask"] = values(np.where(whole, rows[places], -1))
-    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+def padded(texts: Sequence[Ids]) -> dict[str, Int[Tensor, "b n"]]:
+    """Texts padded on the right, and where they are."""
+    lens = np.asarray([len(text) for text in texts])
+    mask = np.arange(lens.max()) < lens[:, None]
+    ids = np.zeros(mask.shape, np.int64)
+    ids[mask] = np.concatenate(texts)
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
-@torch.inference_mode()
-@fast_products()
-def _losses(model: Any, inputs: dict[str, torch.Tensor], data: EvaluationData, batch: list) -> list[np.ndarray]:
-    """For each window, the bits of the scored tokens of each chunk that is new in it."""
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    logits = model(**inputs).logits[:, :-1].float()
-    targets = inputs["input_ids"][:, 1:]
-    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    bits = np.pad(nats.double().cpu().numpy() / np.log(2), ((0, 0), (1, 0))).reshape(len(batch), -1, data.chunk_len)
-    return [
-        (row[first_new - start : stop - start] * data.scored[first_new:stop]).sum(-1)
-        for (start, stop, first_new), row in zip(batch, bits, strict=True)
-    ]
+def flat(places: Sequence[Ids]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
+    """Lines and columns of the logits that predict the tokens at places, text after text."""
+    assert all(own[0] > 0 for own in places), "nothing predicts a first token"
+    lines = np.repeat(np.arange(len(places)), [len(own) for own in places])
+    return torch.from_numpy(lines), torch.from_numpy(np.concatenate(places) - 1)
+
+
+def _neighbors(rows: list[np.ndarray], num_chunks: int, store: Any, retrieved_len: int) -> dict[str, Tensor]:
+    """neighbor_ids and neighbor_mask [b, l, k, r], nothing where no chunk has any."""
+    if not any((own >= 0).any() for own in rows):
+        return {}
+    placed = np.full((len(rows), num_chunks, rows[0].shape[1]), -1)
+    for place, own in zip(placed, rows, strict=True):
+        place[: len(own)] = own
+    ids, mask = store.values(placed, retrieved_len)
+    return {"neighbor_ids": torch.from_numpy(ids), "neighbor_mask": torch.from_numpy(mask)}
+
+
+def _split(found: TokenScores, places: Sequence[Ids]) -> Iterator[TokenScores]:
+    """The scores of a batch, text after text."""
+    ends = np.cumsum([len(own) for own in places])[:-1]
+    states = [None] * len(places) if found.states is None else np.split(found.states, ends)
+    log_probs, greedy = np.split(found.log_probs, ends), np.split(found.greedy, ends)
+    return map(TokenScores, log_probs, greedy, states)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from retro.common.settings import unknown_name
 
 if TYPE_CHECKING:
-    from retro.evaluation.scorer import EvaluationData
+    from retro.evaluation.data import EvaluationData
     from retro.retrieval import Retriever
     from retro.text.documents import Document
 
@@ -52,14 +52,14 @@ class ScoringSettings:
 
     def prepare(self, documents: Sequence[Document], retriever: Retriever, k: int) -> EvaluationData:
         """The documents with their neighbors."""
-        from retro.evaluation.scorer import prepare
+        from retro.evaluation.data import prepare
 
         store = retriever.store
         return prepare(documents, store.tokenizer, store.chunk_len, retriever, k, self.progress, cache=self.cache)
 
     def given(self, data: EvaluationData, *models: Any) -> dict[str, Any]:
         """What `score` takes, with a window that all models can read."""
-        from retro.evaluation.scorer import window_of
+        from retro.evaluation.data import window_of
 
         present = [model for model in models if model is not None]
         window_len, stride = window_of(present, data.chunk_len, self.window_len, self.stride)

@@ -22,19 +22,16 @@ from retro.common.files import stable_hash
 from retro.evaluation.bits import (
     COLUMNS,
     LITTLE_OVERLAP,
+    ChunkScores,
     bpb_interval,
     gain,
     measured_with,
     neighbors_of,
+    score,
     score_columns,
 )
-from retro.evaluation.scorer import (
-    ChunkScores,
-    EvaluationData,
-    find_neighbors,
-    reads_neighbors,
-    score,
-)
+from retro.evaluation.data import EvaluationData, find_neighbors
+from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.settings import DEFAULT, KS, SHARES, ScoringSettings
 from retro.loading import load_model
 from retro.retrieval import Retriever, Store
@@ -66,10 +63,10 @@ def sweep_neighbors(
         raise ValueError(f"k is swept over {ks}; give at least one k above 0, and none below 0.")
     _require_reader(model)
     data = reading.prepare(documents, retriever, ks[-1])
-    given, read = reading.given(data, model, baseline), _read(model, retriever.store)
+    given = reading.given(data, model, baseline)
     off, points = score(model, data, **given), []
     for k in ks:
-        scores = score(model, data, "on", num_neighbors=k, **read, **given) if k else off
+        scores = score(model, data, "on", retriever.store, k, **given) if k else off
         points.append({"num_neighbors": k, "column": "retro_on"} | _measured(scores, data, given, off))
     references = {"retro_off": _measured(off, data, given)} | _reference(baseline, data, given)
     result = _result("neighbors", "num_neighbors", "neighbors per chunk, k", points, points, BOOTSTRAP, references)
@@ -110,7 +107,7 @@ def sweep_datastore(
     k, queries = neighbors_of(model, num_neighbors), _CachingEmbedder(store, embedder)
     whole = Retriever(store, index, queries)
     data = reading.prepare(documents, whole, k)
-    given, read, points = reading.given(data, model, baseline), _read(model, store), []
+    given, points = reading.given(data, model, baseline), []
     off = score(model, data, **given)
     for share in shares:
         for seed in range(reading.seed, reading.seed + (num_draws if share < 1 else 1)):
@@ -118,7 +115,7 @@ def sweep_datastore(
             rows = np.full((len(data.tokens), k), -1)
             if len(part.searchable_rows):
                 rows = find_neighbors(data, Retriever(part, index, queries), k, cache=reading.cache)
-            scores = score(model, replace(data, rows=rows), "on", **read, **given)
+            scores = score(model, replace(data, rows=rows), "on", store, **given)
             sizes = {"documents": part.sampled_documents, "chunks": len(part.searchable_rows)}
             place = {"share": share, "seed": seed, **sizes, "column": "retro_on"}
             points.append(place | _measured(scores, data, given, off))
@@ -256,10 +253,6 @@ def _over_models(
 def _require_reader(model: Any) -> None:
     if not reads_neighbors(model):
         raise ValueError("the model reads no neighbors, so that there is nothing to sweep; give a RETRO.")
-
-
-def _read(model: Any, store: Store) -> dict[str, Any]:
-    return dict(store=store, retrieved_len=model.config.retrieved_len)
 
 
 def _reference(baseline: Any, data: EvaluationData, given: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro.common.modes import evaluating
+
 PROBE_TOKENS = 5
 
 
@@ -192,18 +194,6 @@ def run_probe(base: nn.Module, ids: Int[Tensor, "b n"], **inputs) -> Float[Tenso
     """Logits of a small run in evaluation mode."""
     with evaluating(base):
         return base(input_ids=ids, use_cache=False, **inputs).logits
-
-
-@contextmanager
-def evaluating(base: nn.Module) -> Iterator[None]:
-    """The base in evaluation mode; afterwards each of its parts is in the mode it was in."""
-    modes = {module: module.training for module in base.modules()}
-    base.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # What the run says

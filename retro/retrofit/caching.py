@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from retro.common.modes import evaluating
 from retro.model.step import CachedStep
-from retro.retrofit.anatomy import evaluating
 
 NUM_TOKENS, NUM_PADDED = 8, 3
 # how a text may be given: how many tokens in each call

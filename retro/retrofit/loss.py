@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from retro.common.modes import evaluating
 from retro.modules.loss import SLICE_TOKENS
-from retro.retrofit.anatomy import evaluating, probe_tokens
+from retro.retrofit.anatomy import probe_tokens
 from retro.retrofit.forms import Mixture
 
 

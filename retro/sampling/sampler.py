@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from jaxtyping import Float64
 
+from retro.evaluation.scorer import score_batch
 from retro.model.generation import stacked
 from retro.model.padding import pad_left
 from retro.sampling.sources import Attribution, attribute
@@ -126,7 +127,6 @@ def _until_end(tokens: list[int], eos: set[int], pad: int) -> list[int]:
     return tokens[:end]
 
 
-@torch.inference_mode()
 def token_gains(model: Any, token_ids: Sequence[int], found: Sequence[Neighbors | None]) -> list[float | None]:
     """For each token of a text its loss OFF minus its loss ON, in bits; None for the first, which nothing predicts.
 
@@ -137,14 +137,16 @@ def token_gains(model: Any, token_ids: Sequence[int], found: Sequence[Neighbors 
     neighbors = _neighbor_tensors(found[:num_chunks], num_chunks, model.device)
     if neighbors is None:
         return [None, *[0.0] * (len(token_ids) - 1)]
-    off, on = _token_bits(model, ids), _token_bits(model, ids, **neighbors)
+    off, on = (_token_bits(model, {"input_ids": ids, **given}) for given in ({}, neighbors))
     return [None, *(off - on).tolist()]
 
 
-def _token_bits(model: Any, ids: torch.Tensor, **neighbors: torch.Tensor) -> torch.Tensor:
-    """Bits of each token after the first."""
-    logits = model(ids, **neighbors).logits[0, :-1].float()
-    return F.cross_entropy(logits, ids[0, 1:], reduction="none").double() / math.log(2)
+def _token_bits(model: Any, inputs: dict[str, torch.Tensor]) -> Float64[np.ndarray, " t"]:
+    """Bits of each token of a text after the first."""
+    ids = inputs["input_ids"][0]
+    columns = torch.arange(len(ids) - 1)
+    found = score_batch(model, inputs, torch.zeros_like(columns), columns, ids[1:])
+    return -found.log_probs.astype(np.float64) / math.log(2)
 
 
 def _neighbor_tensors(

@@ -6,17 +6,14 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
-from retro.common.products import fast_products
+from retro.evaluation.scorer import MAX_LOGITS, score_batch
 from retro.retrieval import Store
-from retro.training.batches import count_targets, sum_over_processes, to_device
+from retro.training.batches import count_targets, sum_over_processes
 from retro.training.setup import TrainingRun
 from retro.training.windows import IGNORED, Batch
 
 
-@torch.no_grad()
-@fast_products()
 def validate(run: TrainingRun) -> dict[str, float]:
     """Bits per token and per byte of the validation windows, with neighbors (on) and without (off).
 
@@ -31,13 +28,14 @@ def validate(run: TrainingRun) -> dict[str, float]:
         batch = valid.batch(windows if len(windows) else np.zeros(1, np.int64))
         if not len(windows):  # others have one more, and a sharded model runs in step
             batch["labels"].fill_(IGNORED)
-        own_targets = count_targets(batch)
-        sums["tokens"] += own_targets
+        sums["tokens"] += count_targets(batch)
         sums["bytes"] += scored_bytes(valid.store, batch)
-        batch = to_device(batch, accelerator.device)
+        labels = batch.pop("labels")[:, 1:]
+        lines, columns = (labels != IGNORED).nonzero(as_tuple=True)
         for mode in modes:
             given = batch if mode == "on" else {k: v for k, v in batch.items() if not k.startswith("neighbor_")}
-            sums[mode] += model(**given, return_logits=False).loss.item() * own_targets
+            found = score_batch(model, given, lines, columns, labels[lines, columns])
+            sums[mode] -= found.log_probs.sum(dtype=np.float64)
     totals = dict(zip(sums, sum_over_processes(accelerator, *sums.values()), strict=True))
     model.train()
     bits = {mode: totals[mode] / math.log(2) for mode in modes}
@@ -61,10 +59,12 @@ def scored_bytes(store: Store, batch: Batch) -> float:
 def _own_validation(run: TrainingRun) -> Iterator[np.ndarray]:
     """This process's batches of validation windows: evenly spread over the store, at most `eval_windows` in all.
 
-    All processes have the same number of batches; the last may be empty.
+    All processes have the same number of batches, of as many windows as logits leave room for; the last may be empty.
     """
+    logits = run.settings.window_len * run.state.model.config.get_text_config().vocab_size
+    size = max(1, min(run.settings.batch_size, MAX_LOGITS // logits))
     count = min(run.settings.eval_windows or len(run.valid), len(run.valid))
     chosen = np.linspace(0, len(run.valid) - 1, count).round().astype(np.int64)
     own = chosen[run.accelerator.process_index :: run.accelerator.num_processes]
     most = math.ceil(count / run.accelerator.num_processes)
-    return (own[i : i + run.settings.batch_size] for i in range(0, most, run.settings.batch_size))
+    return (own[i : i + size] for i in range(0, most, size))

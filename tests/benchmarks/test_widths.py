@@ -102,19 +102,19 @@ def test_starts_and_settings(widths, parse):
 
 
 def test_a_validation_store_is_scored_as_its_documents_are(widths, stores, make_model):
-    from retro.evaluation import scorer
+    from retro.evaluation import prepare, score
     from retro.retrieval import Store, open_neighbors
     from retro.text.corpus import read_documents
 
     store, valid = map(Store.open, stores)
     data = widths.evaluation_data(store, valid, 1, None)
-    documents = scorer.prepare(read_documents([f"{valid.path}.jsonl"]), valid.tokenizer, valid.chunk_len)
+    documents = prepare(read_documents([f"{valid.path}.jsonl"]), valid.tokenizer, valid.chunk_len)
     for name in ("tokens", "lens", "num_bytes", "scored", "documents"):
         assert np.array_equal(getattr(data, name), getattr(documents, name)), name
     assert np.array_equal(data.rows, open_neighbors(store, valid).rows[:, :1]) and data.leak_rows.shape[1] == 2
     part, to_score = widths.part_of(data, 32, int(data.scored.sum()) // 3)
     model = make_model(vocab_size=len(valid.tokenizer), chunk_len=valid.chunk_len, max_position_embeddings=32)
-    whole, some = (scorer.score(model, one, window_len=32).bits for one in (data, to_score))
+    whole, some = (score(model, one, window_len=32).bits for one in (data, to_score))
     counted, found = part.scored.any(-1), {}
     for number, bits_of_chunk in enumerate(whole):
         found.setdefault((data.documents[number], data.tokens[number].tobytes()), []).append(bits_of_chunk)

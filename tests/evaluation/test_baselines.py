@@ -212,7 +212,7 @@ def test_equals_what_evaluate_scores(name, make_bench, sample, planted_store):
     rows = bench._rows(sample, bench.retriever)
     model = bench.reader if name == "lm" else bench.model
     retrieval = "on" if name == "retro_on" else "off"
-    expected = score(model, replace(sample.data, rows=rows), retrieval, planted_store, 16, window_len=32, stride=16)
+    expected = score(model, replace(sample.data, rows=rows), retrieval, planted_store, window_len=32, stride=16)
     scores = sample.chunk_scores(bench.run(name, sample).log_p)
     np.testing.assert_allclose(scores.bits, expected.bits, rtol=1e-4, atol=1e-4)
 
@@ -222,7 +222,7 @@ def test_all_windows_are_the_whole_text(pointer, planted_retriever):
     result = measure_baselines(pointer, HELD_OUT, planted_retriever, settings=settings)
     data = prepare(HELD_OUT, planted_retriever.store.tokenizer, 8, planted_retriever, 2)
     expected = {"lm": score(pointer.base, data, window_len=32, stride=16)}
-    expected["retro_on"] = score(pointer, data, "on", planted_retriever.store, 16, window_len=32, stride=16)
+    expected["retro_on"] = score(pointer, data, "on", planted_retriever.store, window_len=32, stride=16)
     for row in result["rows"]:
         assert row["bpb"] == pytest.approx(expected[row["method"]].bits_per_byte(data), rel=1e-5)
     little = expected["retro_on"].bits_per_byte(data, data.overlap_ratio <= 0.125)

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.evaluation import bits_per_byte, perplexity_table, prepare, score
 from retro.evaluation.bits import gain, perplexity
-from retro.evaluation.scorer import windows_of
+from retro.evaluation.data import windows_of
 from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT
 
@@ -89,7 +89,7 @@ def test_equals_a_naive_reading_of_each_document(retrieval, words_store, words_t
     """One window holds each document: the bits are those of a forward pass over the document alone."""
     model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
     data = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
-    bits = score(model, data, retrieval, words_store, 16, window_len=64).bits
+    bits = score(model, data, retrieval, words_store, window_len=64).bits
     for number, document in enumerate(DOCUMENTS):
         ids = torch.tensor([[*words_tokenizer(document.text)["input_ids"], words_tokenizer.eos_token_id]])
         whole = ids.shape[1] // 8
@@ -120,16 +120,16 @@ def test_strided_windows_give_at_least_the_context_asked_for(words_tokenizer, ma
         assert bits[chunk] == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("limit", ["MAX_LOGITS", "MAX_NEIGHBOR_TOKENS"])
+@pytest.mark.parametrize("limit", ["MAX_TOKENS", "MAX_LOGITS", "MAX_NEIGHBOR_TOKENS"])
 def test_the_size_of_batches_changes_nothing(
     limit, words_store, words_tokenizer, words_retriever, make_model, monkeypatch
 ):
     model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
     data = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
-    expected, rows = score(model, data, "on", words_store, 16, window_len=16).bits, []
+    expected, rows = score(model, data, "on", words_store, window_len=16).bits, []
     monkeypatch.setattr(f"retro.evaluation.scorer.{limit}", 1)
     model.register_forward_pre_hook(lambda model, args, given: rows.append(len(given["input_ids"])), with_kwargs=True)
-    np.testing.assert_allclose(score(model, data, "on", words_store, 16, window_len=16).bits, expected, rtol=1e-5)
+    np.testing.assert_allclose(score(model, data, "on", words_store, window_len=16).bits, expected, rtol=1e-5)
     assert set(rows) == {1}
 
 

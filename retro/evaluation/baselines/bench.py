@@ -21,10 +21,10 @@ from retro.evaluation.baselines.prompting import (
     spans_of,
     texts_with_documents,
 )
-from retro.evaluation.baselines.readers import log_likelihoods, log_likelihoods_with_neighbors
 from retro.evaluation.baselines.sample import Sample
+from retro.evaluation.neighbors import random_neighbors
+from retro.evaluation.scorer import joined, score_tokens
 from retro.retrieval import Retriever
-from retro.retrieval.store.random_rows import random_rows
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,16 @@ class BaselineEvaluator:
         return self._lm_with_states(sample)[0]
 
     def _lm_with_states(self, sample: Sample) -> tuple[MethodScores, Float[np.ndarray, "t d"]]:
-        read = lambda: self._read(sample.texts, sample.places, "LM", hidden=True)  # noqa: E731
+        read = lambda: self._read(sample.texts, sample.places, "LM", states=True)  # noqa: E731
         return self._shared(("lm", id(sample)), read)
 
-    def _read(self, texts: list, places: list, label: str, hidden: bool = False) -> tuple[MethodScores, Any]:
-        started = time.perf_counter()
-        log_p, targets, states = log_likelihoods(self.reader, texts, places, self._bar(label), hidden)
-        lengths = zip(texts, places, strict=True)
-        work = sum(costs.lm_flops(self.reader, len(text), len(place)) for text, place in lengths)
-        return MethodScores(log_p, targets, time.perf_counter() - started, flops=work), states
+    def _read(self, texts: list, places: list, label: str, states: bool = False) -> tuple[MethodScores, Any]:
+        bar, read = self._bar(label), list(zip(texts, places, strict=True))
+        found, seconds = _timed(lambda: score_tokens(self.reader, texts, places, states=states, progress=bar))
+        targets = np.concatenate([text[at] for text, at in read])
+        work = sum(costs.lm_flops(self.reader, len(text), len(at)) for text, at in read)
+        of_tokens = np.concatenate([one.states for one in found]) if states else None
+        return MethodScores(joined(found), targets, seconds, flops=work), of_tokens
 
     # RETRO
 
@@ -140,22 +141,16 @@ class BaselineEvaluator:
     def _random(self, sample: Sample) -> Int[np.ndarray, "c k"]:
         """As many, each a random chunk of the store."""
         rows, _ = self._shared(("rows", "", id(sample)), lambda: _timed(self._rows, sample, self.retriever))
-        chunks = np.arange(len(rows))
-        drawn = random_rows(self.store, chunks, np.full_like(chunks, -1), rows.shape[1], self.settings.seed)
-        return np.where(rows >= 0, drawn, -1)
+        return random_neighbors(self.store, rows, self.settings.seed)
 
     def _retro(self, sample: Sample, rows: np.ndarray | None) -> MethodScores:
         """OFF for rows None."""
-        m, of_window = sample.data.chunk_len, None
-        if rows is not None:
-            windows = zip(sample.first_chunk, sample.texts, strict=True)
-            of_window = [rows[first : first + len(text) // m] for first, text in windows]
-        values = lambda at: self.store.values(at, self.retriever.retrieved_len)  # noqa: E731
-        given = self.model, sample.texts, sample.places, of_window, values, self._bar("RETRO")
-        (log_p, targets), seconds = _timed(lambda: log_likelihoods_with_neighbors(*given))
+        of_window = None if rows is None else np.split(rows, sample.first_chunk[1:])
+        given = self.model, sample.texts, sample.places, of_window, self.store
+        found, seconds = _timed(lambda: score_tokens(*given, progress=self._bar("RETRO")))
         k = 0 if rows is None else rows.shape[1]
         work = sum(costs.retro_flops(self.model, len(text), len(text), k) for text in sample.texts)
-        return MethodScores(log_p, targets, seconds, flops=work)
+        return MethodScores(joined(found), sample.targets, seconds, flops=work)
 
     # retrieved text in front
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from retro.evaluation.baselines.sample import Ids, Sample
+from retro.evaluation.baselines.sample import Sample
+from retro.evaluation.scorer import Ids
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever, Store

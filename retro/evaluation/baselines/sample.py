@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from retro.evaluation.scorer import ChunkScores, EvaluationData, windows_of
-
-Ids = Int[np.ndarray, " _"]  # of a text, each of its own length
+from retro.evaluation.bits import ChunkScores, bits_of_chunks
+from retro.evaluation.data import EvaluationData, texts_of, windows_of
+from retro.evaluation.scorer import Ids
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,14 @@ class Sample:
     """Windows of documents, one after another.
 
     data: their chunks, each window a document of its own; only what is new in a window is marked as scored, so that
-        bytes and bits are those of the sample. texts: the tokens of each window. places: in each window the positions
-        of the scored tokens. document_of_window: which document each came from, of `document_ids`.
+        bytes and bits are those of the sample. texts, places: as `score_tokens` takes them, and chunks, of `data`, of
+        the scored tokens; see `texts_of`. document_of_window: which document each came from, of `document_ids`.
     """
 
     data: EvaluationData
     texts: list[Ids]
     places: list[Ids]
+    chunks: Int[np.ndarray, " t"]
     document_of_window: Int[np.ndarray, " w"]
     document_ids: list[str]
 
@@ -47,10 +49,7 @@ class Sample:
 
     def chunk_scores(self, log_p: Float[np.ndarray, " t"], elapsed_seconds: float = 0.0) -> ChunkScores:
         """Bits of each chunk from the log-probabilities of the scored tokens."""
-        firsts = zip(self.first_chunk, self.places, strict=True)
-        chunks = np.concatenate([first + places // self.data.chunk_len for first, places in firsts])
-        bits = np.bincount(chunks, -log_p / np.log(2), minlength=len(self.data.tokens))
-        return ChunkScores(bits, elapsed_seconds)
+        return ChunkScores(bits_of_chunks(log_p, self.chunks, self.data), elapsed_seconds)
 
 
 def draw_sample(
@@ -106,11 +105,10 @@ def _cut(data: EvaluationData, windows: Int[np.ndarray, "w 3"]) -> Sample:
         words=zeros,
         line_ends=zeros,
     )
-    parts = [numbers == window for window in range(len(windows))]
-    texts = [cut.tokens[part][cut.mask[part]] for part in parts]
-    places = [np.flatnonzero(cut.scored[part][cut.mask[part]]) for part in parts]
+    borders = np.cumsum([0, *map(len, chunks)]).tolist()
+    texts, places, scored = texts_of(cut, ((first, end, first) for first, end in pairwise(borders)))
     assert all(len(place) and place[0] > 0 for place in places), "every scored token has one before it"
-    return Sample(cut, texts, places, sources, data.document_ids)
+    return Sample(cut, texts, places, scored, sources, data.document_ids)
 
 
 def check_targets(sample: Sample, targets: Sequence[int] | np.ndarray) -> None:

@@ -12,8 +12,9 @@ from retro.common.settings import to_plain
 from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
 from retro.evaluation.baselines.methods import METHODS, plan_methods, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
-from retro.evaluation.bits import LITTLE_OVERLAP, bpb_interval, gain, measured_with, neighbors_of
-from retro.evaluation.scorer import LEAKAGE_NEIGHBORS, ChunkScores, overlap_of, prepare, reads_neighbors, window_of
+from retro.evaluation.bits import LITTLE_OVERLAP, ChunkScores, bpb_interval, gain, measured_with, neighbors_of
+from retro.evaluation.data import LEAKAGE_NEIGHBORS, overlap_of, prepare, window_of
+from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.settings import BaselineSettings
 from retro.retrieval import Retriever
 from retro.text.documents import Document
@@ -53,12 +54,7 @@ def measure_baselines(
     tuning = None if validation is None else _sample(validation, retriever, settings)
     excluded = [document.id for document in (*documents, *(validation or ()))]
     bench = BaselineEvaluator(model, reader, retriever, settings, excluded, progress)
-    modes = [(one, one.training) for one in present]
-    for one in present:
-        one.eval()
     scored = {name: bench.run(name, sample, tuning) for name in names}
-    for one, mode in modes:
-        one.train(mode)
     for found in scored.values():
         check_targets(sample, found.targets)
     rows = _rows(scored, sample, _little_overlap(sample, retriever), settings.seed)

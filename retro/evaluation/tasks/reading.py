@@ -13,8 +13,7 @@ chunk before the last token is one, as in bits per byte, and what it finds is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,15 +24,14 @@ import torch
 from jaxtyping import Bool, Int64
 from tqdm.auto import tqdm
 
-from retro.common.products import fast_products
-from retro.evaluation.bits import neighbors_of
-from retro.evaluation.neighbors import neighbor_rows
-from retro.evaluation.scorer import MAX_LOGITS, RETRIEVAL, reads_neighbors
+from retro.common.modes import evaluating
+from retro.evaluation.bits import RETRIEVAL, neighbors_of
+from retro.evaluation.neighbors import neighbor_rows, random_neighbors
+from retro.evaluation.scorer import reads_neighbors, score_tokens
 from retro.evaluation.tasks.examples import Example, ScoredContinuation, aligned, encode, passage_texts
 from retro.loading import load
 from retro.model.padding import pad_left
 from retro.retrieval.filters import shares_run
-from retro.retrieval.store.random_rows import random_rows
 from retro.text.chunks import decode_chunks, pad_token_id
 
 if TYPE_CHECKING:
@@ -147,54 +145,25 @@ class Reader:
         step = 1 if self.retrieval == "off" else self.chunk_len
         cut = [self._cut(example, step) for example in examples]
         rows = self._rows(cut, of)
-        scored: list[Any] = [None] * len(cut)
-        order = sorted(range(len(cut)), key=lambda i: -len(cut[i].context) - len(cut[i].continuation))
-        with _evaluating(self.model), tqdm(total=len(cut), desc=self.retrieval, disable=not self.progress) as bar:
-            for batch in self._batches(order, cut):
-                for i, one in zip(batch, self._score([cut[i] for i in batch], [rows[i] for i in batch]), strict=True):
-                    scored[i] = one
-                bar.update(len(batch))
-        return scored
+        texts = [np.concatenate([one.context, one.continuation]) for one in cut]
+        places = [np.arange(len(one.context), len(text)) for one, text in zip(cut, texts, strict=True)]
+        given = (None, None) if self.retrieval == "off" else (rows, self.retriever.store)
+        options = dict(batch_size=self.batch_size, progress=self.retrieval if self.progress else None)
+        found = score_tokens(self.model, texts, places, *given, **options)
+        return [
+            ScoredContinuation(scores.log_probs.astype(np.float64), scores.greedy, self._num_read(one, own))
+            for one, scores, own in zip(cut, found, rows, strict=True)
+        ]
 
     def _cut(self, example: Example, step: int) -> Example:
         """The example with room for it: whole steps of its context cut off, and one token at least left."""
         room = self.longest + 1 - len(example.continuation)
         return replace(example, context=_last(example.context, room, step))
 
-    def _batches(self, order: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
-        """Longest first, as many together as their logits leave room for."""
-        vocabulary, start = self.model.config.get_text_config().vocab_size, 0
-        while start < len(order):
-            first = examples[order[start]]
-            room = 2 * MAX_LOGITS // (vocabulary * (len(first.context) + len(first.continuation)))
-            stop = start + max(1, min(self.batch_size, room))
-            yield list(order[start:stop])
-            start = stop
-
-    @torch.inference_mode()
-    @fast_products()
-    def _score(self, examples: list[Example], rows: list[np.ndarray]) -> list[ScoredContinuation]:
-        texts = [np.concatenate([one.context, one.continuation]) for one in examples]
-        n = max(map(len, texts)) - 1
-        ids = np.full((len(texts), n), pad_token_id(self.tokenizer))
-        for row, text in zip(ids, texts, strict=True):
-            row[: len(text) - 1] = text[:-1]
-        first = min(len(one.context) for one in examples) - 1
-        inputs = {"input_ids": torch.from_numpy(ids), **self._neighbors(rows, n // self.chunk_len)}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        if self.model._supports_logits_to_keep():
-            logits = self.model(**inputs, logits_to_keep=torch.arange(first, n, device=self.model.device)).logits
-        else:
-            logits = self.model(**inputs).logits[:, first:]
-        return [self._scored(one, logits[i, len(one.context) - 1 - first :], rows[i]) for i, one in enumerate(examples)]
-
-    def _scored(self, example: Example, logits: torch.Tensor, rows: np.ndarray) -> ScoredContinuation:
-        targets = torch.from_numpy(example.continuation).to(logits.device)
-        log_probs = logits[: len(targets)].float().log_softmax(-1)
-        chosen = log_probs.gather(-1, targets[:, None])[:, 0].double().cpu().numpy()
+    def _num_read(self, example: Example, rows: np.ndarray) -> int:
+        """Neighbors that the first token of the continuation could read."""
         last = len(example.context) // self.chunk_len - 1
-        num_read = int((rows[last] >= 0).sum()) if 0 <= last < len(rows) else 0
-        return ScoredContinuation(chosen, (log_probs.argmax(-1) == targets).cpu().numpy(), num_read)
+        return int((rows[last] >= 0).sum()) if 0 <= last < len(rows) else 0
 
     # Neighbors
 
@@ -224,9 +193,7 @@ class Reader:
         found = neighbor_rows(self.retriever, chunks, real, k, excluded, self.cache, self.progress)
         if self.retrieval == "on":
             return found
-        numbers = np.arange(len(found))
-        drawn = random_rows(self.retriever.store, numbers, np.full_like(numbers, -1), k, self.seed)
-        return np.where(found >= 0, drawn, -1)
+        return random_neighbors(self.retriever.store, found, self.seed)
 
     def _without_overlap(self, examples: Sequence[Example], rows: list[np.ndarray]) -> list[np.ndarray]:
         """The rows with -1 for those whose [N, F] overlaps with the example's text."""
@@ -248,16 +215,6 @@ class Reader:
         """r, of the model or of the retriever."""
         given = getattr(self.model.config, "retrieved_len", None)
         return given or (2 * self.chunk_len if self.retriever is None else self.retriever.retrieved_len)
-
-    def _neighbors(self, rows: list[np.ndarray], num_chunks: int) -> dict[str, torch.Tensor]:
-        """neighbor_ids and neighbor_mask [b, l, k, r], nothing where no chunk has any."""
-        if not any((own >= 0).any() for own in rows):
-            return {}
-        placed = np.full((len(rows), num_chunks, rows[0].shape[1]), -1)
-        for place, own in zip(placed, rows, strict=True):
-            place[: len(own)] = own
-        ids, mask = self.retriever.store.values(placed, self.retrieved_len)
-        return {"neighbor_ids": torch.from_numpy(ids), "neighbor_mask": torch.from_numpy(mask)}
 
     # Writing
 
@@ -286,7 +243,7 @@ class Reader:
         cut = [_last(prompt, self.longest - max_new_tokens, step) for prompt in prompts]
         order, texts = sorted(range(len(cut)), key=lambda i: -len(cut[i])), [""] * len(cut)
         end = _Stop(self.tokenizer, [end for end in stop if end], strip)
-        with _evaluating(self.model), tqdm(total=len(cut), desc="writing", disable=not self.progress) as bar:
+        with evaluating(self.model), tqdm(total=len(cut), desc="writing", disable=not self.progress) as bar:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 given = None if passages is None else [passages[i] for i in batch]
@@ -370,14 +327,3 @@ def _last(ids: np.ndarray, room: int, step: int) -> np.ndarray:
             "give a larger max_len, or less to follow it."
         )
     return ids if excess <= 0 else ids[-(-excess // step) * step :]
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
