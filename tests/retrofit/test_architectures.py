@@ -2,10 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from retro.evaluation.scorer import score_tokens
 from retro.retrofit import RetrofitForCausalLM
 from retro.retrofit.anatomy import first_tensor, with_first
 from tests.retrofit.conftest import ARCHITECTURES
@@ -156,3 +158,31 @@ def test_packed_documents_are_apart(name, fitted, make_neighbors, open_gates):
     torch.testing.assert_close(moved[:, 8:], packed[:, 8:], rtol=1e-4, atol=1e-5)
     off = fitted(IDS, document_ids=documents).logits
     torch.testing.assert_close(off[:, :8], fitted(IDS[:, :8]).logits, rtol=1e-4, atol=1e-5)
+
+
+class Values:
+    """A store of which only the values are read: row i is the i-th of some neighbors."""
+
+    def __init__(self, neighbor_ids, neighbor_mask):
+        self.ids, self.mask = (x.flatten(0, 2).numpy() for x in (neighbor_ids, neighbor_mask))
+
+    def values(self, rows, retrieved_len):
+        return self.ids[rows], self.mask[rows] & (rows >= 0)[..., None]
+
+
+@names
+def test_scores_of_some_tokens_are_those_of_all_logits(name, make_base, make_fitted, make_neighbors, open_gates):
+    """The output embeddings see no other positions than those asked for, in rows of several lengths."""
+    base, neighbors = make_base(name), make_neighbors(2, 3)
+    texts, places = [IDS[0].numpy(), IDS[1, :11].numpy()], [np.array([1, 6, 13]), np.array([9, 10])]
+    rows = [np.arange(6).reshape(3, 2), np.arange(6, 12).reshape(3, 2)]
+    fitted = make_fitted(name, copy.deepcopy(base))
+    open_gates(fitted)
+    for model, given in ((base, {}), (fitted, neighbors)):
+        found = score_tokens(model, texts, places, rows if given else None, Values(**neighbors))
+        for i, (text, at, scores) in enumerate(zip(texts, places, found, strict=True)):
+            own = {key: x[i : i + 1, : len(text) // 4] for key, x in given.items()}
+            with torch.no_grad():
+                log_p = model(torch.from_numpy(text)[None], **own).logits[0, at - 1].double().log_softmax(-1)
+            np.testing.assert_allclose(scores.log_probs, log_p[range(len(at)), text[at]].numpy(), atol=2e-5)
+            assert (scores.greedy == (log_p.argmax(-1).numpy() == text[at])).all()

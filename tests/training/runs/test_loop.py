@@ -21,14 +21,18 @@ from safetensors.torch import load_file
 
 import retro
 from retro.training.windows import IGNORED
+from retro.evaluation import bits_per_byte
+from retro.loading import load
 from retro.provenance import check_store
-from retro.retrieval import Store
+from retro.retrieval import Store, build_neighbors
+from retro.text.documents import Document
 from retro.common.settings import save_settings
 from retro.training import loop, batches, script, validation, pretrain
 from retro.training.checkpoint import last_checkpoint, random_states, restore_random_states
 from retro.training.loop import fit
 from retro.training.validation import validate
 from retro.training.optimizer import make_optimizer, parameter_groups
+from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words
 
 PRETRAIN = Path(__file__).parents[3] / "train" / "pretrain.py"
 UNTIMED = ("elapsed_seconds", "tokens_per_second")
@@ -390,6 +394,29 @@ def test_validation_is_the_sum_of_token_losses_over_the_sum_of_bytes(prepare, ma
         assert got[f"bits_per_token_{mode}"] == pytest.approx(value / math.log(2) / tokens, rel=1e-5)
         assert got[f"bits_per_byte_{mode}"] == pytest.approx(value / math.log(2) / size, rel=1e-5)
     assert got["bits_per_byte_on"] != got["bits_per_byte_off"]
+
+
+def test_validation_is_what_bits_per_byte_says_of_the_same_windows(prepare, make_settings, tmp_path):
+    """Held-out documents that fill a window each, by a tokenizer without an end of text, which is not evaluated."""
+    tokenizer, embedder, made = make_words_tokenizer(60), HashingEmbedder(), {}
+    tokenizer.eos_token = None
+    texts = {"train": [words(40, seed=i) for i in range(20)], "held": [words(32, seed=100 + i) for i in range(5)]}
+    for name, own in texts.items():
+        made[name] = make_store(tmp_path, own, tokenizer, embedder, name=name, chunk_len=8)
+    build_neighbors(made["train"], 2, embedder=embedder)
+    build_neighbors(made["train"], 2, queries=made["held"], embedder=embedder)
+    stores = dict(store=str(made["train"].path), valid_store=str(made["held"].path), eval_windows=None)
+    run = prepare(make_settings(**stores))
+    got = validate(run)
+    retriever = load(run.state.model, made["train"], embedder=embedder).retriever
+    documents = [Document(f"d{i}", text) for i, text in enumerate(texts["held"])]
+    result = bits_per_byte(run.state.model, documents, retriever, window_len=32, stride=16)
+    assert got["valid_tokens"] == result["tokens"] == 5 * 31
+    for mode in ("on", "off"):
+        bits = result["bpb"][f"retro_{mode}"] * result["bytes"]
+        assert got[f"bits_per_token_{mode}"] == pytest.approx(bits / result["tokens"], rel=1e-6)
+        assert got[f"bits_per_byte_{mode}"] == pytest.approx(bits / got["valid_bytes"], rel=1e-6)
+    assert got["valid_bytes"] == pytest.approx(result["bytes"], rel=0.02), "the first word has no space before it"
 
 
 def test_at_most_so_many_windows_are_evaluated_spread_over_the_store(prepare, make_settings):
