@@ -113,7 +113,7 @@ def reads_neighbors(model: Any) -> bool:
     return hasattr(model.config, "num_neighbors") and getattr(model.config, "cca_layers", None) != []
 
 
-class Stopped(Exception):
+class HeadReached(Exception):
     """Ends a forward pass before the output embeddings."""
 
 
@@ -130,13 +130,13 @@ def only_at(
     def gather(module, args):
         given.append(args[0][lines.to(args[0].device), columns.to(args[0].device)])
         if stop:
-            raise Stopped
+            raise HeadReached
         return (given[-1][None], *args[1:])
 
     handle = None if head is None else head.register_forward_pre_hook(gather)
     try:
         yield given
-    except Stopped:
+    except HeadReached:
         pass
     finally:
         if handle is not None:

@@ -64,7 +64,7 @@ def test_one_quantity_has_one_figure(model, planted_retriever, words_tokenizer):
 
 
 def test_batches_states_and_modes_change_no_score(model, planted_retriever, words_tokenizer):
-    """Some tokens, or none, of texts of several lengths: float32, each as if it were alone, the model left as it was."""
+    """Some tokens, or none, of texts of several lengths: each as if it were alone, and the model is left as it was."""
     draw = np.random.default_rng(4)
     texts = [draw.integers(3, 60, n) for n in (9, 40, 17, 5, 24)]
     places = [np.array([8]), np.array([1, 9, 39]), np.arange(8, 17), np.array([], int), np.array([15, 16, 23])]
