@@ -48,12 +48,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # a checkout that is not i
 from machine import machine
 from trials import PROBE_SECONDS, Trial, evaluation_data, part_of, step_tokens
 
-from retro.common.files import save_json
+from retro.common.files import write_result
 from retro.common.settings import find_config, read_yaml, to_plain, unknown_name
 from retro.evaluation import bits
 from retro.evaluation.bits import ChunkScores
 from retro.evaluation.data import EvaluationData
-from retro.evaluation.plots import OTHER_LOOKS, check_plot, curve, picture, plain
+from retro.evaluation.plots import OTHER_LOOKS, check_plot, curve, picture
 from retro.provenance import versions
 from retro.retrieval import Store
 from retro.training.settings import TrainSettings
@@ -248,7 +248,7 @@ class WidthSweep:
         if event in ("started", "done", "failed"):
             trial.about |= said
         if self.given.json and event in ("point", "done", "failed"):
-            save_json(self.given.json, plain(self.result()))
+            write_result(self.given.json, self.result())
 
     def take_point(self, trial: Trial, data: str, tokens: int, **found: Any) -> None:
         trial.points[data, tokens] = found

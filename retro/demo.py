@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from retro.common.files import write_result
 from retro.common.settings import find_config, read_yaml
 from retro.text.documents import Document
 from retro.text.packages import package_documents
@@ -56,7 +57,7 @@ def run_demo(output: Path, seed: int = 0) -> str:
     result |= {"kind": "evaluate", "store": "store", "data": ["valid.jsonl"]}
     result |= {"seconds": round(sum(seconds.values()), 1), "seconds_of_stage": seconds}
     result["near_copies_removed"] = store.manifest["counts"]["filtered"]
-    (output / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(output / "results.json", result)
     plot_losses(output)
     return closing_page(output, result, sample)
 
@@ -145,9 +146,9 @@ def _sample(output: Path, store) -> str:
     (text,) = sample(model, tokenizer, [tokenizer.decode(ids)], retriever, gains=True, max_new_tokens=128)
     told = terminal_text(text) + "\n"
     page = html_page([text], {"model": output / "retro", "store": output / "store"})
-    value = json.dumps(as_json(text), indent=2, ensure_ascii=False) + "\n"
-    for suffix, content in (("txt", told), ("html", page), ("json", value)):
+    for suffix, content in (("txt", told), ("html", page)):
         (output / f"sample.{suffix}").write_text(content, encoding="utf-8")
+    write_result(output / "sample.json", as_json(text))
     return told
 
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retro.common.files import save_json
 from retro.version import __version__
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def describe(store: Store, index: str | None = None) -> dict[str, Any]:
 
 def write_provenance(model_folder: str | Path, store: Store, index: str | None = None) -> None:
     """Write `retro.json` into a model folder; for `index` see `describe`."""
-    text = json.dumps(describe(store, index), indent=2, ensure_ascii=False)
-    (Path(model_folder) / FILE).write_text(text + "\n", encoding="utf-8")
+    save_json(Path(model_folder) / FILE, describe(store, index))
 
 
 def read_provenance(model: str | Path | None) -> dict[str, Any] | None:

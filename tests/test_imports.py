@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "retro.retrieval": ("retro.text", "retro.retrieval"),
     "retro.model": ("retro.common", "retro.modules", "retro.retrieval.neighbors"),
     "retro.retrofit": ("retro.common", "retro.modules", "retro.model"),
-    "retro.provenance": ("retro.version", "retro.retrieval"),
+    "retro.provenance": ("retro.version", "retro.common", "retro.retrieval"),
     "retro.loading": ("retro.provenance", "retro.retrieval", "retro.retrofit"),
     "retro.evaluation.scorer": ("retro.common",),
     "retro.sampling": ("retro.text", "retro.retrieval", "retro.model", "retro.evaluation.scorer"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,9 @@ PlotFile = Annotated[
 def write_json(file: str | None, value: Any) -> None:
     """Write a result, if it was asked for."""
     if file:
-        Path(file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        from retro.common.files import write_result
+
+        write_result(file, value)
 
 
 def stamp(store: Any) -> dict[str, Any]:
@@ -73,15 +74,14 @@ class Outputs:
 
     def write(self, result: dict[str, Any], rows: Any = None, draw: Any = None) -> None:
         """Write a result, its table and its plot."""
-        from retro.evaluation.plots import write_csv, write_json
+        from retro.evaluation.plots import write_csv
 
-        if self.json:
-            write_json(self.json, result)
+        write_json(self.json, result)
         if rows is not None and self.csv:
             write_csv(self.csv, rows)
         if draw is not None and self.plot:
             draw(result, self.plot)
-            write_json(Path(self.plot).with_suffix(".json"), result)
+            write_json(str(Path(self.plot).with_suffix(".json")), result)
             write_csv(Path(self.plot).with_suffix(".csv"), rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -147,6 +148,21 @@ def save_json_lines(path: Path, records: list[dict]) -> None:
     """Write one JSON object a line, atomically."""
     text = "".join(json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n" for record in records)
     write_with(path, lambda handle: handle.write(text.encode("utf-8", "replace")) and None)
+
+
+def write_result(file: str | Path, value: Any) -> None:
+    """Write a result where a user wants it, in its own order; what is no number becomes null."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    Path(file).write_text(text + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """A value of which no number is infinite or NaN: these become null."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_json(path: Path) -> Any:

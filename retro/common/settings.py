@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,10 +39,10 @@ def load_settings(
 
 def save_settings(settings: Any, path: str | Path) -> None:
     """Write the resolved settings as YAML, aside and then renamed; `load_settings` reads them back equal."""
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(yaml.safe_dump(to_plain(settings), sort_keys=False), encoding="utf-8")
-    os.replace(aside, path)
+    from retro.common.files import write_with
+
+    text = yaml.safe_dump(to_plain(settings), sort_keys=False)
+    write_with(Path(path), lambda handle: handle.write(text.encode("utf-8")) and None)
 
 
 def to_plain(settings: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from retro.common.extras import check_installed
+from retro.common.files import finite
 from retro.evaluation.bits import COLUMNS
 
 # told apart in grey too, by marker and line
@@ -167,25 +167,10 @@ def short(number: float | int) -> str:
     return f"{number:g}"
 
 
-def plain(value: Any) -> Any:
-    """A result as JSON can hold it: what is no number becomes null."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(file: str | Path, result: dict[str, Any]) -> None:
-    """A result as JSON."""
-    text = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False)
-    Path(file).write_text(text + "\n", encoding="utf-8")
-
-
 def write_csv(file: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     """Flat records as CSV, the columns in the order in which they first occur."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(file, "w", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, names)
         writer.writeheader()
-        writer.writerows(plain(list(rows)))
+        writer.writerows(finite(list(rows)))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from retro.common.files import folder_written_aside
 from retro.text.corpus import read_documents
 from retro.text.documents import Document
 
@@ -44,14 +44,9 @@ def train_tokenizer(
         raise ValueError(f"{out} is in use; choose another path for the tokenizer")
     inputs = [os.fspath(inputs)] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     documents = inputs if inputs and isinstance(inputs[0], Document) else read_documents(inputs, text_field=text_field)
-    aside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    aside.mkdir(parents=True)
-    try:
-        tokenizer = _hugging_face(_train(_segments(documents), vocab_size))
+    tokenizer = _hugging_face(_train(_segments(documents), vocab_size))
+    with folder_written_aside(out) as aside:
         tokenizer.save_pretrained(aside)
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return tokenizer
 
 

@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from retro.common.files import save_json, sync
 from retro.common.settings import differing
 from retro.training.optimizer import MuonAndAdamW
 from retro.training.sharding import gathered, spread_as
@@ -76,12 +77,12 @@ def save_checkpoint(
         aside.mkdir(parents=True)
     moments = _optimizer_tensors(state, keep=accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    _write_json(aside / f"rng-{accelerator.process_index}.json", random_states())
+    save_json(aside / f"rng-{accelerator.process_index}.json", random_states())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_model(aside)
         save_file(moments, aside / "optimizer.safetensors")
-        _write_json(aside / "state.json", {**state.counters(), "identity": identity})
+        save_json(aside / "state.json", {**state.counters(), "identity": identity})
         sync_files(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -143,8 +144,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 def sync_files(folder: Path) -> None:
     """Flush every file of a folder to disk."""
     for file in folder.iterdir():
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
+        sync(file)
 
 
 def _parameter_names(state: TrainState) -> list[str]:
@@ -174,10 +174,6 @@ def _load_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None
 def _keep_newest(checkpoints: Path, keep: int) -> None:
     for old in sorted(checkpoints.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _at(values: dict[str, Any], name: str) -> Any:

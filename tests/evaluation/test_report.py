@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from retro.cli import main
+from retro.common.files import write_result
 from retro.evaluation import ScoringSettings, bits_per_byte, measure_leakage, sweep_neighbors
 from retro.evaluation.baselines import BaselineSettings, measure_baselines
-from retro.evaluation.plots import write_json
 from retro.evaluation.report import read_runs, report_page
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.tasks import Passage, Question, Reader, measure_lambada, recall
@@ -65,7 +65,7 @@ def results(model, planted_retriever, words_tokenizer, attributions):
 def files(results, tmp_path):
     """The same as files, by kind."""
     for kind, value in results.items():
-        write_json(tmp_path / f"{kind}.json", value)
+        write_result(tmp_path / f"{kind}.json", value)
     return {kind: tmp_path / f"{kind}.json" for kind in results}
 
 
@@ -125,7 +125,7 @@ def test_a_picture_stands_beside_its_data(files, results):
 
 def test_other_text_stores_or_tokens_stand_apart(results, tmp_path):
     def write(name, **changes):
-        write_json(tmp_path / f"{name}.json", results["evaluate"] | changes)
+        write_result(tmp_path / f"{name}.json", results["evaluate"] | changes)
         return tmp_path / f"{name}.json"
 
     same = [write("a", model="one"), write("b", model="two")]
@@ -160,7 +160,7 @@ def test_recall_answers_and_lm_eval(tmp_path):
         },
     }
     for name, value in written.items():
-        write_json(tmp_path / f"{name}.json", value)
+        write_result(tmp_path / f"{name}.json", value)
     found = tables(page_of(tmp_path))
     right = ["1.0000 (1.0000 to 1.0000)"] * 2
     assert found["Recall of the right passage"][1:] == [["bm25", kind, *right] for kind in ("by id", "by answer")]

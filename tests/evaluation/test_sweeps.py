@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from retro.common.files import write_result
 from retro.evaluation import (
     ScoringSettings,
     bits_per_byte,
@@ -14,7 +15,7 @@ from retro.evaluation import (
     sweep_table,
     sweep_tokens,
 )
-from retro.evaluation.plots import check_plot, plot_leakage, plot_sweep, write_csv, write_json
+from retro.evaluation.plots import check_plot, plot_leakage, plot_sweep, write_csv
 from retro.evaluation.sweeps import Subsample, checkpoints_of, sweep_rows
 from retro.retrieval import Retriever
 from tests.evaluation.conftest import HELD_OUT
@@ -165,7 +166,7 @@ def test_the_data_beside_a_picture(swept, tmp_path):
     assert lines[0] == "what,num_neighbors,column,bpb,low,high,gain,gain_low,gain_high"
     assert lines[1] == "point,0,retro_on,2.0,1.5,2.5,0.25,,"
     assert lines[-1] == "reference,,lm,3.0,2.0,4.0,,,"
-    write_json(tmp_path / "a.json", swept)
+    write_result(tmp_path / "a.json", swept)
     assert json.loads((tmp_path / "a.json").read_text())["points"][0]["gain_low"] is None
     assert "2.0000" in sweep_table(swept) and "25.00%" in sweep_table(swept)
 
