@@ -163,7 +163,7 @@ def sweep_datastore(
     opened, baseline = load_model(model, store), reading.lm and load_model(reading.lm, store)
     read = dict(num_neighbors=reading.num_neighbors, baseline=baseline, index=index)
     documents, scoring = reading.held_out(), ScoringSettings(**scoring)
-    result = sweep_datastore(opened, documents, store, shares, draws, reading=scoring, **read)
+    result = sweep_datastore(opened, documents, store, shares, draws, scoring=scoring, **read)
     _show_sweep(result, reading, outputs)
 
 
@@ -270,7 +270,7 @@ def baselines(
 
 
 def report(runs: list[str], /, *, output: str) -> None:
-    """Write one page of everything that was measured, with its limits.
+    """Write one page of everything that was measured, with its caveats.
 
     It tells what was measured on what, with tables, plots, samples with their sources, and settings.
 

@@ -34,7 +34,7 @@ def options(*settings: type, without: Iterable[str] = (), defaults: bool = True)
     for settings_class, (section, fields) in [(one, part) for one in settings for part in sections(one)]:
         docs, hints = field_docs(settings_class), typing.get_type_hints(settings_class)
         annotated = typing.get_type_hints(settings_class, include_extras=True)
-        group = Group(*title_of(section), sort_key=len(found) + 1)
+        group = Group(*section_title(section), sort_key=len(found) + 1)
         for field in fields:
             if field.name in without:
                 continue
@@ -60,7 +60,7 @@ def argument(settings: type, name: str) -> Any:
     return Annotated[typing.get_type_hints(settings)[name], Parameter(help=field_docs(settings)[name])]
 
 
-def title_of(settings: type) -> tuple[str, str]:
+def section_title(settings: type) -> tuple[str, str]:
     """The name of a section and what it holds: ExecutorSettings -> Executor settings."""
     words = re.findall("[A-Z][a-z]*", settings.__name__)
     return " ".join([words[0], *(word.lower() for word in words[1:])]), (settings.__doc__ or "").partition("\n")[0]
@@ -70,7 +70,7 @@ def recipe_help(settings: type) -> str:
     """Every setting of a recipe by sections, as Markdown: name, type, sentence and default."""
     docs, hints, lines = field_docs(settings), typing.get_type_hints(settings), []
     for section, fields in sections(settings):
-        title, about = title_of(section)
+        title, about = section_title(section)
         lines += [f"**{title}.** {about}", ""]
         for field in fields:
             kind = type_name(hints[field.name])

@@ -50,7 +50,7 @@ def sweep_neighbors(
     retriever: Retriever,
     ks: Sequence[int] = KS,
     baseline: Any = None,
-    reading: ScoringSettings = DEFAULT,
+    scoring: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """RETRO[ON] with k neighbors for each k; 0 is RETRO[OFF]. More neighbors than in training are welcome.
 
@@ -62,8 +62,8 @@ def sweep_neighbors(
     if not ks or ks[0] < 0 or ks[-1] < 1:
         raise ValueError(f"k is swept over {ks}; give at least one k above 0, and none below 0.")
     _require_reader(model)
-    data = reading.prepare(documents, retriever, ks[-1])
-    given = reading.given(data, model, baseline)
+    data = scoring.prepare(documents, retriever, ks[-1])
+    given = scoring.given(data, model, baseline)
     off, points = score(model, data, **given), []
     for k in ks:
         scores = score(model, data, "on", retriever.store, k, **given) if k else off
@@ -83,7 +83,7 @@ def sweep_datastore(
     baseline: Any = None,
     index: str = "exact",
     embedder: Embedder | None = None,
-    reading: ScoringSettings = DEFAULT,
+    scoring: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """RETRO[ON] over shares p of the store's documents, `num_draws` of each; mean, least and greatest.
 
@@ -106,15 +106,15 @@ def sweep_datastore(
     _require_reader(model)
     k, queries = neighbors_of(model, num_neighbors), _CachingEmbedder(store, embedder)
     whole = Retriever(store, index, queries)
-    data = reading.prepare(documents, whole, k)
-    given, points = reading.given(data, model, baseline), []
+    data = scoring.prepare(documents, whole, k)
+    given, points = scoring.given(data, model, baseline), []
     off = score(model, data, **given)
     for share in shares:
-        for seed in range(reading.seed, reading.seed + (num_draws if share < 1 else 1)):
+        for seed in range(scoring.seed, scoring.seed + (num_draws if share < 1 else 1)):
             part = Subsample(store, share, seed)
             rows = np.full((len(data.tokens), k), -1)
             if len(part.searchable_rows):
-                rows = find_neighbors(data, Retriever(part, index, queries), k, cache=reading.cache)
+                rows = find_neighbors(data, Retriever(part, index, queries), k, cache=scoring.cache)
             scores = score(model, replace(data, rows=rows), "on", store, **given)
             sizes = {"documents": part.sampled_documents, "chunks": len(part.searchable_rows)}
             place = {"share": share, "seed": seed, **sizes, "column": "retro_on"}
@@ -130,7 +130,7 @@ def sweep_models(
     documents: Sequence[Document],
     retriever: Retriever,
     num_neighbors: int | None = None,
-    reading: ScoringSettings = DEFAULT,
+    scoring: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """Bits per byte against parameters: "lm" of plain LMs, RETRO[OFF] and RETRO[ON] of the others.
 
@@ -139,7 +139,7 @@ def sweep_models(
         num_neighbors: Default: each model's own.
     """
     places = (({"parameters": num_parameters(model), "model": name}, model) for name, model in models)
-    points, data, given = _over_models(places, documents, retriever, num_neighbors, reading)
+    points, data, given = _over_models(places, documents, retriever, num_neighbors, scoring)
     points.sort(key=lambda point: point["parameters"])
     result = _result("models", "parameters", "parameters", points, points, BOOTSTRAP, {})
     about = measured_with(None, retriever) | {"model": list(dict.fromkeys(point["model"] for point in points))}
@@ -152,7 +152,7 @@ def sweep_tokens(
     retriever: Retriever,
     num_neighbors: int | None = None,
     baseline: Any = None,
-    reading: ScoringSettings = DEFAULT,
+    scoring: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """Bits per byte against tokens seen, over the checkpoints of one run of training or RETRO-fitting.
 
@@ -165,7 +165,7 @@ def sweep_tokens(
         ({"tokens": tokens, "checkpoint": folder.name}, load_model(folder, retriever.store))
         for tokens, folder in checkpoints_of(run)
     )
-    points, data, given = _over_models(places, documents, retriever, num_neighbors, reading)
+    points, data, given = _over_models(places, documents, retriever, num_neighbors, scoring)
     references = _reference(baseline, data, given)
     result = _result("tokens", "tokens", "training tokens", points, points, BOOTSTRAP, references)
     return result | _about(data, given) | measured_with(None, retriever, baseline) | {"model": str(run)}
@@ -232,15 +232,15 @@ def _over_models(
     documents: Sequence[Document],
     retriever: Retriever,
     num_neighbors: int | None,
-    reading: ScoringSettings,
+    scoring: ScoringSettings,
 ) -> tuple[list[dict[str, Any]], EvaluationData, dict[str, Any]]:
     """One point for each place and column of its model, the data, and how it was read."""
     points, data, given = [], None, {}
     for place, model in places:
         k = neighbors_of(model, num_neighbors)
         if data is None or data.rows.shape[1] < k:
-            data = reading.prepare(documents, retriever, k)
-        given = given or reading.given(data, model)
+            data = scoring.prepare(documents, retriever, k)
+        given = given or scoring.given(data, model)
         scores = score_columns(model, data, retriever.store, k, random=False, **given)
         for column, found in scores.items():
             off = scores["retro_off"] if column == "retro_on" else None

@@ -53,7 +53,7 @@ def results(model, planted_retriever, words_tokenizer, attributions):
     return {
         "evaluate": bits_per_byte(model, HELD_OUT, planted_retriever, 2, **reading) | about,
         "leakage": measure_leakage(model, HELD_OUT, planted_retriever, 2, **reading) | about,
-        "sweep": sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 1, 3), reading=ScoringSettings(**reading))
+        "sweep": sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 1, 3), scoring=ScoringSettings(**reading))
         | about,
         "baselines": measure_baselines(model, HELD_OUT, planted_retriever, settings=few) | about,
         "task": measure_lambada(reader, last_words) | about | {"data": ["last.jsonl"]},

@@ -21,7 +21,7 @@ from retro.retrieval import Retriever
 from tests.evaluation.conftest import HELD_OUT
 from tests.stand_ins import HashingEmbedder
 
-READING = ScoringSettings(window_len=64, stride=32, cache=False)
+SCORING = ScoringSettings(window_len=64, stride=32, cache=False)
 
 
 def plain(model, retriever, k, **given):
@@ -30,7 +30,7 @@ def plain(model, retriever, k, **given):
 
 def test_neighbors(pointer, make_lm, planted_retriever):
     """12 neighbors are more than it was fitted for; k = 0 is OFF."""
-    result = sweep_neighbors(pointer, HELD_OUT, planted_retriever, (12, 0, 2, 2), make_lm(), READING)
+    result = sweep_neighbors(pointer, HELD_OUT, planted_retriever, (12, 0, 2, 2), make_lm(), SCORING)
     assert [point["num_neighbors"] for point in result["curve"]] == [0, 2, 12]
     for point in result["curve"]:
         expected = plain(pointer, planted_retriever, point["num_neighbors"] or 1)
@@ -78,7 +78,7 @@ def test_a_share_is_searched_exactly(kind, planted_store):
 
 def test_datastore(pointer, make_lm, planted_store, planted_retriever):
     result = sweep_datastore(
-        pointer, HELD_OUT, planted_store, (0.3, 1.0), 2, 2, make_lm(), embedder=HashingEmbedder(), reading=READING
+        pointer, HELD_OUT, planted_store, (0.3, 1.0), 2, 2, make_lm(), embedder=HashingEmbedder(), scoring=SCORING
     )
     assert [(point["share"], point["seed"]) for point in result["points"]] == [(0.3, 0), (0.3, 1), (1.0, 0)]
     first, second, whole = (point["bpb"] for point in result["points"])
@@ -94,7 +94,7 @@ def test_datastore(pointer, make_lm, planted_store, planted_retriever):
     assert large["chunks"] == len(planted_store.searchable_rows) and large["draws"] == 1
     assert set(result["references"]) == {"retro_off", "lm"}
     empty = sweep_datastore(
-        pointer, HELD_OUT, planted_store, (1e-9,), 1, 2, embedder=HashingEmbedder(), reading=READING
+        pointer, HELD_OUT, planted_store, (1e-9,), 1, 2, embedder=HashingEmbedder(), scoring=SCORING
     )
     assert empty["points"][0]["chunks"] == 0
     assert empty["points"][0]["bpb"] == pytest.approx(empty["references"]["retro_off"]["bpb"], abs=1e-6)
@@ -105,7 +105,7 @@ def test_datastore(pointer, make_lm, planted_store, planted_retriever):
 def test_models(pointer, make_lm, make_model, words_tokenizer, planted_retriever):
     retro = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
     models = [("retro", retro), ("pointer", pointer), ("lm", make_lm())]
-    result = sweep_models(iter(models), HELD_OUT, planted_retriever, 2, READING)
+    result = sweep_models(iter(models), HELD_OUT, planted_retriever, 2, SCORING)
     counts = [sum(p.numel() for p in model.parameters()) for _, model in models]
     assert [(point["model"], point["column"]) for point in result["points"]] == [
         (name, column)
@@ -127,7 +127,7 @@ def test_tokens(make_model, make_lm, words_tokenizer, planted_retriever, tmp_pat
         models[step * 100] = make_model(seed=step, vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
         models[step * 100].save_pretrained(folder)
         (folder / "state.json").write_text(json.dumps({"step": step, "tokens": step * 100}))
-    result = sweep_tokens(tmp_path, HELD_OUT, planted_retriever, 2, make_lm(), READING)
+    result = sweep_tokens(tmp_path, HELD_OUT, planted_retriever, 2, make_lm(), SCORING)
     assert [(point["tokens"], point["column"]) for point in result["points"]] == [
         (tokens, column) for tokens in (500, 1000) for column in ("retro_off", "retro_on")
     ]

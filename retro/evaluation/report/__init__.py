@@ -5,10 +5,10 @@ from importlib import import_module
 from retro.common.extras import check_installed
 
 _HOME = {
-    "Runs": "retro.evaluation.report.files",
+    "ReportInputs": "retro.evaluation.report.files",
     "read_runs": "retro.evaluation.report.files",
     "report_page": "retro.evaluation.report.page",
-    "limits_of": "retro.evaluation.report.limits",
+    "caveats_of": "retro.evaluation.report.caveats",
 }
 __all__ = list(_HOME)
 

@@ -56,7 +56,7 @@ class StoreRecord:
 
 
 @dataclass
-class Runs:
+class ReportInputs:
     """Everything that was found. passed_over: JSON files of folders that hold no result."""
 
     results: list[Result] = field(default_factory=list)
@@ -65,13 +65,13 @@ class Runs:
     passed_over: list[str] = field(default_factory=list)
 
 
-def read_runs(paths: Sequence[str | Path]) -> Runs:
+def read_runs(paths: Sequence[str | Path]) -> ReportInputs:
     """Read result files, and folders: the results, trained models and stores in them and in the folders they hold.
 
     Raises ValueError, naming the file, for one that is damaged, for a file without a result, and for a folder that
     holds nothing to report.
     """
-    runs, seen = Runs(), set()
+    runs, seen = ReportInputs(), set()
     for path in map(Path, paths):
         if path.is_dir():
             before = len(runs.results) + len(runs.models) + len(runs.stores) + len(seen)
@@ -86,7 +86,7 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
     return runs
 
 
-def _read_folder(folder: Path, runs: Runs, seen: set[Path]) -> None:
+def _read_folder(folder: Path, runs: ReportInputs, seen: set[Path]) -> None:
     if folder.resolve() in seen:
         return
     if (folder / "manifest.json").is_file():
@@ -101,7 +101,7 @@ def _read_folder(folder: Path, runs: Runs, seen: set[Path]) -> None:
             runs.passed_over.append(str(file))
 
 
-def _read_file(file: Path, runs: Runs, seen: set[Path]) -> bool:
+def _read_file(file: Path, runs: ReportInputs, seen: set[Path]) -> bool:
     """Whether a file holds a result, which is then among the runs."""
     if file.resolve() in seen:
         return True

@@ -17,8 +17,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from retro.evaluation.bits import COLUMNS
-from retro.evaluation.report.files import Result, Runs, StoreRecord
-from retro.evaluation.report.limits import limits_of
+from retro.evaluation.report.caveats import caveats_of
+from retro.evaluation.report.files import ReportInputs, Result, StoreRecord
 from retro.evaluation.report.pictures import Picture, picture_of, picture_of_bits, picture_of_losses
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.report.tables import (
@@ -58,7 +58,7 @@ class Basis:
         return f"{names}: {', '.join(said)}" if names else ", ".join(said)
 
 
-def report_page(runs: Runs, made_at: str | None = None) -> str:
+def report_page(runs: ReportInputs, made_at: str | None = None) -> str:
     """One HTML page of everything that was read. made_at: default now."""
     results = [result for result in runs.results if result.kind != "generate"]
     samples = [result for result in runs.results if result.kind == "generate"]
@@ -75,8 +75,8 @@ def report_page(runs: Runs, made_at: str | None = None) -> str:
             overview=overview(runs.results),
             kinds=[title_of(result) for result in runs.results],
             parts=parts,
-            limits=[(part["title"], part["limits"]) for part in parts if part["limits"]]
-            + [("Samples", limits_of(samples, runs.stores))] * bool(samples),
+            caveats=[(part["title"], part["caveats"]) for part in parts if part["caveats"]]
+            + [("Samples", caveats_of(samples, runs.stores))] * bool(samples),
             losses=picture_of_losses(runs.models),
             models=[_model(model) for model in runs.models],
             stores=[_store(store) for store in runs.stores],
@@ -118,7 +118,7 @@ def _part(basis: Basis, members: list[Result], stores: Sequence[StoreRecord]) ->
         views.append(_view([result], tables_of(result), picture_of(result), examples=_examples(result)))
     first = members[0].value
     about = {"title": basis.title, "data": data_of(first), "store": store_of(first)}
-    return about | {"views": views, "limits": limits_of(members, stores)}
+    return about | {"views": views, "caveats": caveats_of(members, stores)}
 
 
 def _view(

@@ -2,8 +2,8 @@
 
 import pytest
 
+from retro.evaluation.report.caveats import caveats_of
 from retro.evaluation.report.files import Result, StoreRecord
-from retro.evaluation.report.limits import limits_of
 
 LM = {"lm": 1.0, "retro_off": 1.02, "retro_on": 0.9, "retro_on_random": 1.05}
 BITS = {
@@ -45,7 +45,7 @@ CLEAN = {"evaluate": BITS, "leakage": LEAKAGE, "sweep": SWEEP, "baselines": BASE
 
 
 def told(kind, value, stores=()):
-    return " ".join(sentence for sentence, _ in limits_of([Result("a.json", kind, value, "", "")], stores))
+    return " ".join(sentence for sentence, _ in caveats_of([Result("a.json", kind, value, "", "")], stores))
 
 
 def bits(**changed):
@@ -137,5 +137,5 @@ def test_the_recall_of_a_store_among_the_runs_is_known():
 
 def test_a_limit_of_several_results_is_told_once():
     results = [Result(name, "evaluate", BITS | {"documents": 1}, "", "") for name in ("a", "b")]
-    said = [(sentence, of) for sentence, of in limits_of(results) if sentence.startswith("Only 1 document")]
+    said = [(sentence, of) for sentence, of in caveats_of(results) if sentence.startswith("Only 1 document")]
     assert len(said) == 1 and [one.name for one in said[0][1]] == ["a", "b"]

@@ -17,7 +17,7 @@ FEW_DOCUMENTS, FEW_CHUNKS, FEW_EXAMPLES = 10, 100, 100  # below these an interva
 _APPROXIMATE = {"scann", "faiss"}
 
 
-def limits_of(results: Sequence[Result], stores: Sequence[StoreRecord] = ()) -> list[tuple[str, list[Result]]]:
+def caveats_of(results: Sequence[Result], stores: Sequence[StoreRecord] = ()) -> list[tuple[str, list[Result]]]:
     """Sentences, each with the results that it is true of. stores: with the recall of their indexes."""
     said: dict[str, list[Result]] = {}
     makers = {"evaluate": _of_bits, "leakage": _of_leakage, "sweep": _of_sweep, "baselines": _of_baselines}
