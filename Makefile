@@ -29,7 +29,7 @@ check: $(INSTALLED)  ## lint and formatting
 	$(BIN)/ruff format --check .
 
 docs: $(INSTALLED)  ## the documentation as a site, build/docs/index.html; a broken link is an error
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs
+	$(BIN)/python -m sphinx --fresh-env --quiet --fail-on-warning --keep-going -b html docs build/docs
 
 clean:  ## remove what the above made
 	rm -rf $(VENV) demo *.egg-info build
