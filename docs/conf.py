@@ -15,6 +15,7 @@ from retro.version import __version__  # noqa: E402
 project, release = "retro-lm", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme, html_static_path, html_css_files = "furo", ["static"], ["page.css"]
+smartquotes = False  # --option stays what it is
 html_title = f"retro-lm {release}"
 html_show_copyright = html_show_sphinx = html_copy_source = False
 
