@@ -42,7 +42,7 @@ def picture_of(result: Result) -> Picture | None:
         caption = "Bits per byte, what RETRO[ON] gains, and chunks, over the chunks with r(C) up to a share"
         return _drawn(lambda file: plot_leakage(value, file), caption, leakage_rows(value))
     if result.kind == "sweep":
-        caption = f"Bits per byte against {value['xlabel']}; band: {value['band']}"
+        caption = f"Bits per byte against {value['xlabel']}; bars: {value['band']}"
         return _drawn(lambda file: plot_sweep(value, file), caption, sweep_rows(value))
     if result.kind == "baselines":
         bars = [_bar(row["label"], row["method"], row["bpb"], row["interval"]) for row in value["rows"]]
