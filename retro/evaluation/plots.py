@@ -99,7 +99,7 @@ def curve(
 
     middle, low, high = np.array(values, float).T
     beside = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    ends = np.maximum([middle - low, high - middle], 0)  # a mean over draws may lie outside the least and the greatest
+    ends = np.maximum([middle - low, high - middle], 0)  # an interval need not hold the figure
     for drawn in axes.errorbar(places, middle, ends, label=label, elinewidth=0.8, **look).get_children():
         drawn.set_transform(beside)
 

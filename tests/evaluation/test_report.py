@@ -14,6 +14,8 @@ from retro.common.files import write_result
 from retro.evaluation import ScoringSettings, bits_per_byte, measure_leakage, sweep_neighbors
 from retro.evaluation.baselines import BaselineSettings, measure_baselines
 from retro.evaluation.report import read_runs, report_page
+from retro.evaluation.report.files import Result
+from retro.evaluation.report.pictures import picture_of_bits
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.tasks import Passage, Question, Reader, measure_lambada, recall
 from retro.provenance import write_provenance
@@ -121,6 +123,12 @@ def test_a_picture_stands_beside_its_data(files, results):
         assert kind == "data:image/svg+xml;base64" and b"<svg" in base64.b64decode(data)
     sweep = next(figure for figure in figures if "neighbors per chunk" in figure.text)
     assert all(f"{point['bpb']:,.5g}" in sweep.text for point in results["sweep"]["curve"])
+
+
+def test_an_interval_that_does_not_hold_its_figure_is_drawn(results):
+    value = results["evaluate"] | {"interval": {column: [9.0, 10.0] for column in results["evaluate"]["bpb"]}}
+    picture = picture_of_bits([Result("a", "evaluate", value, sha256="", written_at="")])
+    assert picture.address.startswith("data:image/svg+xml") and picture.caption == "Bits per byte, with 95% intervals"
 
 
 def test_other_text_stores_or_tokens_stand_apart(results, tmp_path):

@@ -99,7 +99,7 @@ def _bars(bars: list[dict[str, Any]], what: str, records: list[dict[str, Any]] |
         with picture(file, size=(6.0, 0.8 + 0.27 * len(bars))) as axes:
             for place, bar in enumerate(bars):
                 look = LOOKS.get(bar["column"], OTHER_LOOKS[-2]) | {"linestyle": ""}
-                ends = [[bar["value"] - bar["low"]], [bar["high"] - bar["value"]]]
+                ends = [[max(bar["value"] - bar["low"], 0)], [max(bar["high"] - bar["value"], 0)]]
                 axes.errorbar(bar["value"], place, xerr=ends, **look)
             axes.set_yticks(range(len(bars)), [bar["name"] for bar in bars])
             axes.set(xlabel=what + "; bars: 95% intervals over documents" * known, ylim=(len(bars) - 0.5, -0.5))
