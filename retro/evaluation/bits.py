@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from retro.evaluation.data import EvaluationData, prepare, texts_of, window_of, windows_of
+from retro.evaluation.data import EvaluationData, texts_of, window_of, windows_of
 from retro.evaluation.intervals import interval, ratio, resampled_sums
 from retro.evaluation.neighbors import random_neighbors
 from retro.evaluation.scorer import joined, reads_neighbors, score_tokens
+from retro.evaluation.settings import ScoringSettings
 from retro.provenance import versions
 from retro.text.documents import Document
 
@@ -156,12 +157,8 @@ def bits_per_byte(
     "chunks_little_overlap", "chunks_without_neighbors", "bytes", "tokens", "words", "line_ends", "num_neighbors",
     "window_len", "stride", "seed", "seconds" of each, and what it was measured with (`measured_with`)}.
     """
-    k, store = neighbors_of(model, num_neighbors), retriever.store
-    models = [one for one in (model, baseline) if one is not None]
-    data = prepare(documents, store.tokenizer, store.chunk_len, retriever, k, progress, cache=cache)
-    window_len, stride = window_of(models, data.chunk_len, window_len, stride)
-    given = dict(window_len=window_len, stride=stride, seed=seed, progress=progress)
-    scores = score_columns(model, data, store, k, baseline, **given)
+    scoring = ScoringSettings(window_len, stride, seed, cache, progress)
+    data, scores, about = score_documents(model, documents, retriever, num_neighbors, baseline, scoring)
     little, pair = data.overlap_ratio <= LITTLE_OVERLAP, [scores.get("retro_off"), scores.get("lm")]
     off_below_lm = {"off_below_lm": gain(*pair, data, seed)} if all(pair) else {}
     return {
@@ -172,21 +169,38 @@ def bits_per_byte(
         "gain": gains_of(scores, data, seed),
         "gain_little_overlap": gains_of(scores, data, seed, little),
         **off_below_lm,
-        "documents": data.num_documents,
-        "chunks": len(data.tokens),
-        "chunks_little_overlap": int(little.sum()),
         "chunks_without_neighbors": int((data.rows[:, 0] < 0).sum()),
-        "bytes": int(data.bytes_of_chunk.sum()),
-        "tokens": int(data.scored.sum()),
         "words": int(data.words.sum()),
         "line_ends": int(data.line_ends.sum()),
-        "num_neighbors": k,
-        "window_len": window_len,
-        "stride": stride,
-        "seed": seed,
-        "seconds": {column: round(s.elapsed_seconds, 2) for column, s in scores.items()},
-        **measured_with(model, retriever, baseline),
+        **about,
     }
+
+
+def score_documents(
+    model: Any,
+    documents: Sequence[Document],
+    retriever: Retriever,
+    num_neighbors: int | None,
+    baseline: Any,
+    scoring: ScoringSettings,
+    exclude: str = "same_document",
+) -> tuple[EvaluationData, dict[str, ChunkScores], dict[str, Any]]:
+    """The documents with their neighbors, scores by column, and what a result says of both."""
+    k = neighbors_of(model, num_neighbors)
+    data = scoring.prepare(documents, retriever, k, exclude)
+    given = scoring.given(data, model, baseline)
+    scores = score_columns(model, data, retriever.store, k, baseline, **given)
+    seconds = {column: round(found.elapsed_seconds, 2) for column, found in scores.items()}
+    about = {"num_neighbors": k, "seconds": seconds} | described(data, given)
+    return data, scores, about | measured_with(model, retriever, baseline)
+
+
+def described(data: EvaluationData, given: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of its data and how it was read."""
+    little = int((data.overlap_ratio <= LITTLE_OVERLAP).sum())
+    counts = {"documents": data.num_documents, "chunks": len(data.tokens), "chunks_little_overlap": little}
+    sizes = {"bytes": int(data.bytes_of_chunk.sum()), "tokens": int(data.scored.sum())}
+    return counts | sizes | {name: given[name] for name in ("window_len", "stride", "seed")}
 
 
 def measured_with(model: Any, retriever: Retriever, baseline: Any = None) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from retro.evaluation.bits import COLUMNS, measured_with, neighbors_of, score_columns
-from retro.evaluation.data import EvaluationData, prepare, window_of
+from retro.evaluation.bits import COLUMNS, score_documents
+from retro.evaluation.data import EvaluationData
 from retro.evaluation.intervals import interval, ratio, resampled_sums
+from retro.evaluation.settings import ScoringSettings
 from retro.text.documents import Document
 from retro.text.overlap import common_runs
 
@@ -62,33 +63,20 @@ def measure_leakage(
     how many have the id of a stored one; "chunks", "bytes", "tokens", "num_neighbors", "window_len", "stride",
     "exclude", "seconds", and what it was measured with}.
     """
-    k, store = neighbors_of(model, num_neighbors), retriever.store
-    data = prepare(documents, store.tokenizer, store.chunk_len, retriever, k, progress, exclude, cache)
-    shared = len(set(data.document_ids) & set(store.document_ids))
+    scoring = ScoringSettings(window_len, stride, seed, cache, progress)
+    data, scores, about = score_documents(model, documents, retriever, num_neighbors, baseline, scoring, exclude)
+    shared = len(set(data.document_ids) & set(retriever.store.document_ids))
     if shared:
         log.warning("%d evaluation documents have the id of a document of the store: were they trained on?", shared)
-    models = [one for one in (model, baseline) if one is not None]
-    window_len, stride = window_of(models, data.chunk_len, window_len, stride)
-    given = dict(window_len=window_len, stride=stride, seed=seed, progress=progress)
-    scores = score_columns(model, data, store, k, baseline, **given)
     bits = {column: found.bits for column, found in scores.items()}
-    return {
+    return about | {
         "points": leakage_points(
             bits, data.bytes_of_chunk, data.overlap_ratio, data.documents, data.num_documents, alphas, seed
         ),
         "examples": examples(data, retriever, bits, seed),
-        "documents": data.num_documents,
         "documents_in_store": shared,
         "chunks": int((data.bytes_of_chunk > 0).sum()),
-        "bytes": int(data.bytes_of_chunk.sum()),
-        "tokens": int(data.scored.sum()),
-        "num_neighbors": k,
-        "window_len": window_len,
-        "stride": stride,
-        "seed": seed,
         "exclude": exclude,
-        "seconds": {column: round(found.elapsed_seconds, 2) for column, found in scores.items()},
-        **measured_with(model, retriever, baseline),
     }
 
 

@@ -50,12 +50,14 @@ class ScoringSettings:
     cache: str | Path | bool = True
     progress: bool = False
 
-    def prepare(self, documents: Sequence[Document], retriever: Retriever, k: int) -> EvaluationData:
+    def prepare(
+        self, documents: Sequence[Document], retriever: Retriever, k: int, exclude: str = "same_document"
+    ) -> EvaluationData:
         """The documents with their neighbors."""
         from retro.evaluation.data import prepare
 
         store = retriever.store
-        return prepare(documents, store.tokenizer, store.chunk_len, retriever, k, self.progress, cache=self.cache)
+        return prepare(documents, store.tokenizer, store.chunk_len, retriever, k, self.progress, exclude, self.cache)
 
     def given(self, data: EvaluationData, *models: Any) -> dict[str, Any]:
         """What `score` takes, with a window that all models can read."""

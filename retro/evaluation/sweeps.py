@@ -24,6 +24,7 @@ from retro.evaluation.bits import (
     LITTLE_OVERLAP,
     ChunkScores,
     bpb_interval,
+    described,
     gain,
     measured_with,
     neighbors_of,
@@ -70,7 +71,7 @@ def sweep_neighbors(
         points.append({"num_neighbors": k, "column": "retro_on"} | _measured(scores, data, given, off))
     references = {"retro_off": _measured(off, data, given)} | _reference(baseline, data, given)
     result = _result("neighbors", "num_neighbors", "neighbors per chunk, k", points, points, BOOTSTRAP, references)
-    return result | _about(data, given) | measured_with(model, retriever, baseline)
+    return result | described(data, given) | measured_with(model, retriever, baseline)
 
 
 def sweep_datastore(
@@ -122,7 +123,7 @@ def sweep_datastore(
     references = {"retro_off": _measured(off, data, given)} | _reference(baseline, data, given)
     curve, band = _mean_of_draws(points, len(store.searchable_rows)), f"least and greatest of {num_draws} draws"
     result = _result("datastore", "chunks", "chunks in the datastore", points, curve, band, references)
-    return result | {"num_neighbors": k} | _about(data, given) | measured_with(model, whole, baseline)
+    return result | {"num_neighbors": k} | described(data, given) | measured_with(model, whole, baseline)
 
 
 def sweep_models(
@@ -143,7 +144,7 @@ def sweep_models(
     points.sort(key=lambda point: point["parameters"])
     result = _result("models", "parameters", "parameters", points, points, BOOTSTRAP, {})
     about = measured_with(None, retriever) | {"model": list(dict.fromkeys(point["model"] for point in points))}
-    return result | _about(data, given) | about
+    return result | described(data, given) | about
 
 
 def sweep_tokens(
@@ -168,7 +169,7 @@ def sweep_tokens(
     points, data, given = _over_models(places, documents, retriever, num_neighbors, scoring)
     references = _reference(baseline, data, given)
     result = _result("tokens", "tokens", "training tokens", points, points, BOOTSTRAP, references)
-    return result | _about(data, given) | measured_with(None, retriever, baseline) | {"model": str(run)}
+    return result | described(data, given) | measured_with(None, retriever, baseline) | {"model": str(run)}
 
 
 def checkpoints_of(run: str | Path) -> list[tuple[int, Path]]:
@@ -282,13 +283,6 @@ def _mean_of_draws(points: list[dict[str, Any]], chunks: int) -> list[dict[str, 
         gained = {"gain": float(np.mean(gains)), "gain_low": min(gains), "gain_high": max(gains)}
         curve.append(place | spread | gained)
     return curve
-
-
-def _about(data: EvaluationData, given: dict[str, Any]) -> dict[str, Any]:
-    little = int((data.overlap_ratio <= LITTLE_OVERLAP).sum())
-    counts = {"documents": data.num_documents, "chunks": len(data.tokens), "chunks_little_overlap": little}
-    sizes = {"bytes": int(data.bytes_of_chunk.sum()), "tokens": int(data.scored.sum())}
-    return counts | sizes | {name: given[name] for name in ("window_len", "stride", "seed")}
 
 
 def _result(sweep: str, x: str, xlabel: str, points: list, curve: list, band: str, references: dict) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,13 +34,10 @@ def measure_lambada(reader: Reader, documents: Sequence[Document]) -> dict[str, 
 
     Raises ValueError for a text of one word.
     """
-    examples, seconds, scores = [last_word(reader, document) for document in documents], {}, {}
+    examples = [last_word(reader, document) for document in documents]
     if not examples:
         raise ValueError("there is no passage; give at least one")
-    for column, one in reader.columns().items():
-        started = time.perf_counter()
-        scores[column] = one.score(examples)
-        seconds[column] = round(time.perf_counter() - started, 2)
+    scores, seconds = reader.score_columns(examples)
     right = {column: np.array([one.right for one in found], float) for column, found in scores.items()}
     on = right.get("retro_on")
     gains = {} if on is None else {c: mean(on - other, reader.seed) for c, other in right.items() if c != "retro_on"}

@@ -13,6 +13,7 @@ chunk before the last token is one, as in bits per byte, and what it finds is re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -96,6 +97,17 @@ class Reader:
             {} if self.retriever is None else {"retro_on": "on", "retro_on_random": "random"}
         )
         return {column: replace(self, retrieval=kind) for column, kind in kinds.items()}
+
+    def score_columns(
+        self, examples: Sequence[Example], of: str = "context"
+    ) -> tuple[dict[str, list[ScoredContinuation]], dict[str, float]]:
+        """What `score` gives for each of `columns`, and the seconds each took."""
+        scores, seconds = {}, {}
+        for column, one in self.columns().items():
+            started = time.perf_counter()
+            scores[column] = one.score(examples, of)
+            seconds[column] = round(time.perf_counter() - started, 2)
+        return scores, seconds
 
     # Tokens
 

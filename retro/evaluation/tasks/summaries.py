@@ -10,7 +10,6 @@ Source: RETRO, section 4.1.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +56,8 @@ def measure_summaries(reader: Reader, pairs: Sequence[Summary]) -> dict[str, Any
         for pair, after in zip(pairs, continuations, strict=True)
     ]
     num_bytes = np.array([len(after.encode()) for after in continuations], float)
-    bits, seconds = {}, {}
-    for column, one in reader.columns().items():
-        started = time.perf_counter()
-        bits[column] = np.array([-score.log_prob / np.log(2) for score in one.score(examples, of="text")])
-        seconds[column] = round(time.perf_counter() - started, 2)
+    scores, seconds = reader.score_columns(examples, of="text")
+    bits = {column: np.array([-one.log_prob / np.log(2) for one in found]) for column, found in scores.items()}
     on = bits.get("retro_on")
     others = {} if on is None else {column: other for column, other in bits.items() if column != "retro_on"}
     return {
