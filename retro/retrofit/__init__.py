@@ -28,4 +28,8 @@ def __getattr__(name: str):
     return getattr(import_module(_HOME[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 sys.modules[__name__].__class__ = _CallablePackage

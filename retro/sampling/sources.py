@@ -76,11 +76,12 @@ class ReadingChunk:
 class Attribution:
     """A prompt, the text generated after it, and for each chunk what it could read.
 
-    token_ids, tokens: of prompt and generated text, and the text of each; a character of several tokens stands with
-        the last of them, special tokens have none.
-    retrieved: False for RETRO[OFF].
-    gains: for each token its loss OFF minus its loss ON in bits (above 0: the neighbors helped), None for the first
-        token, which nothing predicts; None unless asked for.
+    Attributes:
+        token_ids, tokens: of prompt and generated text, and the text of each; a character of several tokens stands
+            with the last of them, special tokens have none.
+        retrieved: False for RETRO[OFF].
+        gains: for each token its loss OFF minus its loss ON in bits (above 0: the neighbors helped), None for the
+            first token, which nothing predicts; None unless asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -184,30 +185,32 @@ def _passage_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
 
 
 def as_json(attribution: Attribution) -> dict[str, Any]:
-    """An attribution as plain values.
+    """An attribution as plain values, of this form:
 
-    {
-      "prompt", "text": str,                    the prompt as the model read it, and what was generated after it
-      "num_prompt_tokens", "chunk_len": int,
-      "token_ids": [int], "tokens": [str],      of both; the texts joined are prompt + text
-      "retrieved": bool,                        False for RETRO[OFF]
-      "gains": [float | null] | null,           bits that the neighbors saved each token; null unless asked for
-      "chunks": [{                              all of them, in order
-        "chunk", "start", "stop": int,          its number from 0, its tokens [start, stop)
-        "num_prompt_tokens": int,               how many of them are the prompt's; they come first
-        "origin": "prompt" | "generated" | "both",
-        "text": str, "gain": float | null,      the sum of its tokens' gains
-        "neighbors": [{                         what it could read, nearest first: found by the chunk before it
-          "row": int, "score": float,           of the store; the index's, higher is closer
-          "document_id", "title", "source": str, "position": int, "date": str | null,
-                                                the position is a chunk's number in its document; all null if unknown
-          "text": str, "tokens": [str], "continuation_start": int,
-                                                [N, F]; tokens from there on are F, which follows N in its document
-          "copied": {"start", "neighbor_start", "num_tokens": int, "text": str} | null
-                                                longest run of generated tokens that is also in the neighbor: where it
-        }]                                      starts among all tokens, and among the neighbor's
-      }]
-    }
+    ::
+
+      {
+        "prompt", "text": str,                    the prompt as the model read it, and what was generated after it
+        "num_prompt_tokens", "chunk_len": int,
+        "token_ids": [int], "tokens": [str],      of both; the texts joined are prompt + text
+        "retrieved": bool,                        False for RETRO[OFF]
+        "gains": [float | null] | null,           bits that the neighbors saved each token; null unless asked for
+        "chunks": [{                              all of them, in order
+          "chunk", "start", "stop": int,          its number from 0, its tokens [start, stop)
+          "num_prompt_tokens": int,               how many of them are the prompt's; they come first
+          "origin": "prompt" | "generated" | "both",
+          "text": str, "gain": float | null,      the sum of its tokens' gains
+          "neighbors": [{                         what it could read, nearest first: found by the chunk before it
+            "row": int, "score": float,           of the store; the index's, higher is closer
+            "document_id", "title", "source": str, "position": int, "date": str | null,
+                                                  the position is a chunk's number in its document; all null if unknown
+            "text": str, "tokens": [str], "continuation_start": int,
+                                                  [N, F]; tokens from there on are F, which follows N in its document
+            "copied": {"start", "neighbor_start", "num_tokens": int, "text": str} | null
+                                                  longest run of generated tokens that is also in the neighbor: where it
+          }]                                      starts among all tokens, and among the neighbor's
+        }]
+      }
     """
     return {
         "prompt": attribution.prompt,
