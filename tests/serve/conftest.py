@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import math
 import threading
-import time
+from functools import partial
 
 import httpx
 import pytest
@@ -15,9 +16,11 @@ from retro.retrieval import BuildSettings, Retriever, build_store
 from retro.serve.app import create_app
 from retro.serve.engine import GenerationEngine
 from retro.serve.limits import Limits
+from retro.serve.rows import RunningRow
 from retro.web.listening import listen, url_of
 from tests.conftest import TINY
 from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words, write_jsonl
+from tests.waiting import FOREVER, wait_until
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -72,7 +75,40 @@ def stores(tokenizer, tmp_path_factory):
 @pytest.fixture
 def make_engine(model, tokenizer, stores):
     """make_engine(**limits): not yet running."""
-    return lambda **limits: GenerationEngine(model, tokenizer, stores, Limits(**limits))
+    return lambda **limits: GenerationEngine(model, tokenizer, stores, Limits(**{"max_seconds": FOREVER, **limits}))
+
+
+@pytest.fixture
+def hold(monkeypatch):
+    """hold(n): from now on no row gets more than n tokens, until it is cancelled or another hold lets it."""
+    most, push = [math.inf], RunningRow.push
+
+    def held(running, token):
+        row = running.row
+        wait_until(lambda: row.finished or row.cancelled or len(row.new_ids) < most[0])
+        push(running, token)
+
+    monkeypatch.setattr(RunningRow, "push", held)
+    return lambda n: most.__setitem__(0, n)
+
+
+@pytest.fixture
+def time_runs_out(monkeypatch):
+    """The time of a request is over with the first token that is written when somebody reads its answer."""
+    alarms, push, call_later = [], RunningRow.push, asyncio.BaseEventLoop.call_later
+
+    def later(loop, delay, callback, *args, **options):
+        if delay == FOREVER:
+            alarms.append(partial(loop.call_soon_threadsafe, callback, *args))
+        return call_later(loop, delay, callback, *args, **options)
+
+    def pushed(running, token):
+        push(running, token)
+        while alarms:
+            alarms.pop()()
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_later", later)
+    monkeypatch.setattr(RunningRow, "push", pushed)
 
 
 @pytest.fixture
@@ -93,7 +129,7 @@ def ask_all(engine, requests, headers=None, **app_options):
         with engine:
             transport = httpx.ASGITransport(create_app(engine, "tiny", **app_options), raise_app_exceptions=False)
             async with httpx.AsyncClient(
-                transport=transport, base_url="http://localhost", headers=headers, timeout=60
+                transport=transport, base_url="http://localhost", headers=headers, timeout=None
             ) as client:
                 return await asyncio.gather(*(one(client, *request) for request in requests))
 
@@ -112,16 +148,8 @@ def serving_app(app, port=0):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        wait_until(lambda: server.started)
+        wait_until(lambda: server.started or not thread.is_alive())
         yield url_of(bound)
     finally:
         server.should_exit = True
         thread.join()
-
-
-def wait_until(true, seconds=20.0):
-    """Wait for a condition; fails when it does not come about."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)

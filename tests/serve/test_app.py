@@ -1,9 +1,11 @@
 """The routes over ASGI: answers, and what is refused and how."""
 
 import json
+import math
 
 import pytest
 
+from retro.serve.engine import QueueFull
 from tests.serve.conftest import SCRIPT, ask_all
 from tests.stand_ins import words
 
@@ -275,9 +277,21 @@ def test_routes_that_are_not_there(ask):
     assert response.status_code == 405 and "does not take GET" in response.json()["error"]["message"]
 
 
-def test_a_full_queue_and_a_slow_model(make_engine):
+def test_a_full_queue_and_a_slow_model(make_engine, hold):
     body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0}
-    responses = ask_all(make_engine(max_queue=2, max_batch=2), [(COMPLETIONS, body)] * 12)
+    engine = make_engine(max_queue=2, max_batch=2)
+    submit = engine.submit
+
+    def until_full(rows):
+        try:
+            submit(rows)
+        except QueueFull:
+            hold(math.inf)
+            raise
+
+    engine.submit = until_full
+    hold(0)
+    responses = ask_all(engine, [(COMPLETIONS, body)] * 12)
     codes = [response.status_code for response in responses]
     assert set(codes) == {200, 429} and codes[:2] == [200, 200]
     refused = responses[codes.index(429)]
@@ -287,10 +301,10 @@ def test_a_full_queue_and_a_slow_model(make_engine):
     assert slow.status_code == 504 and "0.05 seconds" in slow.json()["error"]["message"]
 
 
-def test_a_stream_that_runs_out_of_time_says_so_in_the_stream(make_engine):
+def test_a_stream_that_runs_out_of_time_says_so_in_the_stream(make_engine, time_runs_out):
     body = {"prompt": PROMPT, "max_tokens": 15_000, "stream": True, "temperature": 0}
-    parts = sse(ask_all(make_engine(max_seconds=0.5, max_new_tokens=15_000), [(COMPLETIONS, body)])[0])
-    assert "error" not in parts[0] and "0.5 seconds" in parts[-1]["error"]["message"]
+    parts = sse(ask_all(make_engine(max_new_tokens=15_000), [(COMPLETIONS, body)])[0])
+    assert "error" not in parts[0] and "600 seconds" in parts[-1]["error"]["message"]
 
 
 def test_a_failing_model_is_a_500_and_no_secret(make_engine):

@@ -8,8 +8,8 @@ import torch
 from retro import retrofit
 from retro.serve.engine import GenerationEngine, QueueFull
 from retro.serve.rows import Row, RowCancelled
-from tests.serve.conftest import wait_until
 from tests.stand_ins import words
+from tests.waiting import FOREVER, wait_until
 
 LENGTHS = [1, 7, 8, 9, 20, 3, 33, 16]
 PLACES = [("main", 2), ("hostile", 2), (None, None), ("main", 3), ("main", 2), ("lone", 1), ("main", 2), (None, None)]
@@ -54,7 +54,7 @@ def finish(engine, rows, together=True):
         for group in [rows] if together else [[row] for row in rows]:
             engine.submit(group)
             for row in group:
-                assert listeners[rows.index(row)].ended.wait(60)
+                assert listeners[rows.index(row)].ended.wait(FOREVER)
     return listeners
 
 
@@ -174,7 +174,7 @@ def test_a_cancelled_row_stops_costing_and_the_others_go_on(make_engine, model, 
     engine = make_engine()
     with engine:
         engine.submit([staying, leaving])
-        assert all(listener.ended.wait(60) for listener in listeners)
+        assert all(listener.ended.wait(FOREVER) for listener in listeners)
         wait_until(lambda: engine.load == {"waiting": 0, "running": 0})
         assert listeners[0].text == by_generate(model, tokenizer, stores, staying)[1]
     assert len(leaving.new_ids) == 5 and isinstance(listeners[1].events[-1][1], RowCancelled)
@@ -182,17 +182,23 @@ def test_a_cancelled_row_stops_costing_and_the_others_go_on(make_engine, model, 
 
 def test_a_row_cancelled_while_it_waits_never_runs(make_engine, tokenizer):
     rows = [Row(prompt(tokenizer, 9), 30), Row(prompt(tokenizer, 9), 30, store="main", num_neighbors=2)]
-    listeners, engine = [Listener(row) for row in rows], make_engine()
+    listeners, engine, send = [Listener(row) for row in rows], make_engine(), rows[0].send
+
+    def cancel_the_other(kind, value):
+        rows[1].cancelled = True
+        send(kind, value)
+
+    rows[0].send = cancel_the_other
     with engine:
         engine.submit(rows)
-        rows[1].cancelled = True
-        assert listeners[0].ended.wait(60)
+        assert listeners[0].ended.wait(FOREVER)
     assert rows[1].new_ids == []
 
 
 def test_a_full_queue_refuses_all_or_nothing(make_engine, tokenizer):
     engine = make_engine(max_queue=3, max_batch=3)
-    engine._thread = threading.Thread(target=threading.Event().wait, args=(0.5,))  # a worker that takes nothing
+    leave = threading.Event()
+    engine._thread = threading.Thread(target=leave.wait)  # a worker that takes nothing
     with engine:
         rows = [Row(prompt(tokenizer, 2), 2) for _ in range(6)]
         engine.submit(rows[:2])
@@ -201,6 +207,7 @@ def test_a_full_queue_refuses_all_or_nothing(make_engine, tokenizer):
         rows[0].cancelled = True
         engine.submit(rows[4:])
         assert engine.load["waiting"] == 3
+        leave.set()
     with pytest.raises(RowCancelled):
         engine.submit(rows[:1])
 

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from tests.serve.conftest import SCRIPT, serving, wait_until
+from tests.serve.conftest import SCRIPT, serving
 from tests.stand_ins import words
+from tests.waiting import wait_until
 
 pytest.importorskip("selenium")
 DRIVER, BROWSER = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
@@ -62,9 +63,7 @@ class Page:
         self.wait()
 
     def wait(self):
-        wait_until(
-            lambda: self("#write").is_enabled() and self("#status").text.split("; ")[-1] not in ("", "waiting"), 60
-        )
+        wait_until(lambda: self("#write").is_enabled() and self("#status").text.split("; ")[-1] not in ("", "waiting"))
 
     def problems(self):
         """What the browser complains of: scripts that failed, what the policy refused."""
@@ -109,13 +108,16 @@ def test_a_person_writes_reads_sources_and_chooses(page, make_engine):
     assert not page.all("#text script, #sources script, #sources img, #sources a") and page.problems() == []
 
 
-def test_text_and_sources_come_while_it_is_being_written(page):
+def test_text_and_sources_come_while_it_is_being_written(page, hold):
+    hold(40)
     page.type("#prompt", PROMPT)
     page.type("#tokens", 15_000)
     page("#write").click()
     wait_until(lambda: page.all("#sources article"))
+    wait_until(page.text)
     early = page.text()
-    wait_until(lambda: len(page.text()) > len(early) > 0)
+    hold(80)
+    wait_until(lambda: len(page.text()) > len(early))
     assert not page("#write").is_enabled() and page("#status").text.startswith("writing")
     page("#stop").click()
     wait_until(lambda: page("#status").text == "stopped")

@@ -22,8 +22,9 @@ from retro.retrieval.embedding.embedder import NoEmbedder
 from retro.serve.server import load_with_stores, serve_app
 from retro.web.listening import read_api_key
 from tests.conftest import TINY
-from tests.serve.conftest import serving, wait_until
+from tests.serve.conftest import serving
 from tests.stand_ins import make_words_tokenizer, words, write_jsonl
+from tests.waiting import FOREVER, wait_until
 
 PROMPT = words(20)
 
@@ -38,7 +39,7 @@ def url(model, tokenizer, stores):
 
 @pytest.fixture(scope="module")
 def client(url):
-    return OpenAI(base_url=f"{url}/v1", api_key="s3cret-token", max_retries=0, timeout=60)
+    return OpenAI(base_url=f"{url}/v1", api_key="s3cret-token", max_retries=0)
 
 
 def complete(client, prompt=PROMPT, retro=None, **options):
@@ -87,11 +88,12 @@ def test_errors_are_those_of_openai(client, url):
     assert raised.value.status_code == 413
 
 
-def test_an_error_in_a_stream_reaches_the_client(make_engine):
-    with serving(make_engine(max_seconds=0.3, max_new_tokens=15_000)) as url:
+def test_an_error_in_a_stream_reaches_the_client(make_engine, time_runs_out):
+    with serving(make_engine(max_new_tokens=15_000)) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.APIError, match=r"not finished in 0\.3 seconds"):
-            list(complete(client, max_tokens=15_000, stream=True))
+        parts = complete(client, max_tokens=15_000, stream=True)
+        with pytest.raises(openai.APIError, match="not finished in 600 seconds"):
+            list(parts)
 
 
 def test_32_clients_at_once_get_what_they_get_alone(client):
@@ -118,8 +120,9 @@ def test_32_clients_at_once_get_what_they_get_alone(client):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_stops_costing(make_engine, stream):
+def test_a_client_that_hangs_up_stops_costing(make_engine, hold, stream):
     engine = make_engine(max_new_tokens=15_000)
+    hold(100)
     with serving(engine) as url:
         body = {"prompt": PROMPT, "max_tokens": 15_000, "temperature": 0, "stream": stream}
         staying = threading.Thread(target=lambda: answers.append(complete(client, max_tokens=60).choices[0].text))
@@ -138,7 +141,7 @@ def test_a_client_that_hangs_up_stops_costing(make_engine, stream):
         (leaving,) = written()
         connection.close()
         wait_until(lambda: leaving.finished)
-        assert len(leaving.new_ids) < 14_000, "it went on to its end"
+        assert len(leaving.new_ids) <= 100
         staying.join()
         wait_until(lambda: engine.load == {"waiting": 0, "running": 0})
         assert answers == [expected]
@@ -168,6 +171,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folders):
     key.write_text("s3cret-token\n")
     given = ["--store", str(folders / "store0"), "--store", f"second={folders / 'store1'}", "--port", "0"]
     argv = ["serve", str(folders / "run"), *given, "--api-key-file", str(key), "--max-new-tokens", "50"]
+    argv += ["--grace-seconds", str(FOREVER)]
     served = subprocess.Popen(
         [sys.executable, "-m", "retro.cli", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -186,7 +190,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folders):
         next(parts)
         served.send_signal(signal.SIGTERM)
         assert list(parts)[-1].choices[0].finish_reason == "length", "what had begun was finished"
-        assert served.wait(30) == 0
+        assert served.wait(FOREVER) == 0
         reader.join()
     finally:
         served.kill()
