@@ -76,7 +76,7 @@ class SearchQueue(Worker):
             self._changed.notify_all()
 
     def _num_waiting(self) -> int:
-        return sum(len(search.queries) for search in self._waiting)
+        return sum(len(search.queries) for search in self._waiting if not search.answer.cancelled())
 
     def _work(self) -> None:
         while batch := self._next_batch():

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 
 import httpx
@@ -20,17 +19,24 @@ from hypothesis import strategies as st
 from retro.cli import main
 from retro.retrieval import RemoteRetriever, Retriever
 from retro.retrieval.neighbors import Neighbors, Source
+from retro.retrieval.remote import client as client_module
 from retro.retrieval.remote.limits import RetrievalLimits
 from retro.retrieval.remote.server import create_retrieval_app
 from retro.retrieval.remote.wire import pack_neighbors, unpack_neighbors
-from tests.serve.conftest import serving_app, wait_until
+from tests.serve.conftest import serving_app
 from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words
+from tests.waiting import FOREVER, wait_until
 
 TEXTS = [words(3 + i % 9, seed=i) for i in range(32)]
 
 
 def serving_store(retriever, api_key=None, port=0, **limits):
-    return serving_app(create_retrieval_app(retriever, RetrievalLimits(**limits), api_key), port)
+    limits = RetrievalLimits(**{"max_seconds": FOREVER, **limits})
+    return serving_app(create_retrieval_app(retriever, limits, api_key), port)
+
+
+def connect(url, **options):
+    return RemoteRetriever(url, **{"timeout": FOREVER, **options})
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,7 @@ class Searches:
 
     def search(self, queries, k, excluded=None):
         self.asked.append(list(queries.texts))
-        self.free.wait(30)
+        self.free.wait(FOREVER)
         if self.refused in queries.texts:
             raise ValueError(f"the text {self.refused!r} is refused")
         return self.inner.search(queries, k, excluded)
@@ -177,13 +183,13 @@ def test_32_clients_at_once_get_what_they_get_alone(local, searches, noted):
     queries = [[text] if i % 2 else [local.store.tokenizer(text)["input_ids"]] for i, text in enumerate(TEXTS)]
     alone = [local(query, **{"num_neighbors": 2, **ways[i % 3]}) for i, query in enumerate(queries)]
     with serving_store(noted) as url:
-        clients = [RemoteRetriever(url, retrieved_len=16 if i % 5 else 9) for i in range(32)]
+        clients = [connect(url, retrieved_len=16 if i % 5 else 9) for i in range(32)]
         with searches.held():
             first = threading.Thread(target=lambda: clients[0](["w1"]))
             first.start()
             wait_until(lambda: searches.asked)
             calls = [lambda i=i: clients[i](queries[i], **ways[i % 3]) for i in range(32)]
-            threading.Thread(target=lambda: (wait_until(lambda: waiting(url) >= 24), searches.free.set())).start()
+            threading.Thread(target=free_at, args=(searches, url, 33)).start()
             together = at_once(calls)
         first.join()
     for i, (found, expected) in enumerate(zip(together, alone, strict=True)):
@@ -198,9 +204,9 @@ def test_32_clients_at_once_get_what_they_get_alone(local, searches, noted):
 def test_a_request_that_fails_does_so_alone(local, searches, noted):
     searches.refused = TEXTS[5]
     with serving_store(noted) as url:
-        client = RemoteRetriever(url)
+        client = connect(url)
         with searches.held():
-            threading.Timer(0.5, searches.free.set).start()
+            threading.Thread(target=free_at, args=(searches, url, 32)).start()
             results = at_once([lambda text=text: client([text]) for text in TEXTS])
     assert isinstance(results[5], ValueError) and str(results[5]).endswith(f"the text {TEXTS[5]!r} is refused")
     for i, found in enumerate(results):
@@ -215,18 +221,25 @@ def test_an_error_of_the_servers_own_is_not_told(local, searches, noted, caplog)
     assert "NoneType" in caplog.text
 
 
-def raw_search(url, body, timeout=30):
+def raw_search(url, body):
     """A request that nobody waits for: its socket."""
     host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout)
+    connection = socket.create_connection((host, int(port)), FOREVER)
     data = json.dumps(body).encode()
     head = f"POST /v1/search HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     connection.sendall(head.encode() + b"\r\n\r\n" + data)
     return connection
 
 
-def waiting(url):
-    return httpx.get(f"{url}/health").json()["waiting"]
+def load(url):
+    health = httpx.get(f"{url}/health", timeout=FOREVER).json()
+    return health["waiting"], health["running"]
+
+
+def free_at(searches, url, asked):
+    """Let searches go once so many are asked for."""
+    wait_until(lambda: sum(load(url)) == asked)
+    searches.free.set()
 
 
 def test_searches_of_clients_that_hang_up_are_not_done(searches, noted):
@@ -235,11 +248,12 @@ def test_searches_of_clients_that_hang_up_are_not_done(searches, noted):
             running = raw_search(url, {"queries": ["w1 w2"]})
             wait_until(lambda: searches.asked)
             gone = [raw_search(url, {"queries": [f"w3 w{i}"]}) for i in range(10, 15)]
-            wait_until(lambda: waiting(url) == 5)
+            wait_until(lambda: load(url) == (5, 1))
+            kept = raw_search(url, {"queries": ["w4"]})
+            wait_until(lambda: load(url) == (6, 1))
             for connection in gone:
                 connection.close()
-            kept = raw_search(url, {"queries": ["w4"]})
-            time.sleep(0.3)
+            wait_until(lambda: load(url) == (1, 1))
         assert b"200 OK" in kept.recv(100) and b"200 OK" in running.recv(100)
         assert searches.asked == [["w1 w2"], ["w4"]]
 
@@ -291,12 +305,12 @@ def test_what_is_too_much_is_refused(local):
 
 def test_the_queue_has_an_end(searches, noted):
     with serving_store(noted, max_queries=2, max_queue=2) as url:
-        client = RemoteRetriever(url, retries=1)
+        client = connect(url, retries=1)
         with searches.held():
             held = [raw_search(url, {"queries": ["w1"]})]
             wait_until(lambda: searches.asked)
             held.append(raw_search(url, {"queries": ["w2", "w3"]}))
-            wait_until(lambda: waiting(url) == 2)
+            wait_until(lambda: load(url) == (2, 1))
             with pytest.raises(ConnectionError, match="gave no answer at 2 tries: the queue is full"):
                 client(["w4"])
 
@@ -304,15 +318,16 @@ def test_the_queue_has_an_end(searches, noted):
 def test_time_limits_of_server_and_client(searches, noted):
     with serving_store(noted, max_seconds=0.4) as url:
         with searches.held(), pytest.raises(TimeoutError, match=r"said: the search was not done in 0\.4 seconds"):
-            RemoteRetriever(url)(["w1"])
-        with searches.held():
-            hurried = RemoteRetriever(url, timeout=0.2)
-            began = time.monotonic()
-            with pytest.raises(TimeoutError, match=r"has not answered within 0\.2 seconds"):
-                hurried(["w1"])
-            assert time.monotonic() - began < 2
-        wait_until(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
-        assert RemoteRetriever(url)(["w1"]).mask.any()  # it lives on
+            connect(url)(["w1"])
+        wait_until(lambda: load(url) == (0, 0))
+    with serving_store(noted) as url:
+        client = connect(url)
+        hurried = pickle.loads(pickle.dumps(client))
+        hurried._server.timeout = 0.2
+        with searches.held(), pytest.raises(TimeoutError, match=r"has not answered within 0\.2 seconds"):
+            hurried(["w1"])
+        wait_until(lambda: load(url) == (0, 0))
+        assert client(["w1"]).mask.any()  # it lives on
 
 
 # Whom it does not answer, and who does not answer
@@ -357,33 +372,39 @@ def test_a_token_is_asked_for(local, monkeypatch):
         assert RemoteRetriever(url)(["w1"]).mask.any()
 
 
+@pytest.fixture
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        return bound.getsockname()[1]
+    """Bound, so that nobody else is given it; whoever asks for it may listen there."""
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
 
 
-def test_nobody_is_there():
+def test_nobody_is_there(free_port):
     with pytest.raises(ConnectionError, match=r"gave no answer at 2 tries: .*refused.*; is the server running\?"):
-        RemoteRetriever(f"http://127.0.0.1:{free_port()}", retries=1)
+        RemoteRetriever(f"http://127.0.0.1:{free_port}", retries=1)
 
 
-def test_a_server_that_goes_and_comes_back(local, tmp_path, tokenizer):
-    port = free_port()
-    with serving_store(local, port=port) as url:
-        client = RemoteRetriever(url, retries=8)
+def test_a_server_that_goes_and_comes_back(local, tmp_path, tokenizer, monkeypatch, free_port):
+    with serving_store(local, port=free_port) as url:
+        client = connect(url, retries=2)
         expected = client(TEXTS)
     with pytest.raises(ConnectionError, match="gave no answer at 1 tries"):
         RemoteRetriever.__call__(quick(client), TEXTS)
-    results = []
+    results, lost, back = [], threading.Event(), threading.Event()
     thread = threading.Thread(target=lambda: results.append(client(TEXTS)))
-    thread.start()
-    time.sleep(0.5)
-    with serving_store(local, port=port):
+    with monkeypatch.context() as patched:
+        patched.setattr(client_module.time, "sleep", lambda seconds: (lost.set(), back.wait(FOREVER)))
+        thread.start()
+        lost.wait(FOREVER)
+    with serving_store(local, port=free_port):
+        back.set()
         thread.join()
     check_same(results[0], expected)
     other = make_store(tmp_path, TEXTS[:9], tokenizer, chunk_len=8)
     said = "has another store by now, or another state of it .*; connect again"
-    changed = serving_store(Retriever(other, embedder=HashingEmbedder()), port=port)
+    changed = serving_store(Retriever(other, embedder=HashingEmbedder()), port=free_port)
     with changed, pytest.raises(ValueError, match=said):
         client(TEXTS)
 
@@ -416,7 +437,7 @@ def test_a_connection_that_is_lost_in_the_middle(answer):
         with pytest.raises(ConnectionError, match="gave no answer at 3 tries: the connection was lost"):
             RemoteRetriever(f"http://127.0.0.1:{bound.getsockname()[1]}", retries=2)
         bound.shutdown(socket.SHUT_RDWR)
-    thread.join(5)
+    thread.join()
     assert len(tries) == 3
 
 
@@ -446,7 +467,7 @@ def test_what_is_cut_or_changed_is_noticed(data):
 # The command line
 
 
-def test_commands_take_an_address(url, local, capsys, tmp_path):
+def test_commands_take_an_address(url, local, capsys, tmp_path, free_port):
     assert main(["search", url, TEXTS[3], "--k", "2", "--retrieved-len", "16", "--json", str(tmp_path / "x.json")]) == 0
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["neighbors"] == local.show(TEXTS[3], 2) and result["store_fingerprint"] == local.store.fingerprint
@@ -454,7 +475,7 @@ def test_commands_take_an_address(url, local, capsys, tmp_path):
     assert "index is for a store of this machine" in capsys.readouterr().err
     assert main(["search", url, TEXTS[3], "--deduplicate"]) == 2
     assert "deduplicate is for a store of this machine" in capsys.readouterr().err
-    assert main(["search", f"http://127.0.0.1:{free_port()}", "w1"]) == 2
+    assert main(["search", f"http://127.0.0.1:{free_port}", "w1"]) == 2
     assert "is the server running?" in capsys.readouterr().err
     assert main(["serve-store", url]) == 2
     assert "is served already" in capsys.readouterr().err
@@ -491,6 +512,6 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path, tokenizer):
         assert client.index.kind == "tfidf"
         check_same(client(TEXTS, 2), Retriever(store)(TEXTS, 2))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(FOREVER) == 0
     finally:
         process.kill()
