@@ -4,10 +4,10 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from retro.retrieval.building.build import plan_build, write_shards
 from retro.text.corpus import expand_inputs, read_input
 from retro.text.documents import InputPartition
 from retro.text.formats import read_partition, split_input
+from tests.kills import count_calls, killed_at_call
 from tests.retrieval.tiny_encoders import make_encoder
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
@@ -329,47 +330,32 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(tmp_path, tokenize
 # Kills
 
 
-class Slow(HashingEmbedder):
-    """Long enough for a kill in the middle."""
-
-    def embed(self, texts, is_query=False):
-        time.sleep(0.01)
-        return super().embed(texts)
-
-
 @needs_fork
 def test_twenty_kills_at_random_moments(tmp_path, tokenizer, small_parts):
-    began = time.monotonic()
-    expected = files_of(build(settings_for(tmp_path, "undisturbed"), tokenizer, Slow()).path)
-    duration = time.monotonic() - began
+    calls = count_calls(lambda: build(settings_for(tmp_path, "undisturbed"), tokenizer))
+    expected = files_of(tmp_path / "undisturbed")
     draw, kills, stores, moments = random.Random(0), 0, 0, []
     while kills < 20:
-        child = os.fork()
-        if child == 0:
-            try:
-                build(settings_for(tmp_path, f"store{stores}"), tokenizer, Slow())
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0, 0.3) * duration)
-        os.kill(child, signal.SIGKILL)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+        settings = settings_for(tmp_path, f"store{stores}")
+        if killed_at_call(draw.randrange(1, calls), lambda: build(settings, tokenizer)):  # noqa: B023
             kills += 1
             moments.append(len(list((tmp_path / f"store{stores}").rglob("*"))))
         else:
             assert files_of(tmp_path / f"store{stores}") == expected
             stores += 1
-    assert files_of(build(settings_for(tmp_path, f"store{stores}"), tokenizer, Slow()).path) == expected
+    assert files_of(build(settings_for(tmp_path, f"store{stores}"), tokenizer).path) == expected
     assert len(set(moments)) > 5  # they were different moments
 
 
 KILLED = """
 import sys
+from tests.kills import die_at_call
 from tests.retrieval.building.test_build_parallel import *
 from tests.stand_ins import make_words_tokenizer
 shards.KEY_ROWS, build_module.PARTITION_BYTES, shards.PART_BYTES, job.LIGHT_BYTES = 16, 900, 1100, 0
 settings = settings_for(Path(sys.argv[1]), embedder=sys.argv[2], workers=2)
 tokenizer = make_words_tokenizer()
-print("begins", flush=True)
+die_at_call(int(sys.argv[3]))
 build_store(settings, tokenizer=tokenizer)
 """
 
@@ -377,14 +363,15 @@ build_store(settings, tokenizer=tokenizer)
 @slow
 def test_kills_with_worker_processes(tmp_path, tokenizer, small_parts):
     encoder = make_encoder(tmp_path / "encoder")
-    expected = files_of(build_store(settings_for(tmp_path, "undisturbed", embedder=encoder), tokenizer=tokenizer).path)
-    draw = random.Random(0)
-    for _ in range(5):
-        child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), encoder], stdout=subprocess.PIPE)
-        assert child.stdout.readline() == b"begins\n"
-        time.sleep(draw.uniform(0, 12))
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    settings = settings_for(tmp_path, "undisturbed", embedder=encoder, workers=2)
+    calls = count_calls(lambda: build_store(settings, tokenizer=tokenizer))
+    expected, draw, kills = files_of(tmp_path / "undisturbed"), random.Random(0), 0
+    while kills < 5:
+        command = [sys.executable, "-c", KILLED, str(tmp_path), encoder, str(draw.randrange(1, calls))]
+        if subprocess.run(command).returncode == -signal.SIGKILL:
+            kills += 1
+        else:
+            assert files_of(tmp_path / "store") == expected
+            shutil.rmtree(tmp_path / "store")
     store = build_store(settings_for(tmp_path, embedder=encoder, workers=1), tokenizer=tokenizer)
     assert files_of(store.path) == expected and np.isfinite(Store.open(store.path).keys(np.arange(3))).all()

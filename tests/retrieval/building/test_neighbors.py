@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from retro.retrieval import Store, build_neighbors, open_neighbors, remove_docum
 from retro.retrieval.building import join
 from retro.retrieval.search import searchers as search_module
 from retro.retrieval.search.index import build_index, exact_search
+from tests.kills import count_calls, killed_at_call
 from tests.stand_ins import HashingEmbedder, make_store, words
 
 
@@ -311,27 +311,33 @@ JOB = """
 import sys
 from retro.retrieval import Store, build_neighbors
 from retro.retrieval.building import join
+from tests.kills import die_at_call
 join._TASK_QUERIES, join._TASK_PAIRS, join._TASKS = (16, 16), 512, 8
-build_neighbors(Store.open(sys.argv[1]), 4, workers=int(sys.argv[2]), executor=sys.argv[3])
+store = Store.open(sys.argv[1])
+if len(sys.argv) > 4:
+    die_at_call(int(sys.argv[4]), with_group=True)
+build_neighbors(store, 4, workers=int(sys.argv[2]), executor=sys.argv[3])
 """
 
 
 @pytest.mark.slow
-def test_killed_with_its_workers(tmp_path, tokenizer):
+def test_killed_with_its_workers(tmp_path, tokenizer, monkeypatch):
     """kill -9 of the process and all its workers, a few times; then the bytes of an undisturbed run."""
     store = make_store(tmp_path, [words(5 + n % 50, n) for n in range(300)], tokenizer)
     whole = build_neighbors(store, 4)
     kept = table_bytes(whole)
     shutil.rmtree(whole.path)
     command, rng, kills = [sys.executable, "-c", JOB, str(store.path), "2", "local"], np.random.default_rng(0), 0
+    small_tasks(monkeypatch, 16, 512, 8)
+    calls = count_calls(lambda: build_neighbors(store, 4, workers=2))
+    shutil.rmtree(store.path / "neighbors")
     while kills < 3:
-        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
-        while process.poll() is None and not list(store.path.glob("neighbors/*/job/hits-*")):
-            time.sleep(0.02)
-        time.sleep(float(rng.uniform(0, 0.5)))
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
-        kills += 1
+        done = subprocess.run([*command, str(rng.integers(1, calls))], start_new_session=True)
+        if done.returncode == -signal.SIGKILL:
+            kills += 1
+        else:
+            assert done.returncode == 0 and table_bytes(open_neighbors(store, k=4)) == kept
+            shutil.rmtree(store.path / "neighbors")
     subprocess.run(command, check=True)
     assert table_bytes(open_neighbors(store, k=4)) == kept
 
@@ -343,10 +349,6 @@ def num_job_files(store):
         return 0
 
 
-def has_ended(child):
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("index", ["exact", "tfidf"])
 def test_twenty_kills_at_random_moments(tmp_path, tokenizer, monkeypatch, index):
@@ -356,20 +358,12 @@ def test_twenty_kills_at_random_moments(tmp_path, tokenizer, monkeypatch, index)
     kept = table_bytes(build_neighbors(store, 4, index=index, workers=1))
     shutil.rmtree(store.path / "neighbors")
     shutil.rmtree(store.path / "index", ignore_errors=True)
+    work = lambda: build_neighbors(Store.open(store.path), 4, index=index, workers=1)  # noqa: E731
+    calls = count_calls(work)
+    shutil.rmtree(store.path / "neighbors")
     draw, kills, left = np.random.default_rng(0), 0, set()
     while kills < 20:
-        child = os.fork()
-        if child == 0:
-            try:
-                build_neighbors(Store.open(store.path), 4, index=index, workers=1)
-            finally:
-                os._exit(0)
-        further = num_job_files(store) + int(draw.integers(0, 4))
-        while num_job_files(store) < further and not has_ended(child):
-            time.sleep(0.0005)
-        time.sleep(float(draw.uniform(0, 0.005)))
-        os.kill(child, signal.SIGKILL)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+        if killed_at_call(int(draw.integers(1, calls)), work):
             kills += 1
             left.add(num_job_files(store))
         else:
