@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from retro.cli.configs import configs
-from retro.cli.datastore import build, neighbors, search, tokenizer
+from retro.cli.datastore import build, neighbors, plan, search, tokenizer
 from retro.cli.measuring import (
     baselines,
     evaluate,
@@ -21,9 +21,8 @@ from retro.cli.measuring import (
     sweep_tokens,
 )
 from retro.cli.options import recipe_help, shown_default
-from retro.cli.planning import plan
-from retro.cli.sampling import demo, generate, serve
-from retro.cli.searching import serve_store
+from retro.cli.sampling import demo, generate
+from retro.cli.serving import serve, serve_store
 from retro.cli.tasks import finetune, lambada, lm_eval, qa, recall, summaries
 from retro.cli.training import retrofit, train
 from retro.cli.updating import add, compact, remove, verify

@@ -1,4 +1,4 @@
-"""The verbs of the datastore: build, tokenizer, neighbors, search."""
+"""The verbs of the datastore: plan, build, tokenizer, neighbors, search."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ from typing import Any, Literal, Unpack
 
 from retro.cli.options import argument, options
 from retro.cli.shared import IndexKind, JsonFile, stamp, write_json
+from retro.planning import PlanSettings, make_plan, plan_table
 from retro.retrieval.building.settings import BuildSettings, ExecutorSettings
 from retro.retrieval.filters.hits import QueryFilters
 
 Inputs = argument(BuildSettings, "inputs")
 TextField = argument(BuildSettings, "text_field")
+PlanOptions = options(PlanSettings, without=["inputs"])
 BuildOptions = options(BuildSettings, without=["store", "inputs"])
 ExecutorOptions = options(ExecutorSettings)
 FilterOptions = options(QueryFilters, without=["against"])
+
+
+def plan(
+    inputs: argument(PlanSettings, "inputs"), /, *, json: JsonFile = None, **settings: Unpack[PlanOptions]
+) -> None:
+    """Say what a datastore will cost before it is built, and with --model what training on it costs.
+
+    Disk, memory, operations and hours follow from a sample of the documents and from how fast this machine embeds it.
+    """
+    result = make_plan(PlanSettings(inputs, **settings))
+    print(plan_table(result))
+    write_json(json, result)
 
 
 def build(

@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack
 
 from cyclopts import Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import (
-    CsvFile,
-    DocumentCount,
-    IndexKind,
-    JsonFile,
-    ModelFolder,
-    Outputs,
-    OwnIndex,
-    PlotFile,
-    held_out,
-)
+from retro.cli.shared import HeldOut, IndexKind, ModelFolder, OwnIndex, ReadStore, ResultFiles, held_out
 from retro.evaluation.settings import KS, SHARES, BaselineSettings, ScoringSettings
 
 
-@dataclass(kw_only=True)
-class ReadingSettings:
+@dataclass(frozen=True, kw_only=True)
+class ReadingSettings(ResultFiles, ScoringSettings):
     """What is read.
 
     Arguments:
-        store: Folder of the datastore to read from, or the address of a retrieval server.
-        data: Held-out documents, as for `retro build`.
         documents: Read so many documents. Default: all.
         lm: Folder or Hugging Face name of a plain language model to score beside the model; its tokenizer is the
             store's. Default: none.
         num_neighbors: Neighbors of a chunk, k in the paper. Default: the model's.
     """
 
-    store: str
-    data: list[str]
+    store: ReadStore
+    data: HeldOut
     documents: int | None = None
     lm: str | None = None
     num_neighbors: int | None = None
     index: OwnIndex = None
-
-    def named(self) -> dict[str, Any]:
-        """What a result says of it."""
-        return {"store": self.store, "data": self.data}
 
     def opened(self, model: Any) -> tuple[Any, Any, Any]:
         """The model, what retrieves for it, and the plain LM beside it or None."""
@@ -55,29 +39,46 @@ class ReadingSettings:
         return opened, retriever, self.lm and load_model(self.lm, retriever.store)
 
     def held_out(self) -> list:
+        """The documents."""
         return held_out(self.data, self.documents)
 
+    def scoring(self) -> dict[str, Any]:
+        """How they are scored."""
+        return {field.name: getattr(self, field.name) for field in fields(ScoringSettings)} | {"progress": True}
 
-ReadingOptions = options(ReadingSettings, ScoringSettings, without=["progress"])
-SweptNeighborsOptions = options(ReadingSettings, ScoringSettings, without=["progress", "num_neighbors"])
-SweptDatastoreOptions = options(ReadingSettings, ScoringSettings, without=["progress", "index"])
-SweptModelsOptions = options(ReadingSettings, ScoringSettings, without=["progress", "index", "lm"])
-BaselineOptions = options(BaselineSettings)
+    def write_as(self, kind: str, result: dict[str, Any], rows: Any = None, draw: Any = None) -> None:
+        """The files that were asked for."""
+        self.write({"kind": kind} | result | {"store": self.store, "data": self.data}, rows, draw)
+
+    def show_sweep(self, result: dict[str, Any]) -> None:
+        """Print a sweep, and write it."""
+        from retro.evaluation.plots import plot_sweep
+        from retro.evaluation.sweeps import sweep_rows, sweep_table
+
+        print(sweep_table(result))
+        self.write_as("sweep", result, sweep_rows(result), plot_sweep)
 
 
-def evaluate(model: ModelFolder, /, *, json: JsonFile = None, **given: Unpack[ReadingOptions]) -> None:
+SweepOptions = options(ReadingSettings, without=["progress"])
+NeighborsOptions = options(ReadingSettings, without=["progress", "num_neighbors"])
+DatastoreOptions = options(ReadingSettings, without=["progress", "index"])
+ModelsOptions = options(ReadingSettings, without=["progress", "index", "lm"])
+EvaluateOptions = options(ReadingSettings, without=["progress", "csv", "plot"])
+BaselineOptions = options(BaselineSettings, ResultFiles, without=["plot"])
+
+
+def evaluate(model: ModelFolder, /, **given: Unpack[EvaluateOptions]) -> None:
     """Measure bits per byte and perplexity of held-out documents, with retrieval and without.
 
     The columns are a plain language model, RETRO[OFF], RETRO[ON], and RETRO[ON] with random neighbors.
     """
     from retro.evaluation import bits_per_byte, bits_table, perplexity_table
 
-    (reading, scoring), outputs = _split(given), Outputs(json)
-    opened, retriever, baseline = reading.opened(model)
-    documents, k = reading.held_out(), reading.num_neighbors
-    result = bits_per_byte(opened, documents, retriever, k, baseline, **scoring)
+    asked = ReadingSettings(**given)
+    opened, retriever, baseline = asked.opened(model)
+    result = bits_per_byte(opened, asked.held_out(), retriever, asked.num_neighbors, baseline, **asked.scoring())
     print(bits_table(result), perplexity_table(result), sep="\n\n")
-    outputs.write({"kind": "evaluate"} | result | reading.named())
+    asked.write_as("evaluate", result)
 
 
 def leakage(
@@ -85,10 +86,7 @@ def leakage(
     /,
     *,
     exclude: Literal["same_document", "none"] = "same_document",
-    json: JsonFile = None,
-    csv: CsvFile = None,
-    plot: PlotFile = None,
-    **given: Unpack[ReadingOptions],
+    **given: Unpack[SweepOptions],
 ) -> None:
     """Measure bits per byte against the overlap of a text with its neighbors, the paper's figure 6.
 
@@ -103,24 +101,15 @@ def leakage(
     from retro.evaluation.leakage import examples_page, leakage_rows, leakage_table
     from retro.evaluation.plots import plot_leakage
 
-    (reading, scoring), outputs = _split(given), Outputs(json, csv, plot)
-    opened, retriever, baseline = reading.opened(model)
-    documents, k = reading.held_out(), reading.num_neighbors
-    result = measure_leakage(opened, documents, retriever, k, baseline, exclude=exclude, **scoring)
+    asked = ReadingSettings(**given)
+    opened, retriever, baseline = asked.opened(model)
+    read = asked.scoring() | {"num_neighbors": asked.num_neighbors, "baseline": baseline, "exclude": exclude}
+    result = measure_leakage(opened, asked.held_out(), retriever, **read)
     print(leakage_table(result), examples_page(result), sep="\n\n")
-    outputs.write({"kind": "leakage"} | result | reading.named(), leakage_rows(result), plot_leakage)
+    asked.write_as("leakage", result, leakage_rows(result), plot_leakage)
 
 
-def sweep_neighbors(
-    model: ModelFolder,
-    /,
-    *,
-    ks: tuple[int, ...] = KS,
-    json: JsonFile = None,
-    csv: CsvFile = None,
-    plot: PlotFile = None,
-    **given: Unpack[SweptNeighborsOptions],
-) -> None:
+def sweep_neighbors(model: ModelFolder, /, *, ks: tuple[int, ...] = KS, **given: Unpack[NeighborsOptions]) -> None:
     """Sweep k, the neighbors of a chunk, which may be more than in training.
 
     Arguments:
@@ -128,10 +117,9 @@ def sweep_neighbors(
     """
     from retro.evaluation import sweep_neighbors
 
-    (reading, scoring), outputs = _split(given), Outputs(json, csv, plot)
-    opened, retriever, baseline = reading.opened(model)
-    result = sweep_neighbors(opened, reading.held_out(), retriever, ks, baseline, ScoringSettings(**scoring))
-    _show_sweep(result, reading, outputs)
+    asked = ReadingSettings(**given, progress=True)
+    opened, retriever, baseline = asked.opened(model)
+    asked.show_sweep(sweep_neighbors(opened, asked.held_out(), retriever, ks, baseline, asked))
 
 
 def sweep_datastore(
@@ -141,10 +129,7 @@ def sweep_datastore(
     shares: tuple[float, ...] = SHARES,
     draws: int = 3,
     index: IndexKind = "exact",
-    json: JsonFile = None,
-    csv: CsvFile = None,
-    plot: PlotFile = None,
-    **given: Unpack[SweptDatastoreOptions],
+    **given: Unpack[DatastoreOptions],
 ) -> None:
     """Sweep nested shares of the datastore's documents: mean, least and greatest of several draws of each.
 
@@ -158,25 +143,14 @@ def sweep_datastore(
     from retro.loading import load_model
     from retro.retrieval import Store
 
-    (reading, scoring), outputs = _split(given), Outputs(json, csv, plot)
-    store = Store.open(reading.store)
-    opened, baseline = load_model(model, store), reading.lm and load_model(reading.lm, store)
-    read = dict(num_neighbors=reading.num_neighbors, baseline=baseline, index=index)
-    documents, scoring = reading.held_out(), ScoringSettings(**scoring)
-    result = sweep_datastore(opened, documents, store, shares, draws, scoring=scoring, **read)
-    _show_sweep(result, reading, outputs)
+    asked = ReadingSettings(**given, progress=True)
+    store = Store.open(asked.store)
+    opened, baseline = load_model(model, store), asked.lm and load_model(asked.lm, store)
+    read = dict(num_neighbors=asked.num_neighbors, baseline=baseline, index=index, scoring=asked)
+    asked.show_sweep(sweep_datastore(opened, asked.held_out(), store, shares, draws, **read))
 
 
-def sweep_models(
-    models: list[str],
-    /,
-    *,
-    index: IndexKind = "auto",
-    json: JsonFile = None,
-    csv: CsvFile = None,
-    plot: PlotFile = None,
-    **given: Unpack[SweptModelsOptions],
-) -> None:
+def sweep_models(models: list[str], /, *, index: IndexKind = "auto", **given: Unpack[ModelsOptions]) -> None:
     """Sweep models by their parameters: RETRO[OFF] and RETRO[ON], or a plain language model.
 
     Arguments:
@@ -185,22 +159,13 @@ def sweep_models(
     from retro.evaluation import sweep_models
     from retro.loading import load_model, open_retriever
 
-    (reading, scoring), outputs = _split(given), Outputs(json, csv, plot)
-    retriever = open_retriever(reading.store, index)
+    asked = ReadingSettings(**given, progress=True)
+    retriever = open_retriever(asked.store, index)
     opened = ((name, load_model(name, retriever.store)) for name in models)
-    documents, k = reading.held_out(), reading.num_neighbors
-    _show_sweep(sweep_models(opened, documents, retriever, k, ScoringSettings(**scoring)), reading, outputs)
+    asked.show_sweep(sweep_models(opened, asked.held_out(), retriever, asked.num_neighbors, asked))
 
 
-def sweep_tokens(
-    folder: str,
-    /,
-    *,
-    json: JsonFile = None,
-    csv: CsvFile = None,
-    plot: PlotFile = None,
-    **given: Unpack[ReadingOptions],
-) -> None:
+def sweep_tokens(folder: str, /, **given: Unpack[SweepOptions]) -> None:
     """Sweep the checkpoints of one run of training or RETRO-fitting by the tokens that they have seen.
 
     Arguments:
@@ -209,39 +174,22 @@ def sweep_tokens(
     from retro.evaluation import sweep_tokens
     from retro.evaluation.sweeps import checkpoints_of
 
-    (reading, scoring), outputs = _split(given), Outputs(json, csv, plot)
-    _, retriever, baseline = reading.opened(checkpoints_of(folder)[-1][1])
-    documents, k = reading.held_out(), reading.num_neighbors
-    _show_sweep(sweep_tokens(folder, documents, retriever, k, baseline, ScoringSettings(**scoring)), reading, outputs)
-
-
-def _split(given: dict[str, Any]) -> tuple[ReadingSettings, dict[str, Any]]:
-    """What is read, and how it is scored."""
-    reading = ReadingSettings(**taken(given, ReadingSettings))
-    return reading, given | {"progress": True}
-
-
-def _show_sweep(result: dict[str, Any], reading: ReadingSettings, outputs: Outputs) -> None:
-    from retro.evaluation.plots import plot_sweep
-    from retro.evaluation.sweeps import sweep_rows, sweep_table
-
-    print(sweep_table(result))
-    outputs.write({"kind": "sweep"} | result | reading.named(), sweep_rows(result), plot_sweep)
+    asked = ReadingSettings(**given, progress=True)
+    _, retriever, baseline = asked.opened(checkpoints_of(folder)[-1][1])
+    asked.show_sweep(sweep_tokens(folder, asked.held_out(), retriever, asked.num_neighbors, baseline, asked))
 
 
 def baselines(
     model: Annotated[str, Parameter(help="Folder of a trained model, or a plain language model.")],
     /,
     *,
-    store: str,
-    data: list[str],
+    store: ReadStore,
+    data: HeldOut,
     validation: list[str] | None = None,
-    documents: DocumentCount = None,
+    documents: int | None = None,
     reader: Annotated[str | None, Parameter(alias="--lm")] = None,
     index: OwnIndex = None,
-    json: JsonFile = None,
-    csv: CsvFile = None,
-    **settings: Unpack[BaselineOptions],
+    **given: Unpack[BaselineOptions],
 ) -> None:
     """Measure what else the same store is good for, over the same tokens.
 
@@ -249,24 +197,22 @@ def baselines(
     REPLUG, RAG and kNN-LM.
 
     Arguments:
-        store: Folder of the datastore to read from, or the address of a retrieval server.
-        data: Held-out documents, as for `retro build`.
-        validation: Other held-out documents, on which kNN-LM and REPLUG choose.
+        validation: Other held-out documents, on which kNN-LM and REPLUG choose. Default: none, and they do not run.
+        documents: Read so many documents. Default: all.
         reader: Folder or Hugging Face name of the plain language model of the first row, which reads prompts and whose
             tokenizer is the store's. Default: the base of a RETRO-fitted model.
     """
     from retro.evaluation.baselines import baselines_rows, baselines_table, measure_baselines
     from retro.loading import load, load_model
 
-    outputs, chosen = Outputs(json, csv), BaselineSettings(**settings)
+    files, settings = ResultFiles(**taken(given, ResultFiles)), BaselineSettings(**given)
     opened, _, retriever = load(model, store, index=index or "auto")
-    plain = reader and load_model(reader, retriever.store)
-    others = None if validation is None else held_out(validation)
+    plain, others = reader and load_model(reader, retriever.store), validation and held_out(validation)
     texts = held_out(data, documents)
-    result = measure_baselines(opened, texts, retriever, plain, others, chosen, progress=True)
+    result = measure_baselines(opened, texts, retriever, plain, others, settings, progress=True)
     print(baselines_table(result))
     about = {"validation": validation, "store": store, "data": data}
-    outputs.write({"kind": "baselines"} | result | about, baselines_rows(result))
+    files.write({"kind": "baselines"} | result | about, baselines_rows(result))
 
 
 def report(runs: list[str], /, *, output: str) -> None:
@@ -280,11 +226,10 @@ def report(runs: list[str], /, *, output: str) -> None:
     """
     from retro.evaluation.report import read_runs, report_page
 
-    page = Path(output)
-    if page.suffix not in (".html", ".htm"):
-        raise ValueError(f"--output is {page}; let it end in .html.")
-    if not page.parent.is_dir():
-        raise ValueError(f"the folder of {page} is not there; make it first.")
+    if Path(output).suffix not in (".html", ".htm"):
+        raise ValueError(f"--output is {output}; let it end in .html.")
+    if not Path(output).parent.is_dir():
+        raise ValueError(f"the folder of {output} is not there; make it first.")
     read = read_runs(runs)
-    page.write_text(report_page(read), encoding="utf-8")
-    print(f"{page}: {len(read.results)} results, {len(read.models)} trained models, {len(read.stores)} stores")
+    Path(output).write_text(report_page(read), encoding="utf-8")
+    print(f"{output}: {len(read.results)} results, {len(read.models)} trained models, {len(read.stores)} stores")

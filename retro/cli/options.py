@@ -28,7 +28,7 @@ SHORT = {"num_neighbors": "--k", "window_len": "--window"}  # the fields that us
 def options(*settings: type, without: Iterable[str] = (), defaults: bool = True) -> Any:
     """The options of settings dataclasses, for `**given: Unpack[...]` in the signature of a verb.
 
-    defaults: false says nothing of the dataclasses' own, where a verb has others.
+    defaults: false says nothing of the defaults, where a verb has others.
     """
     found: dict[str, Any] = {}
     for settings_class, (section, fields) in [(one, part) for one in settings for part in sections(one)]:
@@ -40,6 +40,8 @@ def options(*settings: type, without: Iterable[str] = (), defaults: bool = True)
                 continue
             hint, own = _first(hints[field.name]), getattr(annotated[field.name], "__metadata__", ())
             about = {"group": group, "help": docs.get(field.name), "name": SHORT.get(field.name)}
+            if not defaults:
+                about["help"] = about["help"].partition(" Default: ")[0]
             if not is_required(field):
                 about["show_default"] = (defaults and shown_default(default_of(field))) or False
             if hint == bool | None:

@@ -1,9 +1,8 @@
-"""The verbs of sampling: generate, serve, demo."""
+"""The verbs of text: generate, demo."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Unpack
@@ -11,39 +10,9 @@ from typing import Annotated, Any, Unpack
 from cyclopts import Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import ApiKeyFile, Host, JsonFile, ModelFolder, OwnIndex, stamp, write_json
+from retro.cli.shared import JsonFile, ModelFolder, OwnIndex, check_file, stamp, write_json
 from retro.retrieval.filters.hits import QueryFilters
-from retro.serve.limits import Limits
-
-
-@dataclass(kw_only=True)
-class DecodingSettings:
-    """How the next token is chosen; the names are those of Hugging Face's generate().
-
-    Arguments:
-        max_new_tokens: Tokens to write. Default: 128, or what the model has room for.
-        do_sample: Draw the next token; without this it is the most likely one.
-        temperature: Temperature of sampling. Default: 1.
-        top_p: Draw from the likeliest tokens that together have this probability. Default: 1.
-        top_k: Draw from so many likeliest tokens. Default: 50.
-        seed: Seed of sampling. Default: 0.
-        num_beams: Texts of a beam search. Default: no beam search.
-        num_return_sequences: Texts for each prompt. Default: 1.
-        repetition_penalty: A number above 1 makes tokens less likely that the text has already. Default: 1.
-        stop: Strings that end a text. Default: none.
-    """
-
-    max_new_tokens: int | None = None
-    do_sample: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    num_beams: int | None = None
-    num_return_sequences: int | None = None
-    repetition_penalty: float | None = None
-    stop: list[str] | None = None
-
+from retro.sampling.settings import DecodingSettings
 
 GenerateOptions = options(DecodingSettings, QueryFilters, without=["against"])
 
@@ -84,8 +53,7 @@ def generate(
     retrieval = {"store": store, "k": k, "index": index, "lookahead": lookahead, "gains": gains or None, **filters}
     _check_given(retrieval, no_retrieval, given)
     for file in (html, json):
-        if file and not Path(file).parent.is_dir():
-            raise ValueError(f"the folder of {file} is not there; make it first.")
+        check_file(file)
 
     from retro.text.prompts import read_prompts
 
@@ -132,46 +100,6 @@ def _check_given(retrieval: dict[str, Any], no_retrieval: bool, decoding: dict[s
             raise ValueError(f"--{names[0].replace('_', '-')} needs --do-sample.")
         if decoding.get("num_return_sequences", 1) > decoding.get("num_beams", 1):
             raise ValueError("--num-return-sequences needs --do-sample, or as many --num-beams.")
-
-
-def serve(
-    model: ModelFolder,
-    /,
-    *,
-    store: list[str],
-    name: str | None = None,
-    index: OwnIndex = None,
-    host: Host = "127.0.0.1",
-    port: int = 8000,
-    api_key_file: ApiKeyFile = None,
-    **limits: Unpack[options(Limits)],
-) -> None:
-    """Serve a model over HTTP: OpenAI's routes with sources, and a page for people.
-
-    The routes are /v1/completions, /v1/chat/completions, /v1/models, /v1/stores and /health, and the page is at /. The
-    field "retro" of an answer says what it read; that of a request takes "retrieval", "store" and "num_neighbors".
-
-    Arguments:
-        store: Folder of a datastore to read from, or NAME=FOLDER, where the name is else the folder's; once more for
-            each further store to choose from, the first is the default.
-        name: What the model is called. Default: its folder's name.
-        port: Port to listen on; 0 takes a free one.
-    """
-    taken_on = Limits(**limits)
-    try:
-        from retro.serve.server import load_with_stores, serve_app
-        from retro.web.listening import read_api_key, run, url_of
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
-    from retro.serve.engine import GenerationEngine
-
-    api_key = read_api_key(api_key_file)
-    opened, tokenizer, stores = load_with_stores(model, store, index or "auto")
-    engine = GenerationEngine(opened, tokenizer, stores, taken_on)
-    name = name or Path(model).resolve().name
-    served, bound = serve_app(engine, name, host, port, api_key)
-    print(f"{name} with {', '.join(stores)}: {url_of(bound)}", flush=True)
-    run(served, bound, taken_on.grace_seconds)
 
 
 def demo(*, output: str = "demo", seed: int = 0) -> None:

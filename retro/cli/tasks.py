@@ -2,77 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Unpack
 
 from cyclopts import Parameter
 
 from retro.cli.options import options
-from retro.cli.shared import JsonFile, Outputs, OwnIndex, check_count, held_out
+from retro.cli.shared import JsonFile, OwnIndex, ReadStore, ResultFiles, first, held_out
 from retro.cli.training import run_recipe
+from retro.evaluation.settings import ReaderSettings
 
 AnyModel = Annotated[str, Parameter(help="A model of this library, or any Hugging Face causal language model.")]
-Align = Annotated[
-    Literal["start", "end"],
-    Parameter(help="Whether a context starts at the start of a chunk, or ends at the end of one, filled up in front."),
-]
 
 
-@dataclass(kw_only=True)
-class TaskSettings:
-    """How the task is read.
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(ResultFiles, ReaderSettings):
+    """What the task reads from.
 
     Arguments:
-        store: Folder of the datastore to read from, or the address of a retrieval server. Default: none, which is
+        store: Folder of the datastore to read from, or address of a retrieval server. Default: none, which is
             RETRO[OFF] or a plain language model.
-        index: The index to search.
-        num_neighbors: Neighbors of a chunk, k in the paper. Default: the model's.
-        cache: Folder where neighbors are kept. Default: neighbors/ in the store.
-        decontaminate: Leave out what shares 13 words in a row with the right text.
         documents: Read so many documents, pairs or questions. Default: all.
-        max_len: Tokens of an input. Default: the model's positions, at most 2048.
-        batch_size: Texts that are read together.
-        seed: Seed of everything that is drawn.
     """
 
     store: str | None = None
     index: OwnIndex = None
-    num_neighbors: int | None = None
-    cache: str | None = None
-    decontaminate: bool = False
     documents: int | None = None
-    max_len: int | None = None
-    batch_size: int = 8
-    seed: int = 0
 
-    def reader(self, model: str, **more: Any) -> Any:
+    def reader(self, model: str) -> Any:
         """What reads the task."""
         from retro.evaluation.tasks import open_reader
 
-        _refuse_without_store(self.store, index=self.index, k=self.num_neighbors, cache=self.cache)
-        names = ("num_neighbors", "decontaminate", "max_len", "batch_size", "seed")
-        given = {name: getattr(self, name) for name in names} | {"cache": self.cache or True, "progress": True}
-        return open_reader(model, self.store, self.index or "auto", **given, **more)
+        cache = None if self.cache is True else self.cache
+        self.refuse_without_store(index=self.index, k=self.num_neighbors, cache=cache)
+        given = {field.name: getattr(self, field.name) for field in fields(ReaderSettings)}
+        return open_reader(model, self.store, self.index or "auto", progress=True, **given)
 
-    def first(self, records: list) -> list:
-        """As many records as are read."""
-        check_count(self.documents)
-        return records[: self.documents]
+    def refuse_without_store(self, **given: Any) -> None:
+        """ValueError for what was given and means nothing without a store."""
+        for name, value in given.items():
+            if not self.store and value is not None:
+                raise ValueError(f"--{name} means nothing without --store; name a datastore.")
+
+    def write_as(self, kind: str, result: dict[str, Any], data: Any) -> None:
+        """The file that was asked for."""
+        self.write({"kind": kind} | result | {"store": self.store, "data": data})
 
 
-TaskOptions = options(TaskSettings)
-QuestionOptions = options(TaskSettings, without=["num_neighbors", "cache"])
+_TABLES = ["csv", "plot"]
+LambadaOptions = options(TaskSettings, without=_TABLES)
+SummariesOptions = options(TaskSettings, without=[*_TABLES, "align"])
+QuestionOptions = options(TaskSettings, without=[*_TABLES, "align", "num_neighbors", "cache"])
+LmEvalOptions = options(TaskSettings, without=[*_TABLES, "num_neighbors", "cache", "documents", "decontaminate"])
 
 
-def lambada(
-    model: AnyModel,
-    /,
-    *,
-    data: list[str],
-    align: Align = "start",
-    json: JsonFile = None,
-    **settings: Unpack[TaskOptions],
-) -> None:
+def lambada(model: AnyModel, /, *, data: list[str], **settings: Unpack[LambadaOptions]) -> None:
     """Measure LAMBADA: the share of last words that greedy decoding writes, and their perplexity.
 
     The columns are RETRO[OFF], RETRO[ON] and RETRO[ON] with random neighbors, or a plain language model. Neighbors are
@@ -83,14 +67,14 @@ def lambada(
     """
     from retro.evaluation.tasks import lambada_table, measure_lambada
 
-    chosen = TaskSettings(**settings)
-    documents = held_out(data, chosen.documents)
-    result = measure_lambada(chosen.reader(model, align=align), documents)
+    asked = TaskSettings(**settings)
+    documents = held_out(data, asked.documents)
+    result = measure_lambada(asked.reader(model), documents)
     print(lambada_table(result))
-    _write(json, result, chosen.store, data)
+    asked.write_as("task", result, data)
 
 
-def summaries(model: AnyModel, /, *, data: list[str], json: JsonFile = None, **settings: Unpack[TaskOptions]) -> None:
+def summaries(model: AnyModel, /, *, data: list[str], **settings: Unpack[SummariesOptions]) -> None:
     """Measure bits per byte of summaries after their articles and "TL;DR:".
 
     The columns are RETRO[OFF], RETRO[ON] and RETRO[ON] with random neighbors, or a plain language model.
@@ -100,11 +84,11 @@ def summaries(model: AnyModel, /, *, data: list[str], json: JsonFile = None, **s
     """
     from retro.evaluation.tasks import measure_summaries, read_summaries, summaries_table
 
-    chosen = TaskSettings(**settings)
-    pairs = chosen.first([pair for file in data for pair in read_summaries(file)])
-    result = measure_summaries(chosen.reader(model), pairs)
+    asked = TaskSettings(**settings)
+    pairs = first([pair for file in data for pair in read_summaries(file)], asked.documents)
+    result = measure_summaries(asked.reader(model), pairs)
     print(summaries_table(result))
-    _write(json, result, chosen.store, data)
+    asked.write_as("task", result, data)
 
 
 def qa(
@@ -116,7 +100,6 @@ def qa(
     search: bool = False,
     columns: list[str] | None = None,
     max_new_tokens: int = 32,
-    json: JsonFile = None,
     **settings: Unpack[QuestionOptions],
 ) -> None:
     """Measure greedy answers to questions, by exact match and F1.
@@ -134,24 +117,23 @@ def qa(
     """
     from retro.evaluation.tasks import answers_table, find_passages, measure_answers, read_questions, without_overlap
 
-    chosen = TaskSettings(**settings)
-    questions = chosen.first([one for file in data for one in read_questions(file)])
-    if search and not chosen.store:
-        raise ValueError("--search is given without --store; name a datastore.")
-    reader = chosen.reader(model)
+    asked = TaskSettings(**settings)
+    questions = first([one for file in data for one in read_questions(file)], asked.documents)
+    asked.refuse_without_store(search=search or None)
+    reader = asked.reader(model)
     if reader.retriever is not None and (search or any(one.passages is None for one in questions)):
-        questions = find_passages(questions, reader.retriever, passages, chosen.decontaminate, progress=True)
-    elif chosen.decontaminate:
+        questions = find_passages(questions, reader.retriever, passages, asked.decontaminate, progress=True)
+    elif asked.decontaminate:
         questions = [without_overlap(one) for one in questions]
     result = measure_answers(reader, questions, passages, max_new_tokens, columns)
     print(answers_table(result))
-    _write(json, result, chosen.store, data)
+    asked.write_as("task", result, data)
 
 
 def recall(
     *,
     data: str,
-    store: str | None = None,
+    store: ReadStore | None = None,
     index: list[str] | None = None,
     ks: tuple[int, ...] = (1, 5, 20, 100),
     documents: int | None = None,
@@ -162,8 +144,8 @@ def recall(
 
     Arguments:
         data: File of questions, as for `retro task qa`.
-        store: Folder of the datastore to find passages in, or the address of a retrieval server. Default: the passages
-            are those of the file.
+        store: Folder of the datastore to find passages in, or address of a retrieval server. Default: the passages are
+            those of the file.
         index: One or several indexes to search, as for `retro search`. Default: auto.
         ks: Numbers of passages.
         documents: Read so many questions. Default: all.
@@ -173,43 +155,15 @@ def recall(
     from retro.loading import open_retriever
     from retro.provenance import versions
 
-    _refuse_without_store(store, index=index)
-    chosen, results = TaskSettings(documents=documents), {}
-    questions = chosen.first(read_questions(data))
+    asked, results = TaskSettings(store=store, json=json), {}
+    asked.refuse_without_store(index=index)
+    questions = first(read_questions(data), documents)
     for kind in index or ["auto"] if store else []:
         found = find_passages(questions, open_retriever(store, kind), max(ks), progress=True)
         results[kind] = recall(found, ks, seed)
     results = results or {"the file's": recall(questions, ks, seed)}
     print(recall_table(results))
-    _write(json, {"task": "recall", "seed": seed, "recall": results, "versions": versions()}, store, data)
-
-
-@dataclass(kw_only=True)
-class LmEvalSettings:
-    """How lm_eval's tasks are read.
-
-    Arguments:
-        store: Folder of the datastore to read from, or the address of a retrieval server. Default: none, which is
-            RETRO[OFF] or a plain language model.
-        index: The index to search.
-        num_neighbors: Neighbors of a chunk, or passages in the prompt. Default: the model's, or 3 passages.
-        reading: Whether passages are neighbors, or stand in the prompt of any causal language model.
-        retrieval: Whether to retrieve, or to read random chunks. Default: on with a store.
-        align: How a context is placed in chunks.
-        max_length: Tokens of an input. Default: the model's positions.
-        batch_size: Texts that are read together.
-        seed: Seed of random neighbors and of few-shot examples.
-    """
-
-    store: str | None = None
-    index: OwnIndex = None
-    num_neighbors: int | None = None
-    reading: Literal["neighbors", "prompt"] = "neighbors"
-    retrieval: Literal["on", "off", "random"] | None = None
-    align: Align = "start"
-    max_length: Annotated[int | None, Parameter(name="--max-len")] = None
-    batch_size: int = 8
-    seed: int = 0
+    asked.write_as("task", {"task": "recall", "seed": seed, "recall": results, "versions": versions()}, data)
 
 
 def lm_eval(
@@ -218,11 +172,13 @@ def lm_eval(
     *,
     tasks: list[str],
     include: str | None = None,
+    k: int | None = None,
+    reading: Literal["neighbors", "prompt"] = "neighbors",
+    retrieval: Literal["on", "off", "random"] | None = None,
     fewshot: int | None = None,
     limit: int | None = None,
     cache: str | None = None,
-    json: JsonFile = None,
-    **settings: Unpack[options(LmEvalSettings)],
+    **settings: Unpack[LmEvalOptions],
 ) -> None:
     """Run tasks of lm_eval on a model with a datastore; it needs pip install "retro-lm[eval]".
 
@@ -232,6 +188,9 @@ def lm_eval(
     Arguments:
         tasks: Names of lm_eval's tasks, or of your own.
         include: Folder with the YAML files of your own tasks.
+        k: Neighbors of a chunk, or passages in the prompt. Default: the model's, or 3 passages.
+        reading: Whether passages are neighbors, or stand in the prompt of any causal language model.
+        retrieval: Whether to retrieve, or to read random chunks. Default: on with a store.
         fewshot: Examples in the prompt. Default: the task's.
         limit: Read so many documents of each task. Default: all.
         cache: Folder where responses are kept, a file for each model and store. Default: none.
@@ -240,12 +199,14 @@ def lm_eval(
         from retro.evaluation.harness import RetroLM, results_table, run_tasks
     except ModuleNotFoundError as error:
         raise ValueError(f'{error.name} is not installed; pip install "retro-lm[eval]".') from None
-    chosen = LmEvalSettings(**settings)
-    _refuse_without_store(chosen.store, index=chosen.index, k=chosen.num_neighbors)
-    given = {name: value for name, value in vars(chosen).items() if value is not None}
-    results = run_tasks(RetroLM(model, **given), tasks, include, cache, fewshot, limit, chosen.seed)
+    asked = TaskSettings(**settings)
+    asked.refuse_without_store(index=asked.index, k=k)
+    given = dict(align=asked.align, batch_size=asked.batch_size, seed=asked.seed, max_length=asked.max_len)
+    read = dict(num_neighbors=k, reading=reading, retrieval=retrieval, **given)
+    lm = RetroLM(model, asked.store, asked.index or "auto", **read)
+    results = run_tasks(lm, tasks, include, cache, fewshot, limit, asked.seed)
     print(results_table(results))
-    _write(json, results, chosen.store, None, "lm_eval")
+    asked.write_as("lm_eval", results, None)
 
 
 def finetune(config: str, /, *settings: str) -> int:
@@ -261,13 +222,3 @@ def finetune(config: str, /, *settings: str) -> int:
     from retro.training.finetune import main
 
     return run_recipe(main, config, settings)
-
-
-def _refuse_without_store(store: str | None, **given: Any) -> None:
-    for name, value in given.items():
-        if not store and value is not None:
-            raise ValueError(f"--{name} means nothing without --store; name a datastore.")
-
-
-def _write(json: str | None, result: dict[str, Any], store: str | None, data: Any, kind: str = "task") -> None:
-    Outputs(json).write({"kind": kind} | result | {"store": store, "data": data})

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from retro.retrieval import Retriever
     from retro.text.documents import Document
 
+Align = Literal["start", "end"]
 KS = (0, 1, 2, 4, 7, 10, 20, 40)
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 Method = Literal[
@@ -40,7 +41,7 @@ class ScoringSettings:
         window_len: Tokens of a window. Default: the model's positions, at most 2048.
         stride: Tokens between the starts of two windows. Default: half a window.
         seed: Seed of everything that is drawn.
-        cache: Folder where neighbors are kept; false keeps none. Default: neighbors/ in the store.
+        cache: Folder where neighbors are kept (from Python, False keeps none). Default: neighbors/ in the store.
         progress: Whether to show a bar.
     """
 
@@ -69,6 +70,30 @@ class ScoringSettings:
 
 
 DEFAULT = ScoringSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderSettings:
+    """How a task is read.
+
+    Arguments:
+        num_neighbors: Neighbors of a chunk, k in the paper. Default: the model's.
+        align: Where a context stands in the chunks: it starts at the start of one, or ends at the end of one, filled up
+            in front.
+        max_len: Tokens of an input, of which the start is cut off. Default: the model's positions, at most 2048.
+        batch_size: Texts that are read together, at most.
+        decontaminate: Whether to leave out neighbors that share 13 words in a row with the right text.
+        cache: Folder where neighbors are kept (from Python, False keeps none). Default: neighbors/ in the store.
+        seed: Seed of everything that is drawn.
+    """
+
+    num_neighbors: int | None = None
+    align: Align = "start"
+    max_len: int | None = None
+    batch_size: int = 8
+    decontaminate: bool = False
+    cache: str | Path | bool = True
+    seed: int = 0
 
 
 @dataclass(frozen=True)

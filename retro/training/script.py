@@ -15,6 +15,7 @@ def run_script(main: Callable[[str, Sequence[str]], bool]) -> int:
     """Run a recipe as a script: its arguments are CONFIG key=value ...; a user's error is one line and exit code 2."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"usage: {Path(sys.argv[0]).name} CONFIG [key=value ...]", file=sys.stderr)
+        print("retro train, retrofit and task finetune list the settings with --help", file=sys.stderr)
         return 0 if len(sys.argv) > 1 else 2
     try:
         if not main(sys.argv[1], sys.argv[2:]):

@@ -16,14 +16,16 @@ from retro.cli import app, main
 from retro.cli.configs import about
 from retro.cli.measuring import ReadingSettings
 from retro.cli.reference import reference
-from retro.cli.sampling import DecodingSettings
-from retro.cli.tasks import LmEvalSettings, TaskSettings
+from retro.cli.shared import ResultFiles
+from retro.cli.tasks import TaskSettings
 from retro.common.settings import field_docs, packaged_configs
-from retro.evaluation.settings import BaselineSettings, ScoringSettings
+from retro.evaluation.settings import BaselineSettings, ReaderSettings, ScoringSettings
 from retro.planning import PlanSettings
 from retro.retrieval.building.settings import BuildSettings, ExecutorSettings
+from retro.retrieval.building.updates import FIXED
 from retro.retrieval.filters.hits import QueryFilters
 from retro.retrieval.remote.limits import RetrievalLimits
+from retro.sampling.settings import DecodingSettings
 from retro.serve.limits import Limits
 from retro.training.settings import FinetuneSettings, RetrofitSettings, TrainSettings
 
@@ -52,11 +54,12 @@ TAKEN = {
     ExecutorSettings: (["neighbors"], set()),
     QueryFilters: (["search", "generate", "serve-store"], {"against"}),
     DecodingSettings: (["generate"], set()),
-    ReadingSettings: (["evaluate", "leakage", "sweep tokens"], set()),
-    ScoringSettings: (["evaluate", "leakage", *(f"sweep {verb}" for verb in GROUPS["sweep"])], {"progress"}),
+    ReadingSettings: (["leakage", "sweep tokens"], {"progress"}),
+    ScoringSettings: (["evaluate", *(f"sweep {verb}" for verb in GROUPS["sweep"])], {"progress"}),
+    ResultFiles: (["leakage", *(f"sweep {verb}" for verb in GROUPS["sweep"])], set()),
     BaselineSettings: (["baselines"], set()),
-    TaskSettings: (["task lambada", "task summaries"], set()),
-    LmEvalSettings: (["task lm-eval"], set()),
+    TaskSettings: (["task lambada"], {"csv", "plot"}),
+    ReaderSettings: (["task lambada"], set()),
     Limits: (["serve"], set()),
     RetrievalLimits: (["serve-store"], set()),
 }
@@ -114,14 +117,20 @@ def test_every_setting_is_an_option_of_its_verbs_once(settings, capsys, monkeypa
         text = help_of(verb, capsys, monkeypatch)
         for field in fields(settings):
             option = OPTION.get(field.name, f"--{field.name.replace('_', '-')}")
-            if (verb, field.name) == ("task lm-eval", "max_length"):
-                option = "--max-len"
             if verb == "build" and field.name in ("store", "inputs") or (verb, field.name) == ("plan", "inputs"):
                 option = field.name.upper()
             times = len(re.findall(rf"^[ *]*{option}(?![-\w])", text, re.MULTILINE))
             assert times == (field.name not in of_python), f"{verb} {option}: {times} times"
             if times and field.name in docs:
                 assert docs[field.name].replace("`", "") in text, f"{verb} {option}"
+
+
+def test_an_addition_takes_what_its_store_has_not_settled_and_names_no_defaults(capsys, monkeypatch):
+    text = help_of("add", capsys, monkeypatch)
+    for field in fields(BuildSettings):
+        there = re.search(rf"^[ *]*--{field.name.replace('_', '-')}(?![-\w])", text, re.MULTILINE)
+        assert bool(there) == (field.name not in FIXED), field.name
+    assert "Default:" not in text and "[default" not in text
 
 
 @pytest.mark.parametrize("verb", RECIPES)

@@ -17,8 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from retro.common.modes import evaluating
 from retro.evaluation.bits import RETRIEVAL, neighbors_of
 from retro.evaluation.neighbors import neighbor_rows, random_neighbors
 from retro.evaluation.scorer import reads_neighbors, score_tokens
+from retro.evaluation.settings import Align, ReaderSettings
 from retro.evaluation.tasks.examples import Example, ScoredContinuation, aligned, encode, passage_texts
 from retro.loading import load
 from retro.model.padding import pad_left
@@ -38,27 +38,20 @@ from retro.text.chunks import decode_chunks, pad_token_id
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
 
-ALIGN = ("start", "end")
+ALIGN = get_args(Align)
 CHUNK_LEN = 64  # of models that have none
 Passages = tuple[Int64[np.ndarray, "_ _"], Bool[np.ndarray, "_ _"]]  # [k, r]; "_": lists of them may differ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A causal LM with a tokenizer, and where the neighbors of its chunks come from.
+class Reader(ReaderSettings):
+    """A causal LM with a tokenizer, and where the neighbors of its chunks come from; what is longer than max_len is cut
+    at its start, by whole chunks where there is retrieval. For the rest see `ReaderSettings`.
 
     Args:
         model: Any Hugging Face causal LM; with neighbors, one of this library's.
         retriever: Needed unless `retrieval` is "off".
         retrieval: "off", "on", or "random": as many neighbors, each a random chunk of the store, as a control.
-        num_neighbors: k; default the model's.
-        align: See above.
-        max_len: Tokens of an input; default the model's positions, at most 2048. What is longer is cut at its start, by
-            whole chunks where there is retrieval.
-        batch_size: At most so many texts together.
-        decontaminate: Whether neighbors that share 13 words in a row with `Example.text` are left out.
-        cache: Where the neighbors are kept; see `neighbor_rows`.
-        seed: Of random neighbors.
 
     Raises ValueError for what does not go together.
     """
@@ -67,13 +60,6 @@ class Reader:
     tokenizer: Any
     retriever: Retriever | None = None
     retrieval: str = "off"
-    num_neighbors: int | None = None
-    align: str = "start"
-    max_len: int | None = None
-    batch_size: int = 8
-    decontaminate: bool = False
-    cache: str | Path | bool = True
-    seed: int = 0
     progress: bool = False
 
     def __post_init__(self):

@@ -105,7 +105,7 @@ def remove_documents(path: str | Path, ids: Collection[str], index: bool = True)
 FIXED = {
     *("store", "inputs", "tokenizer", "key_dtype", "chunk_len", "min_chunk_len", "shard_chunks", "index", "embedder"),
     *("pooling", "query_prefix", "passage_prefix", "max_length", "normalize", "similarity", "query_encoder"),
-    *("attention", "pool_prefix"),
+    *("attention", "pool_prefix", "recall"),
 }  # the fields of BuildSettings that a store has settled
 
 

@@ -1,19 +1,60 @@
-"""The verb of the retrieval server: serve-store."""
+"""The verbs of serving: serve, serve-store."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any, Unpack
 
 from cyclopts import Group, Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import ApiKeyFile, Host, IndexKind, StoreFolder
+from retro.cli.shared import ApiKeyFile, Host, IndexKind, ModelFolder, OwnIndex, Port, StoreFolder
 from retro.retrieval.filters.hits import QueryFilters
 from retro.retrieval.remote.limits import RetrievalLimits
+from retro.serve.limits import Limits
 
 ServeStoreOptions = options(RetrievalLimits, QueryFilters, without=["against"])
 SHARDS = Parameter(group=Group("Shards", "A search that is spread over the nodes of a Ray cluster."))
+
+
+def serve(
+    model: ModelFolder,
+    /,
+    *,
+    store: list[str],
+    name: str | None = None,
+    index: OwnIndex = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: ApiKeyFile = None,
+    **limits: Unpack[options(Limits)],
+) -> None:
+    """Serve a model over HTTP: OpenAI's routes with sources, and a page for people.
+
+    The routes are /v1/completions, /v1/chat/completions, /v1/models, /v1/stores and /health, and the page is at /. The
+    field "retro" of an answer says what it read; that of a request takes "retrieval", "store" and "num_neighbors".
+
+    Arguments:
+        store: Folder of a datastore to read from, or NAME=FOLDER, where the name is else the folder's; once more for
+            each further store to choose from, the first is the default.
+        name: What the model is called. Default: its folder's name.
+    """
+    taken_on = Limits(**limits)
+    try:
+        from retro.serve.server import load_with_stores, serve_app
+        from retro.web.listening import read_api_key, run, url_of
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
+    from retro.serve.engine import GenerationEngine
+
+    api_key = read_api_key(api_key_file)
+    opened, tokenizer, stores = load_with_stores(model, store, index or "auto")
+    engine = GenerationEngine(opened, tokenizer, stores, taken_on)
+    name = name or Path(model).resolve().name
+    served, bound = serve_app(engine, name, host, port, api_key)
+    print(f"{name} with {', '.join(stores)}: {url_of(bound)}", flush=True)
+    run(served, bound, taken_on.grace_seconds)
 
 
 def serve_store(
@@ -24,7 +65,7 @@ def serve_store(
     k: int = 2,
     retrieved_len: int = 128,
     host: Host = "127.0.0.1",
-    port: int = 8001,
+    port: Port = 8001,
     api_key_file: ApiKeyFile = None,
     shards: Annotated[int | None, SHARDS] = None,
     ray_address: Annotated[str | None, SHARDS] = None,
@@ -39,7 +80,6 @@ def serve_store(
     Arguments:
         k: Neighbors of a query, where a client does not say.
         retrieved_len: Tokens of a neighbor and what follows it, where a client does not say.
-        port: Port to listen on; 0 takes a free one.
         shards: Actors over which the search is spread. Default: it stays in this process.
         ray_address: Address of the Ray cluster. Default: the environment's RAY_ADDRESS, else a local one.
         partial: Answer without shards that are missing, and say how many answered; without this it is an error.
