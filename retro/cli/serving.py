@@ -36,9 +36,9 @@ def serve(
     field "retro" of an answer says what it read; that of a request takes "retrieval", "store" and "num_neighbors".
 
     Arguments:
-        store: Folder of a datastore to read from, or NAME=FOLDER, where the name is else the folder's; once more for
-            each further store to choose from, the first is the default.
-        name: What the model is called. Default: its folder's name.
+        store: Folders of datastores to read from, or addresses of retrieval servers; a request may choose, the first is
+            the default. NAME=FOLDER gives a store a name other than its folder's.
+        name: Name by which requests call the model. Default: its folder's.
     """
     taken_on = Limits(**limits)
     try:
