@@ -342,7 +342,10 @@ def test_the_commands_for_questions(made, tmp_path, capsys):
 
 REFUSED = {
     "k of nothing": (["lambada", "{model}", "--data", "{documents}", "--k", "2"], "--k means nothing without --store"),
-    "no passages to search": (["qa", "{model}", "--data", "{fid}", "--search"], "--search is given without --store"),
+    "no passages to search": (
+        ["qa", "{model}", "--data", "{fid}", "--search"],
+        "--search means nothing without --store",
+    ),
     "no passages to count": (["recall", "--data", "{questions}"], "has no passages"),
     "an index of nothing": (["recall", "--data", "{fid}", "--index", "bm25"], "--index means nothing without --store"),
     "a column it has not": (["qa", "{lm}", "--data", "{fid}", "--columns", "retro_on"], "does not go with this model"),
