@@ -13,6 +13,8 @@ try:
 except ImportError:  # without wrapt, register at import, which is slower
     when_imported = lambda name: lambda hook: hook(import_module(name))  # noqa: E731
 
+from retro.common.lazy import on_demand
+
 _HOME = {
     "load": "retro.loading",
     "RetroConfig": "retro.model.config",
@@ -40,12 +42,7 @@ _HOME = {
     "bits_per_byte": "retro.evaluation",
 }
 __all__ = ["__version__", *_HOME]
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'retro' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = on_demand(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -51,13 +51,13 @@ MAY_IMPORT = {
         "retro.retrieval.search",
         "retro.retrieval.retriever",
     ),
-    "retro.retrieval": ("retro.text", "retro.retrieval"),
+    "retro.retrieval": ("retro.common", "retro.text", "retro.retrieval"),
     "retro.model": ("retro.common", "retro.modules", "retro.retrieval.neighbors"),
     "retro.retrofit": ("retro.common", "retro.modules", "retro.model"),
     "retro.provenance": ("retro.version", "retro.common", "retro.retrieval"),
     "retro.loading": ("retro.provenance", "retro.retrieval", "retro.retrofit"),
     "retro.evaluation.scorer": ("retro.common",),
-    "retro.sampling": ("retro.text", "retro.retrieval", "retro.model", "retro.evaluation.scorer"),
+    "retro.sampling": ("retro.common", "retro.text", "retro.retrieval", "retro.model", "retro.evaluation.scorer"),
     "retro.evaluation": (
         "retro.version",
         "retro.common",
@@ -131,7 +131,7 @@ ROOMS = list(MAY_IMPORT)
 HEAVY = {"torch", "transformers", "scann", "faiss", "datasets", "pyarrow", "accelerate"}
 # Where names are given as text: the tables of names that load on demand, which `imports` reads, and tasks, of which
 # each is made beside its function.
-BY_NAME = {"retro/retrieval/executors/tasks.py"}
+BY_NAME = {"retro/common/lazy.py", "retro/retrieval/executors/tasks.py"}
 MOST_LINES = 450
 
 

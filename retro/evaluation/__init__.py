@@ -1,6 +1,6 @@
 """Measuring what retrieval gives. Names load on demand."""
 
-from importlib import import_module
+from retro.common.lazy import on_demand
 
 _HOME = {
     "BaselineSettings": "retro.evaluation.settings",
@@ -25,13 +25,4 @@ _HOME = {
     "sweep_tokens": "retro.evaluation.sweeps",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__ = on_demand(__name__, _HOME)

@@ -1,6 +1,6 @@
 """RETRO as a Hugging Face model: configuration, decoder with neighbors, cache, generation. Names load on demand."""
 
-from importlib import import_module
+from retro.common.lazy import on_demand
 
 _HOME = {
     "RetroCache": "retro.model.cache",
@@ -11,9 +11,4 @@ _HOME = {
     "RetrievalError": "retro.model.generation",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = on_demand(__name__, _HOME)

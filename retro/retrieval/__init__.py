@@ -1,9 +1,6 @@
 """Text to neighbors: chunks, embedder, store, index, neighbor tables, retriever. Names load on demand."""
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import Any
+from retro.common.lazy import on_demand
 
 _HOME = {
     "BuildSettings": "retro.retrieval.building.settings",
@@ -33,12 +30,7 @@ _HOME = {
 }
 
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = on_demand(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,9 @@
 """
 
 import sys
-from importlib import import_module
 from types import ModuleType
+
+from retro.common.lazy import on_demand
 
 _HOME = {
     "RetrofitConfig": "retro.retrofit.config",
@@ -22,10 +23,7 @@ class _CallablePackage(ModuleType):
         return self.retrofit(base, **options)
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'retro.retrofit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = on_demand(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

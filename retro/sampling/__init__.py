@@ -1,6 +1,6 @@
 """Sampled text with its sources: as objects, as JSON, for the terminal and as a page. Names load on demand."""
 
-from importlib import import_module
+from retro.common.lazy import on_demand
 
 _HOME = {
     "Attribution": "retro.sampling.sources",
@@ -23,13 +23,4 @@ _HOME = {
     "wants_color": "retro.sampling.terminal",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__ = on_demand(__name__, _HOME)

@@ -1,8 +1,7 @@
 """One page of everything that was measured: `retro report`. Names load on demand."""
 
-from importlib import import_module
-
 from retro.common.extras import check_installed
+from retro.common.lazy import on_demand
 
 _HOME = {
     "ReportInputs": "retro.evaluation.report.files",
@@ -11,10 +10,5 @@ _HOME = {
     "caveats_of": "retro.evaluation.report.caveats",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    check_installed("pydantic", "a report")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = on_demand(__name__, _HOME)
+check_installed("pydantic", "a report")

@@ -1,6 +1,6 @@
 """Tasks with one right answer: last words, summaries, questions. Names load on demand."""
 
-from importlib import import_module
+from retro.common.lazy import on_demand
 
 _HOME = {
     "lambada_table": "retro.evaluation.tasks.lambada",
@@ -24,9 +24,4 @@ _HOME = {
     "summaries_table": "retro.evaluation.tasks.summaries",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = on_demand(__name__, _HOME)
