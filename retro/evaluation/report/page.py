@@ -58,8 +58,8 @@ class Basis:
         return f"{names}: {', '.join(said)}" if names else ", ".join(said)
 
 
-def report_page(runs: ReportInputs, made_at: str | None = None) -> str:
-    """One HTML page of everything that was read. made_at: default now."""
+def report_page(runs: ReportInputs) -> str:
+    """One HTML page of everything that was read."""
     results = [result for result in runs.results if result.kind != "generate"]
     samples = [result for result in runs.results if result.kind == "generate"]
     numbers = {result.name: f"r{place}" for place, result in enumerate(runs.results, start=1)}
@@ -69,7 +69,7 @@ def report_page(runs: ReportInputs, made_at: str | None = None) -> str:
         .get_template("report.html")
         .render(
             version=__version__,
-            made_at=made_at or datetime.now().astimezone().isoformat(" ", "minutes"),
+            made_at=datetime.now().astimezone().isoformat(" ", "minutes"),
             runs=runs,
             numbers=numbers,
             overview=overview(runs.results),

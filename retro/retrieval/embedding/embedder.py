@@ -332,9 +332,7 @@ def portable(description: Mapping[str, Any], store: Path) -> dict[str, Any]:
     return found
 
 
-def embedder_from(
-    description: Mapping[str, Any], store: Path, device: str | None = None, batch_size: int | None = None
-) -> TransformerEmbedder:
+def embedder_from(description: Mapping[str, Any], store: Path, batch_size: int | None = None) -> TransformerEmbedder:
     """The embedder that a store's manifest describes.
 
     Raises ValueError if it was one of the caller's own, which no description can bring back.
@@ -350,7 +348,7 @@ def embedder_from(
         if (store / found[field]).is_dir():
             found[field] = str(store / found[field])
     choices = {name: found[name] for name in _FIRST_CHOICES + _LATER_CHOICES}
-    return load_embedder(found["name"], **choices, device=device, batch_size=batch_size)
+    return load_embedder(found["name"], **choices, batch_size=batch_size)
 
 
 def keys_are_queries(description: Mapping[str, Any]) -> bool:

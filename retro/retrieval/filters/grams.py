@@ -37,9 +37,9 @@ def ngrams(words: UInt64[np.ndarray, " words"], n: int = NGRAM) -> UInt64[np.nda
     return np.unique((prefix[n:] - prefix[:-n]) * _powers(_INVERSE, count))
 
 
-def text_ngrams(text: str, n: int = NGRAM) -> UInt64[np.ndarray, " grams"]:
-    """The set of hashed word n-grams of a text, sorted."""
-    return ngrams(word_hashes(text), n)
+def text_ngrams(text: str) -> UInt64[np.ndarray, " grams"]:
+    """The set of hashed word 13-grams of a text, sorted."""
+    return ngrams(word_hashes(text), NGRAM)
 
 
 def num_common(a: UInt64[np.ndarray, " a"], b: UInt64[np.ndarray, " b"]) -> int:

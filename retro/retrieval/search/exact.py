@@ -58,7 +58,6 @@ def exact_search(
     queries: Float32[np.ndarray, "q d"],
     k: int,
     query_documents: Int64[np.ndarray, " q"] | None = None,
-    on_block: Callable[[int], Any] = lambda rows: None,
     rows: tuple[int, int] | None = None,
 ) -> Hits:
     """The k nearest searchable rows of each query, in bounded memory; equal scores are ordered by row.
@@ -68,7 +67,6 @@ def exact_search(
 
     Arguments:
         query_documents: rows of this document row are left out for the query (-1: nothing is).
-        on_block: called with the number of query-key pairs done.
         rows: search start .. stop - 1 only; None is the whole store.
     """
     import torch
@@ -85,7 +83,6 @@ def exact_search(
             documents = None if query_documents is None else query_documents[part]
             new_rows, new_distances = found.nearest(queries[part], k, documents, distances[part, -1])
             best[part], distances[part] = merge(best[part], distances[part], new_rows, new_distances, k)
-            on_block(len(queries[part]) * (stop - start))
     return as_hits(best, distances)
 
 

@@ -11,25 +11,27 @@ if TYPE_CHECKING:
     from retro.retrieval.store.store import Store
 
 
+_ATTEMPTS = 16
+
+
 def random_rows(
     store: Store,
     rows: Int[np.ndarray, "*c"],
     documents: Int[np.ndarray, "*c"],
     num_neighbors: int,
     seed: int,
-    attempts: int = 16,
 ) -> Int[np.ndarray, "*c k"]:
     """k searchable rows of `store` per chunk, uniform, a pure function of (seed, row), never of the chunk's document.
 
     documents: the store's document row of each chunk, -1 if the chunk is not of this store. A draw that still hits the
-    chunk's document after `attempts` is -1 (a store of one document has no other).
+    chunk's document after 16 attempts is -1 (a store of one document has no other).
     """
     candidates = store.searchable_rows
     if not len(candidates):
         return np.full((*rows.shape, num_neighbors), -1)
     counters = rows[..., None] * num_neighbors + np.arange(num_neighbors)  # [..., k]
     drawn = np.full(counters.shape, -1, np.int64)
-    for attempt in range(attempts):
+    for attempt in range(_ATTEMPTS):
         rolled = candidates[hash64(counters, seed, attempt) % np.uint64(len(candidates))]
         drawn = np.where((drawn < 0) & (store.document_rows(rolled) != documents[..., None]), rolled, drawn)
     return drawn
