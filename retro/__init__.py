@@ -42,11 +42,7 @@ _HOME = {
     "bits_per_byte": "retro.evaluation",
 }
 __all__ = ["__version__", *_HOME]
-__getattr__ = on_demand(__name__, _HOME)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = on_demand(__name__, _HOME)
 
 
 @when_imported("transformers.models.auto.configuration_auto")

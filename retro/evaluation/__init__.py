@@ -25,4 +25,4 @@ _HOME = {
     "sweep_tokens": "retro.evaluation.sweeps",
 }
 __all__ = list(_HOME)
-__getattr__ = on_demand(__name__, _HOME)
+__getattr__, __dir__ = on_demand(__name__, _HOME)

@@ -11,4 +11,4 @@ _HOME = {
     "RetrievalError": "retro.model.generation",
 }
 __all__ = list(_HOME)
-__getattr__ = on_demand(__name__, _HOME)
+__getattr__, __dir__ = on_demand(__name__, _HOME)

@@ -30,8 +30,4 @@ _HOME = {
 }
 
 __all__ = list(_HOME)
-__getattr__ = on_demand(__name__, _HOME)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = on_demand(__name__, _HOME)

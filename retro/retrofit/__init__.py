@@ -23,11 +23,7 @@ class _CallablePackage(ModuleType):
         return self.retrofit(base, **options)
 
 
-__getattr__ = on_demand(__name__, _HOME)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = on_demand(__name__, _HOME)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

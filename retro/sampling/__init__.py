@@ -23,4 +23,4 @@ _HOME = {
     "wants_color": "retro.sampling.terminal",
 }
 __all__ = list(_HOME)
-__getattr__ = on_demand(__name__, _HOME)
+__getattr__, __dir__ = on_demand(__name__, _HOME)

@@ -10,5 +10,5 @@ _HOME = {
     "caveats_of": "retro.evaluation.report.caveats",
 }
 __all__ = list(_HOME)
-__getattr__ = on_demand(__name__, _HOME)
+__getattr__, __dir__ = on_demand(__name__, _HOME)
 check_installed("pydantic", "a report")

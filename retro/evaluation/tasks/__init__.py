@@ -24,4 +24,4 @@ _HOME = {
     "summaries_table": "retro.evaluation.tasks.summaries",
 }
 __all__ = list(_HOME)
-__getattr__ = on_demand(__name__, _HOME)
+__getattr__, __dir__ = on_demand(__name__, _HOME)
