@@ -12,7 +12,7 @@ from retro.cli.options import options, taken
 from retro.cli.shared import ApiKeyFile, Host, IndexKind, ModelFolder, OwnIndex, Port, StoreFolder
 from retro.retrieval.filters.hits import QueryFilters
 from retro.retrieval.remote.limits import RetrievalLimits
-from retro.serve.limits import Limits
+from retro.serve.limits import GenerationLimits
 
 ServeStoreOptions = options(RetrievalLimits, QueryFilters, without=["against"])
 SHARDS = Parameter(group=Group("Shards", "A search that is spread over the nodes of a Ray cluster."))
@@ -28,7 +28,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: ApiKeyFile = None,
-    **limits: Unpack[options(Limits)],
+    **limits: Unpack[options(GenerationLimits)],
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes with sources, and a page for people.
 
@@ -40,7 +40,7 @@ def serve(
             the default. NAME=FOLDER gives a store a name other than its folder's.
         name: Name by which requests call the model. Default: its folder's.
     """
-    taken_on = Limits(**limits)
+    taken_on = GenerationLimits(**limits)
     try:
         from retro.serve.server import load_with_stores, serve_app
         from retro.web.listening import read_api_key, run, url_of

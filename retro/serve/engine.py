@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from retro.model.padding import pad_left
-from retro.serve.limits import Limits
+from retro.serve.limits import GenerationLimits
 from retro.serve.rows import FoundByChunk, Row, RowCancelled, RunningRow, SampleRows, StreamRows
 from retro.text.chunks import pad_token_id
 from retro.web.worker import Worker
@@ -35,9 +35,11 @@ class GenerationEngine(Worker):
     Rows that come later wait for the next batch; the longest waiting one is always in it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, stores: dict[str, Retriever], limits: Limits | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, stores: dict[str, Retriever], limits: GenerationLimits | None = None
+    ) -> None:
         super().__init__("retro-serve-model")
-        self.model, self.tokenizer, self.stores, self.limits = model, tokenizer, stores, limits or Limits()
+        self.model, self.tokenizer, self.stores, self.limits = model, tokenizer, stores, limits or GenerationLimits()
         self.end_ids = _end_ids(model, tokenizer)
         for part in {model, getattr(model, "base", model)}:  # a row says how it is drawn, nothing else does
             part.generation_config = GenerationConfig(eos_token_id=sorted(self.end_ids) or None)

@@ -6,7 +6,7 @@ from retro.web.limits import check_above_zero
 
 
 @dataclass(frozen=True)
-class Limits:
+class GenerationLimits:
     """What one request, one batch and the queue may hold.
 
     Arguments:

@@ -26,7 +26,7 @@ from retro.retrieval.building.updates import FIXED
 from retro.retrieval.filters.hits import QueryFilters
 from retro.retrieval.remote.limits import RetrievalLimits
 from retro.sampling.settings import DecodingSettings
-from retro.serve.limits import Limits
+from retro.serve.limits import GenerationLimits
 from retro.training.settings import FinetuneSettings, RetrofitSettings, TrainSettings
 
 GROUPS = {"sweep": ("neighbors", "datastore", "models", "tokens"), "task": ("lambada", "summaries", "qa", "recall")}
@@ -60,7 +60,7 @@ TAKEN = {
     BaselineSettings: (["baselines"], set()),
     TaskSettings: (["task lambada"], {"csv", "plot"}),
     ReaderSettings: (["task lambada"], set()),
-    Limits: (["serve"], set()),
+    GenerationLimits: (["serve"], set()),
     RetrievalLimits: (["serve-store"], set()),
 }
 OPTION = {"num_neighbors": "--k", "window_len": "--window"}

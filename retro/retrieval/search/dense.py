@@ -49,19 +49,19 @@ class Effort:
 class Segment:
     """The rows of some shards, searched through codes; documents that were removed are dropped from the answers."""
 
-    def __init__(self, store: Store, run: ShardRange) -> None:
-        self.store, self.run = store, run
-        self.folder: Path = run.folder
-        self.record: dict[str, Any] = run.record
-        self.layout = IndexLayout(**run.record["layout"])
-        self.first_row, _ = row_range(store, run)
-        self._rows = np.asarray(open_npy(run.folder / "rows.npy"))
+    def __init__(self, store: Store, shards: ShardRange) -> None:
+        self.store, self.shards = store, shards
+        self.folder: Path = shards.folder
+        self.record: dict[str, Any] = shards.record
+        self.layout = IndexLayout(**shards.record["layout"])
+        self.first_row, _ = row_range(store, shards)
+        self._rows = np.asarray(open_npy(shards.folder / "rows.npy"))
         self._has_removed = len(store.removed_documents) > 0
         self.num_rows = len(self._rows)
         self.num_live = self.num_rows
         if self._has_removed:
             self.num_live = sum(len(self.live_rows(*part)) for part in blocks(0, self.num_rows, 1 << 20))
-        self._engine = open_engine(self.layout, run.folder)
+        self._engine = open_engine(self.layout, shards.folder)
 
     @property
     def effort(self) -> Effort:
@@ -126,36 +126,36 @@ def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarra
     return merge(*no_hits(len(rows), k), rows, distances, k)
 
 
-def open_segment(store: Store, run: ShardRange) -> Segment:
+def open_segment(store: Store, shards: ShardRange) -> Segment:
     """Open one segment; ValueError names a file that is missing or damaged, on which ScaNN would abort the process."""
-    check_files(run.folder, run.record["files"], checksums=True)
-    return Segment(store, run)
+    check_files(shards.folder, shards.record["files"], checksums=True)
+    return Segment(store, shards)
 
 
-def write_dense(store: Store, run: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
-    """Write the segment of a run, tuned to a recall, and return the run with its folder and record.
+def write_dense(store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
+    """Write the segment of some shards, tuned to a recall, and return these with its folder and record.
 
     The peak of memory is `IndexLayout.peak_bytes`.
     """
 
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
         layout = choose_layout(kind, settings, len(rows), store.key_dim)
-        start, _ = row_range(store, run)
+        start, _ = row_range(store, shards)
         save_npy(folder / "rows.npy", rows)
         write_engine(
             layout, store, start + rows.astype(np.int64), folder, settings["training_sample"], settings["seed"]
         )
         record = {"layout": asdict(layout), "settings": settings}
-        segment = Segment(store, ShardRange(run.first, run.stop, folder, record))
+        segment = Segment(store, ShardRange(shards.first, shards.stop, folder, record))
         return {"layout": asdict(layout), "recall": tune(segment, target)}
 
-    return write_segment(store, run, {"format_version": 2, "kind": kind, "settings": settings}, write)
+    return write_segment(store, shards, {"format_version": 2, "kind": kind, "settings": settings}, write)
 
 
 def retune(segment: Segment, target: float) -> None:
     """Tune a segment to another recall and write that into its index.json."""
     segment.record["recall"] = tune(segment, target)
-    segment.store.check_on_disk(range(segment.run.first, segment.run.stop))
+    segment.store.check_on_disk(range(segment.shards.first, segment.shards.stop))
     save_json(segment.folder / "index.json", segment.record)
 
 
@@ -246,7 +246,8 @@ class _QuerySample:
         self.segment, self.k = segment, max(min(TUNED_NEIGHBORS, len(rows) - 1), 1)
         self.record = {"k": self.k, "queries": size if len(rows) > 1 else 0, "seed": seed}
         self.queries = segment.store.keys(self.own)
-        search = lambda queries, k: exact_search(segment.store, queries, k, rows=row_range(segment.store, segment.run))  # noqa: E731
+        searched = row_range(segment.store, segment.shards)
+        search = lambda queries, k: exact_search(segment.store, queries, k, rows=searched)  # noqa: E731
         self._exact = _scores_without_self(search, self.queries, self.own, self.k)
         self._known: dict[Effort, tuple[float, float]] = {}
 

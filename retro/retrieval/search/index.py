@@ -77,7 +77,7 @@ class ApproximateIndex:
     def __init__(self, store: Store, kind: str, segments: list[Segment]) -> None:
         self.store, self.kind, self.segments = store, kind, segments
         self.num_rows = store.num_searchable
-        gaps = [row_range(store, run) for run in uncovered(store, [segment.run for segment in segments])]
+        gaps = [row_range(store, shards) for shards in uncovered(store, [segment.shards for segment in segments])]
         self.exact_ranges = [part for part in gaps if len(store.searchable_in(*part))]
         served = sum(segment.num_live for segment in segments)
         found = sum(segment.num_live * segment.record["recall"]["recall"] for segment in segments)
@@ -138,13 +138,13 @@ def build_index(store: Store, kind: str = "auto", recall: float | None = None, *
     there = _undamaged(store, kind, chosen)
     target = recall or _target(store, kind, chosen)
     segments = []
-    for run in plan_segments(store, there, chosen["max_segment_rows"]):
-        if run.folder is None and not len(store.searchable_in(*row_range(store, run))):
+    for shards in plan_segments(store, there, chosen["max_segment_rows"]):
+        if shards.folder is None and not len(store.searchable_in(*row_range(store, shards))):
             continue
-        segment = Segment(store, run if run.folder else _write(store, run, kind, chosen, target))
+        segment = Segment(store, shards if shards.folder else _write(store, shards, kind, chosen, target))
         if recall and segment.record["recall"]["target"] != recall:
             retune(segment, recall)
-            _say_recall(segment.run)
+            _say_recall(segment.shards)
         segments.append(segment)
     return ApproximateIndex(store, _named(kind, chosen), segments)
 
@@ -156,10 +156,10 @@ def open_index(store: Store, kind: str = "auto") -> Index:
     it does not serve are searched exactly.
     Raises ValueError if none of that kind is there for this state of the store, or a file of it is missing or damaged.
     """
-    if not (runs := served_by(store, kind)):
+    if not (shard_ranges := served_by(store, kind)):
         return ExactIndex(store)
-    record = runs[0].record
-    segments = [open_segment(store, run) for run in runs]
+    record = shard_ranges[0].record
+    segments = [open_segment(store, shards) for shards in shard_ranges]
     return ApproximateIndex(store, _named(record["kind"], record["settings"]), segments)
 
 
@@ -171,7 +171,7 @@ def served_by(store: Store, kind: str = "auto") -> list[ShardRange]:
     for name in ENGINES:
         is_wanted = engine == name or (engine == "auto" and _importable(name))
         if is_wanted and (families := _families(store, name, codes)):
-            return max(families, key=lambda runs: (_rows(store, runs), _recall(runs)))
+            return max(families, key=lambda shard_ranges: (_rows(store, shard_ranges), _recall(shard_ranges)))
     if kind == "auto":
         return []
     raise ValueError(
@@ -184,8 +184,8 @@ def measured_recall(store: Store) -> dict[str, dict[str, Any]]:
     found = {}
     for kind in ENGINES:
         if families := _families(store, kind):
-            best = max(families, key=lambda runs: (_rows(store, runs), _recall(runs)))
-            largest = max(best, key=lambda run: run.record["rows"])
+            best = max(families, key=lambda shard_ranges: (_rows(store, shard_ranges), _recall(shard_ranges)))
+            largest = max(best, key=lambda shards: shards.record["rows"])
             found[kind] = largest.record["recall"] | {"recall": _recall(best)}
     return found
 
@@ -255,18 +255,19 @@ def _check_recall(recall: float | None) -> None:
         raise ValueError(f"recall must be above 0 and at most 1, not {recall}")
 
 
-def _write(store: Store, run: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
-    written = write_dense(store, run, kind, settings, target)
+def _write(store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
+    written = write_dense(store, shards, kind, settings, target)
     _say_recall(written)
     return written
 
 
-def _say_recall(run: ShardRange) -> None:
-    found, layout = run.record["recall"], run.record["layout"]
+def _say_recall(shards: ShardRange) -> None:
+    found, layout = shards.record["recall"], shards.record["layout"]
     log.log(
         logging.INFO if found["reached"] else logging.WARNING,
-        "%s: %d rows as %s, recall@%d %.4f with %d of %d lists and %d candidates%s", run.folder, run.record["rows"],
-        layout["codes"], found["k"], found["recall"], found["lists_searched"], layout["lists"], found["candidates"],
+        "%s: %d rows as %s, recall@%d %.4f with %d of %d lists and %d candidates%s",
+        shards.folder, shards.record["rows"], layout["codes"], found["k"], found["recall"], found["lists_searched"],
+        layout["lists"], found["candidates"],
         "" if found["reached"] else f"; the recall of {found['target']:g} that was asked for is not reached",
     )  # fmt: skip
 
@@ -279,29 +280,29 @@ def _target(store: Store, kind: str, settings: dict[str, Any]) -> float:
 
 def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[ShardRange]:
     """The segments of these settings that serve the store; damaged ones are deleted."""
-    found = [run for run in find_segments(store, kind) if run.record["settings"] == settings]
-    for run in found:
+    found = [shards for shards in find_segments(store, kind) if shards.record["settings"] == settings]
+    for shards in found:
         try:
-            check_files(run.folder, run.record["files"], checksums=True)
+            check_files(shards.folder, shards.record["files"], checksums=True)
         except ValueError as error:
             log.warning("building the index again: %s", error)
-            shutil.rmtree(run.folder, ignore_errors=True)
-    return cover(store, [run for run in found if run.folder.is_dir()])
+            shutil.rmtree(shards.folder, ignore_errors=True)
+    return cover(store, [shards for shards in found if shards.folder.is_dir()])
 
 
 def _families(store: Store, kind: str, codes: str | None = None) -> list[list[ShardRange]]:
     """Of each group of segments of the same settings, those that serve the store."""
     groups: dict[str, list[ShardRange]] = {}
-    for run in find_segments(store, kind):
-        if codes in (None, run.record["settings"]["codes"]):
-            groups.setdefault(stable_hash(run.record["settings"]), []).append(run)
+    for shards in find_segments(store, kind):
+        if codes in (None, shards.record["settings"]["codes"]):
+            groups.setdefault(stable_hash(shards.record["settings"]), []).append(shards)
     return [cover(store, group) for group in groups.values()]
 
 
-def _rows(store: Store, runs: list[ShardRange]) -> int:
-    return sum(run.record["rows"] for run in runs)
+def _rows(store: Store, shard_ranges: list[ShardRange]) -> int:
+    return sum(shards.record["rows"] for shards in shard_ranges)
 
 
-def _recall(runs: list[ShardRange]) -> float:
-    rows = [run.record["rows"] for run in runs]
-    return float(np.average([run.record["recall"]["recall"] for run in runs], weights=rows))
+def _recall(shard_ranges: list[ShardRange]) -> float:
+    rows = [shards.record["rows"] for shards in shard_ranges]
+    return float(np.average([shards.record["recall"]["recall"] for shards in shard_ranges], weights=rows))

@@ -82,7 +82,7 @@ class _Matrix:
 
     def __init__(self, store: Store, segment: Postings, folder: Path, number: int) -> None:
         self.segment = segment
-        self.first_row, self.stop_row = row_range(store, segment.run)
+        self.first_row, self.stop_row = row_range(store, segment.shards)
         self._documents = store.document_rows(segment.store_rows(slice(None)))
         self._weights = open_npy(folder / f"weights-{number:05d}.npy")
         self._idf = np.asarray(open_npy(folder / f"idf-{number:05d}.npy"))
@@ -167,17 +167,17 @@ def _num_threads() -> int:
 def build_lexical(store: Store, kind: str) -> LexicalIndex:
     """Build what is missing of the index of a store's searchable rows, and open it."""
     for last_try in (False, True):
-        runs, folder = _segments(store, kind)
+        shard_ranges, folder = _segments(store, kind)
         try:
-            for run in runs:
-                check_files(run.folder, run.record["files"], checksums=False)
-            segments = [Postings(store, run) for run in runs]
+            for shards in shard_ranges:
+                check_files(shards.folder, shards.record["files"], checksums=False)
+            segments = [Postings(store, shards) for shards in shard_ranges]
             if not (folder / "index.json").is_file():
                 _written(store, kind, lambda: _write_weights(store, kind, segments, folder))  # noqa: B023
             check_files(folder, load_json(folder / "index.json")["files"], checksums=False)
             return LexicalIndex(store, folder, segments)
         except ValueError as error:
-            damaged = [run.folder for run in runs if _is_damaged(run.folder)]
+            damaged = [shards.folder for shards in shard_ranges if _is_damaged(shards.folder)]
             damaged += [folder] if (folder / "index.json").is_file() and _is_damaged(folder) else []
             if last_try or not damaged:
                 raise
@@ -199,17 +199,17 @@ def _segments(store: Store, kind: str) -> tuple[list[ShardRange], Path]:
     """The segments that serve the store, written where they are missing, and the folder of their weights."""
     check_searchable(store)
     settings = {"tokenizer": store.tokenizer_fingerprint}
-    there = [run for run in find_segments(store, kind) if run.record["settings"] == settings]
+    there = [shards for shards in find_segments(store, kind) if shards.record["settings"] == settings]
     most = MAX_POSTINGS // (2 * store.chunk_len)
-    runs = []
-    for run in plan_segments(store, cover(store, there), most):
-        if run.folder is None:
-            if not len(store.searchable_in(*row_range(store, run))):
+    shard_ranges = []
+    for shards in plan_segments(store, cover(store, there), most):
+        if shards.folder is None:
+            if not len(store.searchable_in(*row_range(store, shards))):
                 continue
-            run = _written(store, kind, lambda: _write_segment(store, run, kind, settings))  # noqa: B023
-        runs.append(run)
-    content = {"kind": kind, "store": store.fingerprint, "segments": [run.folder.name for run in runs]}
-    return runs, store.path / "index" / stable_hash(content)[:16]
+            shards = _written(store, kind, lambda: _write_segment(store, shards, kind, settings))  # noqa: B023
+        shard_ranges.append(shards)
+    content = {"kind": kind, "store": store.fingerprint, "segments": [shards.folder.name for shards in shard_ranges]}
+    return shard_ranges, store.path / "index" / stable_hash(content)[:16]
 
 
 def _written(store: Store, kind: str, write: Any) -> Any:
@@ -222,12 +222,12 @@ def _written(store: Store, kind: str, write: Any) -> Any:
         ) from None
 
 
-def _write_segment(store: Store, run: ShardRange, kind: str, settings: dict[str, Any]) -> ShardRange:
+def _write_segment(store: Store, shards: ShardRange, kind: str, settings: dict[str, Any]) -> ShardRange:
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
-        write_postings(store, run, kind, rows, folder)
+        write_postings(store, shards, kind, rows, folder)
         return {}
 
-    return write_segment(store, run, {"format_version": 2, "kind": kind, "settings": settings}, write)
+    return write_segment(store, shards, {"format_version": 2, "kind": kind, "settings": settings}, write)
 
 
 def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Path) -> None:

@@ -122,12 +122,12 @@ def _read_block(terms: _BucketTerms | _WordTerms, store: Store, rows: np.ndarray
 # Writing a segment
 
 
-def write_postings(store: Store, run: ShardRange, kind: str, rows: UInt32[np.ndarray, " c"], folder: Path) -> None:
-    """Write the counts of a run's searchable rows; ValueError if there is no word at all.
+def write_postings(store: Store, shards: ShardRange, kind: str, rows: UInt32[np.ndarray, " c"], folder: Path) -> None:
+    """Write the counts of the shards' searchable rows; ValueError if there is no word at all.
 
     The bytes depend on the rows only.
     """
-    start, _ = row_range(store, run)
+    start, _ = row_range(store, shards)
     terms = _BucketTerms() if kind == "tfidf" else _WordTerms()
     used, sizes, lengths, parts = np.zeros(0, np.int32), np.zeros(0, np.int32), [], []
     for low, high in blocks(0, len(rows), _BLOCK_ROWS):
@@ -185,12 +185,12 @@ def _place(folder: Path, parts: list[Path], used: np.ndarray, places: np.ndarray
 class Postings:
     """The counts of one segment, memory-mapped; live: which chunks are not removed."""
 
-    def __init__(self, store: Store, run: ShardRange) -> None:
-        self.run, self.folder = run, run.folder
-        self.kind: str = run.record["kind"]
-        self.first_row, _ = row_range(store, run)
+    def __init__(self, store: Store, shards: ShardRange) -> None:
+        self.shards, self.folder = shards, shards.folder
+        self.kind: str = shards.record["kind"]
+        self.first_row, _ = row_range(store, shards)
         names = ("rows", "postings", "counts", "starts")
-        self.rows, self.postings, self.counts, self.starts = (open_npy(run.folder / f"{name}.npy") for name in names)
+        self.rows, self.postings, self.counts, self.starts = (open_npy(shards.folder / f"{name}.npy") for name in names)
         self._removed = self._removed_chunks(store)
 
     def _removed_chunks(self, store: Store) -> Bool[np.ndarray, " c"] | None:

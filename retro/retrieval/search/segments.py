@@ -40,14 +40,14 @@ class ShardRange:
     record: dict[str, Any] | None = None
 
 
-def row_range(store: Store, run: ShardRange) -> tuple[int, int]:
-    """The first row of a run and the first behind it."""
-    first, last = store.shards[run.first], store.shards[run.stop - 1]
+def row_range(store: Store, shards: ShardRange) -> tuple[int, int]:
+    """The first row of the shards and the first behind them."""
+    first, last = store.shards[shards.first], store.shards[shards.stop - 1]
     return first["first_row"], last["first_row"] + last["rows"]
 
 
-def num_rows(store: Store, run: ShardRange) -> int:
-    start, stop = row_range(store, run)
+def num_rows(store: Store, shards: ShardRange) -> int:
+    start, stop = row_range(store, shards)
     return stop - start
 
 
@@ -56,11 +56,11 @@ def find_segments(store: Store, kind: str) -> list[ShardRange]:
     fingerprints = [store.shard_fingerprint(number) for number in range(len(store.shards))]
     found = []
     for folder, record in segment_records(store, kind):
-        shards = record["shards"]
-        for first in range(len(fingerprints) - len(shards) + 1):
-            run = ShardRange(first, first + len(shards), folder, record)
-            if fingerprints[first : run.stop] == shards and _is_whole(store, run):
-                found.append(run)
+        served = record["shards"]
+        for first in range(len(fingerprints) - len(served) + 1):
+            shards = ShardRange(first, first + len(served), folder, record)
+            if fingerprints[first : shards.stop] == served and _is_whole(store, shards):
+                found.append(shards)
     return found
 
 
@@ -79,15 +79,15 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_whole(store: Store, run: ShardRange) -> bool:
+def _is_whole(store: Store, shards: ShardRange) -> bool:
     """Whether a segment that was built after a removal has all rows that this generation of the store searches."""
-    if run.record["skipped"] is None:
+    if shards.record["skipped"] is None:
         return True
     try:
-        rows = open_npy(run.folder / "rows.npy")
+        rows = open_npy(shards.folder / "rows.npy")
     except ValueError:
         return False
-    first, last = row_range(store, run)
+    first, last = row_range(store, shards)
     return all(np.isin(searchable_block(store, first, part), rows).all() for part in blocks(first, last, _BLOCK_ROWS))
 
 
@@ -96,9 +96,9 @@ def searchable_block(store: Store, first: int, part: tuple[int, int]) -> UInt32[
     return (store.searchable_in(*part) - first).astype(np.uint32)
 
 
-def segment_rows(store: Store, run: ShardRange) -> UInt32[np.ndarray, " c"]:
-    """The searchable rows of a run, counted from its first."""
-    first, last = row_range(store, run)
+def segment_rows(store: Store, shards: ShardRange) -> UInt32[np.ndarray, " c"]:
+    """The searchable rows of the shards, counted from their first."""
+    first, last = row_range(store, shards)
     found = [searchable_block(store, first, part) for part in blocks(first, last, _BLOCK_ROWS)]
     return np.concatenate([np.zeros(0, np.uint32), *found])
 
@@ -106,14 +106,14 @@ def segment_rows(store: Store, run: ShardRange) -> UInt32[np.ndarray, " c"]:
 def cover(store: Store, found: Iterable[ShardRange]) -> list[ShardRange]:
     """Of the segments found, those that together serve the most rows, each row once; fewer are better than more."""
     ending: dict[int, list[ShardRange]] = {}
-    for run in found:
-        ending.setdefault(run.stop, []).append(run)
+    for shards in found:
+        ending.setdefault(shards.stop, []).append(shards)
     best: list[tuple[int, int, Any]] = [(0, 0, None)]  # rows, -segments, (segment, those before it)
     for stop in range(1, len(store.shards) + 1):
         options = [best[-1]]
-        for run in ending.get(stop, []):
-            rows, count, before = best[run.first]
-            options.append((rows + num_rows(store, run), count - 1, (run, before)))
+        for shards in ending.get(stop, []):
+            rows, count, before = best[shards.first]
+            options.append((rows + num_rows(store, shards), count - 1, (shards, before)))
         best.append(max(options, key=lambda option: option[:2]))
     chosen, chain = [], best[-1][2]
     while chain is not None:
@@ -123,19 +123,19 @@ def cover(store: Store, found: Iterable[ShardRange]) -> list[ShardRange]:
 
 
 def uncovered(store: Store, chosen: list[ShardRange]) -> list[ShardRange]:
-    """The runs of shards between the segments of a cover."""
+    """The shards between the segments of a cover."""
     gaps, at = [], 0
-    for run in [*chosen, ShardRange(len(store.shards), len(store.shards))]:
-        if at < run.first:
-            gaps.append(ShardRange(at, run.first))
-        at = run.stop
+    for shards in [*chosen, ShardRange(len(store.shards), len(store.shards))]:
+        if at < shards.first:
+            gaps.append(ShardRange(at, shards.first))
+        at = shards.stop
     return gaps
 
 
 def plan_segments(store: Store, chosen: list[ShardRange], max_rows: int) -> list[ShardRange]:
     """The segments that should serve a store of which some are there: see the rule above; new ones have no folder."""
     new = [part for gap in uncovered(store, chosen) for part in _split(store, gap, max_rows)]
-    planned = sorted([*chosen, *new], key=lambda run: run.first)
+    planned = sorted([*chosen, *new], key=lambda shards: shards.first)
     while len(planned) > MAX_SEGMENTS:
         joined, start = num_rows(store, planned[-1]), len(planned) - 1
         while start and (rows := num_rows(store, planned[start - 1])) < 2 * joined and joined + rows <= max_rows:
@@ -146,10 +146,10 @@ def plan_segments(store: Store, chosen: list[ShardRange], max_rows: int) -> list
     return planned
 
 
-def _split(store: Store, run: ShardRange, max_rows: int) -> list[ShardRange]:
-    """A run cut into runs of at most `max_rows` rows, or of one shard where that has more."""
+def _split(store: Store, shards: ShardRange, max_rows: int) -> list[ShardRange]:
+    """Shards cut into ranges of at most `max_rows` rows, or of one shard where that has more."""
     parts: list[ShardRange] = []
-    for number in range(run.first, run.stop):
+    for number in range(shards.first, shards.stop):
         longer = ShardRange(parts[-1].first, number + 1) if parts else None
         if longer and num_rows(store, longer) <= max_rows:
             parts[-1] = longer
@@ -158,23 +158,25 @@ def _split(store: Store, run: ShardRange, max_rows: int) -> list[ShardRange]:
     return parts
 
 
-def write_segment(store: Store, run: ShardRange, record: dict[str, Any], write: Any) -> ShardRange:
-    """Write the segment of a run through write(folder, rows) -> further fields of its record.
+def write_segment(store: Store, shards: ShardRange, record: dict[str, Any], write: Any) -> ShardRange:
+    """Write the segment of some shards through write(folder, rows) -> further fields of its record.
 
-    record: kind and settings. Returns the run with its folder and record.
+    record: kind and settings. Returns the shards with its folder and record.
     """
-    first, last = row_range(store, run)
+    first, last = row_range(store, shards)
     record = record | {
-        "shards": [store.shard_fingerprint(number) for number in range(run.first, run.stop)],
+        "shards": [store.shard_fingerprint(number) for number in range(shards.first, shards.stop)],
         "skipped": _skipped(store, first, last),
     }
     folder = store.path / "index" / stable_hash(record)[:16]
 
     def write_record(aside: Path) -> dict[str, Any]:
-        rows = segment_rows(store, run)
+        rows = segment_rows(store, shards)
         return record | {"rows": len(rows)} | write(aside, rows)
 
-    return ShardRange(run.first, run.stop, folder, write_index(store, folder, write_record, range(run.first, run.stop)))
+    return ShardRange(
+        shards.first, shards.stop, folder, write_index(store, folder, write_record, range(shards.first, shards.stop))
+    )
 
 
 def write_index(

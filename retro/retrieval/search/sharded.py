@@ -97,8 +97,12 @@ def plan_shards(store: Store, kind: str, num_shards: int) -> Plan:
         shards[-1 - place % num_shards][name] = ShardAssignment(name)
     for name in names:
         if name not in lexical.KINDS:
-            runs = served_by(store, name)
-            parts = _segment_parts(store, name, runs, num_shards) if runs else _exact_parts(store, num_shards)
+            shard_ranges = served_by(store, name)
+            parts = (
+                _segment_parts(store, name, shard_ranges, num_shards)
+                if shard_ranges
+                else _exact_parts(store, num_shards)
+            )
             for shard, part in zip(shards, parts, strict=False):
                 shard[name] = part
     return [shard for shard in shards if shard]
@@ -110,17 +114,19 @@ def _exact_parts(store: Store, num_shards: int) -> list[ShardAssignment]:
     return [ShardAssignment("exact", [part]) for part in ranges]
 
 
-def _segment_parts(store: Store, kind: str, runs: list[ShardRange], num_shards: int) -> list[ShardAssignment]:
-    """Segments, and runs of shards without one, each to the shard with the fewest rows so far; the largest first."""
+def _segment_parts(store: Store, kind: str, shard_ranges: list[ShardRange], num_shards: int) -> list[ShardAssignment]:
+    """Segments, and ranges of shards without one, each to the shard with the fewest rows so far; the largest first."""
     parts = [ShardAssignment(kind) for _ in range(num_shards)]
     loads = [0] * num_shards
-    for run in sorted([*runs, *uncovered(store, runs)], key=lambda run: (-num_rows(store, run), run.first)):
+    for shards in sorted(
+        [*shard_ranges, *uncovered(store, shard_ranges)], key=lambda shards: (-num_rows(store, shards), shards.first)
+    ):
         least = loads.index(min(loads))
-        loads[least] += num_rows(store, run)
-        if run.folder is None:
-            parts[least].ranges.append(row_range(store, run))
+        loads[least] += num_rows(store, shards)
+        if shards.folder is None:
+            parts[least].ranges.append(row_range(store, shards))
         else:
-            parts[least].segments.append((run.first, run.stop, run.folder.name))
+            parts[least].segments.append((shards.first, shards.stop, shards.folder.name))
     return [part for part in parts if part.ranges or part.segments]
 
 
@@ -413,8 +419,8 @@ class _ScatterGather:
 
 def _recall(store: Store, names: list[str]) -> float:
     """The least recall of the segments that serve the kinds, as they were tuned."""
-    runs = [run for name in names if name not in lexical.KINDS for run in served_by(store, name)]
-    return float(min((run.record["recall"]["recall"] for run in runs), default=1.0))
+    shard_ranges = [shards for name in names if name not in lexical.KINDS for shards in served_by(store, name)]
+    return float(min((shards.record["recall"]["recall"] for shards in shard_ranges), default=1.0))
 
 
 def _nodes(ray: Any) -> list[str]:

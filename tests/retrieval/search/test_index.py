@@ -316,7 +316,7 @@ def test_recall_does_not_depend_on_the_length_of_keys(scale):
         record = {"settings": {"seed": 0, "candidates": None}}
 
         def __init__(self, answer):
-            self.store, self.run, self.answer = store, ShardRange(0, 1), answer
+            self.store, self.shards, self.answer = store, ShardRange(0, 1), answer
 
         def attempt(self, queries, k, effort, fetch=None):
             rows = self.answer(queries, k)

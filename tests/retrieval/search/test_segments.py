@@ -75,7 +75,7 @@ def test_only_what_is_added_gets_a_segment(store, kind, settings, caplog):
     index = build_index(grown, kind, **settings)
     (new,) = folders(grown) - before
     assert [segment.folder.name for segment in index.segments][1:] == [new] and not index.exact_ranges
-    assert [(segment.run.first, segment.run.stop) for segment in index.segments] == [(0, 3), (3, 4)]
+    assert [(segment.shards.first, segment.shards.stop) for segment in index.segments] == [(0, 3), (3, 4)]
     assert share_found(index, grown) > 0.9 and "are searched exactly" not in caplog.text
     old = open_index(store, kind)  # a reader of the generation before
     assert [segment.folder.name for segment in old.segments] == sorted(before) and share_found(old, store) > 0.9
@@ -146,17 +146,18 @@ def test_many_small_segments_are_joined_and_large_ones_left():
     for _ in range(100):
         store = Sized(*rows)
         planned = plan_segments(store, there, 50_000)
-        written += sum(num_rows(store, run) for run in planned if run.folder is None)
-        assert len(planned) <= MAX_SEGMENTS and [run.stop for run in planned[:-1]] == [run.first for run in planned[1:]]
-        there = [ShardRange(run.first, run.stop, Path("there")) for run in planned]
+        written += sum(num_rows(store, one) for one in planned if one.folder is None)
+        assert len(planned) <= MAX_SEGMENTS and [one.stop for one in planned[:-1]] == [one.first for one in planned[1:]]
+        there = [ShardRange(one.first, one.stop, Path("there")) for one in planned]
         rows.append(10)
     assert there[0].stop == 1 and written < 10_000 + 10 * 100 * 6
 
 
 def test_segments_hold_whole_shards_up_to_a_size():
     store = Sized(40, 40, 40, 300, 10, 80)
-    assert [(run.first, run.stop) for run in plan_segments(store, [], 100)] == [(0, 2), (2, 3), (3, 4), (4, 6)]
-    assert [(run.first, run.stop) for run in plan_segments(store, [ShardRange(1, 3)], 1000)] == [(0, 1), (1, 3), (3, 6)]
+    assert [(one.first, one.stop) for one in plan_segments(store, [], 100)] == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    planned = plan_segments(store, [ShardRange(1, 3)], 1000)
+    assert [(one.first, one.stop) for one in planned] == [(0, 1), (1, 3), (3, 6)]
 
 
 def test_the_cover_serves_most_rows_each_once():

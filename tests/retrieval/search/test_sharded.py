@@ -69,7 +69,7 @@ def test_segments_are_spread_and_shards_without_one_searched_exactly(store, tmp_
     shutil.rmtree(dropped.folder)
     plan = plan_shards(copy, "faiss", 3)
     held = [part["faiss"] for part in plan]
-    assert [part.ranges for part in held if part.ranges] == [[row_range(copy, dropped.run)]]
+    assert [part.ranges for part in held if part.ranges] == [[row_range(copy, dropped.shards)]]
     names = [name for part in held for _, _, name in part.segments]
     assert sorted(names) == sorted(segment.folder.name for segment in index.segments if segment is not dropped)
     rows = np.arange(0, copy.num_chunks, 61)
