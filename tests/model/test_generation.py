@@ -1,7 +1,6 @@
 """generate() with retrieval: the same tokens as a hand-written loop, for single, ragged and beam batches."""
 
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from retro.model import RetrievalError, RetroCache
 from tests.searches import Failing, RandomNeighbors
+from tests.waiting import FOREVER
 
 
 @pytest.fixture
@@ -436,16 +436,21 @@ def test_the_first_query_may_be_short(model, words_tokenizer):
 def test_the_search_runs_beside_decoding_and_no_thread_stays(fails, model, words_tokenizer):
     """The tokens after the query are decoded while the search is still under way."""
     steps, search, overlapped, under_way = [], RandomNeighbors(len(words_tokenizer), 16), [], []
-    model.model.layers[0].register_forward_pre_hook(lambda m, args: steps.append(1) if args[0] == "extend" else None)
+    decoded = threading.Event()
+
+    def count(module, args):
+        if args[0] == "extend":
+            steps.append(1)
+            if len(steps) == 1 + 6:
+                decoded.set()
+
+    model.model.layers[0].register_forward_pre_hook(count)
 
     def slow(queries, num_neighbors):
         assert not under_way, "one at a time"
         under_way.append(1)
         if search.asked:  # chunk 2 of 9 + 12 tokens: the prompt, then token 13 starts the search, token 16 needs it
-            deadline = time.monotonic() + 30
-            while len(steps) < 1 + 6 and time.monotonic() < deadline:
-                time.sleep(0.005)
-            overlapped.append(len(steps) >= 1 + 6)
+            overlapped.append(decoded.wait(FOREVER))
         under_way.clear()
         if fails and search.asked:
             raise ConnectionError("away")

@@ -29,6 +29,7 @@ from retro.text.formats import read_partition, split_input
 from tests.kills import count_calls, killed_at_call
 from tests.retrieval.tiny_encoders import make_encoder
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
+from tests.waiting import FOREVER
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 slow = pytest.mark.slow
@@ -285,7 +286,7 @@ def start_rank(tmp_path, rank, count, **changes):
 def test_ranks_give_the_same_bytes_and_stop_together(tmp_path, tokenizer, small_parts):
     expected = files_of(build(settings_for(tmp_path), tokenizer).path)
     ranks = [start_rank(tmp_path, rank, 3) for rank in range(3)]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    said = [rank.communicate(timeout=FOREVER)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], said
     assert files_of(tmp_path / "ranks") == expected
 
@@ -293,7 +294,7 @@ def test_ranks_give_the_same_bytes_and_stop_together(tmp_path, tokenizer, small_
 @slow
 def test_an_error_in_one_rank_leaves_nothing(tmp_path):
     ranks = [start_rank(tmp_path, rank, 3, on_bad="error") for rank in range(3)]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    said = [rank.communicate(timeout=FOREVER)[1] for rank in ranks]
     assert all("a.jsonl:10: the line is not JSON" in words or "b.jsonl.gz:10" in words for words in said), said
     assert not (tmp_path / "ranks").exists()
 

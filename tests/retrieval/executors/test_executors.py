@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,17 @@ from retro.retrieval.executors import ranks as ranks_module
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.ranks import RankExecutor, rank_of
 from retro.retrieval.executors.tasks import Task, finished
+from tests.waiting import FOREVER, wait_until
 
 HERE = "tests.retrieval.executors.test_executors"
 
 
 def square(spec):
-    """Write the square of a number; append to a diary that it was done, and where."""
+    """Append to a diary that a number is being squared, and where; write the square, once the file `after` is there."""
     folder = Path(spec["folder"])
     with open(folder / "diary.txt", "a") as diary:
         diary.write(f"{spec['number']} {os.getpid()}\n")
-    time.sleep(spec.get("seconds", 0))
+    wait_until(lambda: "after" not in spec or (folder / spec["after"]).exists())
     file = folder / f"{spec['number']}.txt"
     file.write_text(str(spec["number"] ** 2))
     return {"square": spec["number"] ** 2, "files": {file.name: file_record(file)}}
@@ -90,7 +90,8 @@ def test_what_is_done_is_not_done_again_unless_its_files_are_gone(tmp_path):
 
 def test_tasks_of_the_calling_process_run_while_workers_do_theirs(tmp_path):
     here = Task("here", f"{HERE}:square", {"folder": str(tmp_path), "number": 9}, here=True)
-    run(tmp_path, [*tasks(tmp_path, 3, seconds=0.2), here], workers=2)
+    first, *others = tasks(tmp_path, 3, after="9.txt")
+    run(tmp_path, [first, here, *others], workers=2)
     where = dict(diary(tmp_path))
     assert where["9"] == str(os.getpid()) and where["9"] not in (where["0"], where["1"], where["2"])
 
@@ -113,7 +114,7 @@ def test_the_error_of_a_task_is_raised(tmp_path, workers, kind, raised, message)
 
 def test_a_worker_that_dies_is_told(tmp_path):
     with pytest.raises(ChildProcessError, match="exit code -9 during dies"):
-        run(tmp_path, [Task("dies", f"{HERE}:fail", {"kind": "die"}), *tasks(tmp_path, 2, seconds=2)], 2)
+        run(tmp_path, [Task("dies", f"{HERE}:fail", {"kind": "die"}), *tasks(tmp_path, 2, after="never")], 2)
 
 
 def test_a_worker_that_dies_while_it_is_idle_is_replaced(tmp_path):
@@ -122,31 +123,27 @@ def test_a_worker_that_dies_while_it_is_idle_is_replaced(tmp_path):
     def on_done(task, record):
         if task.name == "square-0":
             (worker,) = [int(process) for number, process in diary(tmp_path) if number == "0"]
+            listening = _listening()
             os.kill(worker, signal.SIGKILL)
-            while _alive(worker):
-                time.sleep(0.05)
-            time.sleep(0.3)
+            wait_until(lambda: _listening() < listening)  # its end has been noted
+            (tmp_path / "killed").touch()
         return more if task.name == "slow" else None
 
     more = tasks(tmp_path, 5)[2:]
-    slow = Task("slow", f"{HERE}:square", {"folder": str(tmp_path), "number": 1, "seconds": 2})
+    slow = Task("slow", f"{HERE}:square", {"folder": str(tmp_path), "number": 1, "after": "killed"})
     open_executor("local", 2).run(tmp_path, [tasks(tmp_path, 1)[0], slow], on_done)
     assert sorted(int(number) for number, _ in diary(tmp_path)) == [0, 1, 2, 3, 4]
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
-    code = f"from {HERE} import *; f = Path({str(tmp_path)!r}); run(f, tasks(f, 2, seconds=60), 2)"
+    code = f"from {HERE} import *; f = Path({str(tmp_path)!r}); run(f, tasks(f, 2, after='never'), 2)"
     parent = subprocess.Popen([sys.executable, "-c", code])
-    while not (tmp_path / "diary.txt").exists() or len(diary(tmp_path)) < 2:
-        assert parent.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: parent.poll() is not None or len(_lines(tmp_path)) == 2)
+    assert parent.poll() is None
     parent.kill()
     parent.wait()
     workers = [int(process) for _, process in diary(tmp_path)]
-    end = time.monotonic() + 5
-    while any(_alive(worker) for worker in workers):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not any(_alive(worker) for worker in workers))
 
 
 def _alive(process):
@@ -154,6 +151,10 @@ def _alive(process):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def _listening():
+    return sum("_listen" in thread.name for thread in threading.enumerate())
 
 
 def _rank(folder, rank, count, code):
@@ -171,15 +172,16 @@ def test_ranks_share_the_tasks(tmp_path):
 
 
 def test_the_error_of_a_rank_stops_the_others_and_a_new_start_takes_it_back(tmp_path):
-    wrong = "from retro.retrieval.executors import ranks; ranks._TAKE_BACK_SECONDS = 4\n"  # where one begins late
+    wrong = "from retro.retrieval.executors import ranks; ranks._TAKE_BACK_SECONDS = 0\n"  # where one begins late
     wrong += "run(folder, [Task('wrong', HERE + ':fail', {'kind': 'ValueError'}), *tasks(folder, 6)], None, 'ranks')"
     ranks = [_rank(tmp_path, rank, 2, wrong) for rank in range(2)]
-    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    said = [rank.communicate(timeout=FOREVER)[1] for rank in ranks]
     assert all("ValueError: the remedy" in words for words in said)
     assert all((tmp_path / f"error-of-rank-{rank}.json").exists() for rank in range(2))
-    right = "run(folder, tasks(folder, 6), None, 'ranks')"
+    right = f"from retro.retrieval.executors import ranks; ranks._TAKE_BACK_SECONDS = {FOREVER}\n"
+    right += "run(folder, tasks(folder, 6), None, 'ranks')"
     ranks = [_rank(tmp_path, 1, 2, right)]
-    time.sleep(1)
+    wait_until(lambda: ranks[0].poll() is not None or (tmp_path / "sign-of-rank-1").exists())
     ranks.append(_rank(tmp_path, 0, 2, right))
     assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr.read() for rank in ranks]
 
@@ -201,32 +203,45 @@ def test_a_rank_that_comes_late_to_the_end_stops_in_peace(tmp_path):
         RankExecutor(0, 1).run(folder, tasks(folder, 3), on_done)
 
 
-SHORT = "from retro.retrieval.executors import ranks; ranks._BEAT_SECONDS, ranks._SILENT_SECONDS = 0.1, 3.0\n"
-
-
 def test_a_rank_that_is_killed_is_told_and_one_that_takes_long_is_not(tmp_path, monkeypatch):
-    """Tasks take longer than a rank may be silent; the others finish what they have and then name the dead one."""
-    for name, value in (("_BEAT_SECONDS", 0.1), ("_SILENT_SECONDS", 3.0)):
-        monkeypatch.setattr(ranks_module, name, value)
-    rank = _rank(tmp_path, 1, 2, SHORT + "run(folder, tasks(folder, 12, seconds=4), None, 'ranks')")
+    """It gives signs in the middle of a task; the others finish what they have and then name the dead one."""
+    monkeypatch.setattr(ranks_module, "_BEAT_SECONDS", 0.1)
+    jobs = [
+        Task(task.name, task.function, task.spec | {"after": f"go{n}"}) for n, task in enumerate(tasks(tmp_path, 12))
+    ]
+    code = "from retro.retrieval.executors import ranks; ranks._BEAT_SECONDS = 0.1\n"
+    code += f"run(folder, {jobs!r}, None, 'ranks')"
+    rank, signs = _rank(tmp_path, 1, 2, code), set()
+
+    def of_rank(process):
+        return [number for number, own in _lines(tmp_path) if own == str(process)]
+
+    def has_signs():
+        signs.add((tmp_path / "sign-of-rank-1").stat().st_mtime_ns)
+        return len(signs) > 5
 
     def kill_in_its_second_task():
-        while len([1 for _, process in _lines(tmp_path) if process == str(rank.pid)]) < 2:
-            time.sleep(0.05)
+        wait_until(lambda: len(of_rank(rank.pid)) == 1)
+        wait_until(has_signs)
+        (tmp_path / f"go{of_rank(rank.pid)[0]}").touch()
+        wait_until(lambda: len(of_rank(rank.pid)) == 2)
         rank.kill()
+        rank.wait()
+        monkeypatch.setattr(ranks_module, "_SILENT_SECONDS", 3.0)
+        for n in range(12):
+            (tmp_path / f"go{n}").touch()
 
     killer = threading.Thread(target=kill_in_its_second_task, daemon=True)
     killer.start()
     message = "rank 1 has given no sign of life for 3 seconds.*start the same command again"
-    began = time.monotonic()
     with pytest.raises(ChildProcessError, match=message):
-        RankExecutor(0, 2).run(tmp_path, tasks(tmp_path, 12))
+        RankExecutor(0, 2).run(tmp_path, jobs)
     killer.join()
-    assert rank.wait() == -signal.SIGKILL and time.monotonic() - began < 60
+    assert rank.wait() == -signal.SIGKILL
     mine = [int(number) for number, process in diary(tmp_path) if process == str(os.getpid())]
     assert sorted(mine) == [n for n in range(12) if int(stable_hash(f"square-{n}"), 16) % 2 == 0]
     with pytest.raises(ChildProcessError, match=message):  # nor does it matter who is told first
-        RankExecutor(0, 2).run(tmp_path, tasks(tmp_path, 12))
+        RankExecutor(0, 2).run(tmp_path, jobs)
     assert len(run(tmp_path, tasks(tmp_path, 12))) == 12
 
 
@@ -327,7 +342,7 @@ def test_ray_spreads_tasks_over_a_cluster_and_does_those_of_a_dead_node_again(tm
             killed.append(cluster.remove_node(nodes[0], allow_graceful=False))
 
     try:
-        open_executor("ray").run(tmp_path, tasks(tmp_path, 9, seconds=0.5), on_done)
+        open_executor("ray").run(tmp_path, tasks(tmp_path, 9), on_done)
         with pytest.raises(ValueError, match="^the remedy$"):
             run(tmp_path, [Task("wrong", f"{HERE}:fail", {"kind": "ValueError"})], None, "ray")
     finally:
