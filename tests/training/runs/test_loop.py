@@ -33,6 +33,7 @@ from retro.training.loop import fit
 from retro.training.validation import validate
 from retro.training.optimizer import make_optimizer, parameter_groups
 from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words
+from tests.waiting import FOREVER, wait_until
 
 PRETRAIN = Path(__file__).parents[3] / "train" / "pretrain.py"
 UNTIMED = ("elapsed_seconds", "tokens_per_second")
@@ -511,32 +512,43 @@ def test_models_of_presets_take_vocabulary_and_chunks_from_the_store(make_settin
 # Processes
 
 
-def start(settings, tmp_path, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen:
-    """One process of a run, started as a launcher starts it."""
+def start(settings, tmp_path, rank: int = 0, world_size: int = 1, port: int = 0, code: str = "") -> subprocess.Popen:
+    """One process of a run, started as a launcher starts it, or with `code` before it."""
     file = tmp_path / f"{Path(settings.output).name}.yaml"
     save_settings(settings, file)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     if world_size > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, str(PRETRAIN), str(file)], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    code += "\nimport runpy, sys\nsys.argv.pop(0)\nrunpy.run_path(sys.argv[0], run_name='__main__')" if code else ""
+    command = [sys.executable, *(["-c", code] if code else []), str(PRETRAIN), str(file)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+WAITS = """
+import time
+from retro.training import loop
+train_step, request = loop.train_step, loop.StopRequest()
+
+def waiting(run, *arguments):
+    while run.state.step == 10 and not request.is_requested:
+        time.sleep(0.01)
+    return train_step(run, *arguments)
+
+loop.train_step, loop.StopRequest = waiting, lambda: request
+"""
 
 
 def test_sigterm_saves_and_exits_0_and_the_run_goes_on_exactly(make_settings, prepare, tmp_path):
-    changes = dict(max_steps=150, log_every=1, save_every=1000, eval_every=1000, valid_store=None)
-    process = start(make_settings("parts", **changes), tmp_path)
+    changes = dict(max_steps=20, log_every=1, save_every=1000, eval_every=1000, valid_store=None)
+    process = start(make_settings("parts", **changes), tmp_path, code=WAITS)
     lines = tmp_path / "parts" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (lines.is_file() and lines.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.02)
+    wait_until(lambda: process.poll() is not None or lines.is_file() and lines.read_text().count("\n") >= 3)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=FOREVER)
     assert process.returncode == 0, errors
     step = int(last_checkpoint(tmp_path / "parts").name.removeprefix("step-"))
-    assert 3 <= step < 150 and metrics(tmp_path / "parts")[-1]["step"] == step
+    assert 3 <= step <= 11 and metrics(tmp_path / "parts")[-1]["step"] == step
     assert fit(prepare(make_settings("parts", **changes)))
     assert fit(prepare(make_settings("whole", **changes)))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -544,11 +556,11 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_exactly(make_settings, pr
 
 def run_pair(settings, tmp_path) -> None:
     """A run of two processes, to its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(settings, tmp_path, rank, 2, port) for rank in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    with socket.socket() as bound:  # so that nobody else is given the port; rank 0 may listen there
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        processes = [start(settings, tmp_path, rank, 2, bound.getsockname()[1]) for rank in range(2)]
+        errors = [process.communicate(timeout=FOREVER)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
 
 
