@@ -62,7 +62,7 @@ def generate(
     import torch
 
     from retro.loading import load
-    from retro.sampling import as_json, html_page, sample, terminal_stream, terminal_text, wants_color
+    from retro.sampling import sample, terminal_stream, terminal_text, wants_color
 
     opened, tokenizer, retriever = load(model, store, index=index or "auto", **filters)
     color = wants_color(sys.stdout)
@@ -78,10 +78,19 @@ def generate(
     for number, text in enumerate(texts, start=1):
         print("\n" if streams else f"== text {number} of {len(texts)}")
         print(terminal_text(text, color, with_text=not streams))
-    about = {"model": model}
+    about, made_with = {"model": model}, {}
     if retriever is not None:
         about |= {"store": store, "num_neighbors": k or opened.config.num_neighbors, "index": retriever.index.kind}
-    made_with = {} if retriever is None else stamp(retriever.store)
+        made_with = stamp(retriever.store)
+    _write_texts(texts, about, made_with, json, html)
+
+
+def _write_texts(
+    texts: list, about: dict[str, Any], made_with: dict[str, Any], json: str | None, html: str | None
+) -> None:
+    """Write the files that were asked for."""
+    from retro.sampling import as_json, html_page
+
     write_json(json, {"texts": [as_json(text) for text in texts]} | about | made_with)
     if html:
         Path(html).write_text(html_page(texts, about), encoding="utf-8")
