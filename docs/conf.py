@@ -71,7 +71,13 @@ def leave_properties(app, what, name, value, options, lines):
         lines[:] = [*(getdoc(value) or "").splitlines(), ""]
 
 
+def shorten_signatures(app, what, name, value, options, signature, returned):
+    """A default that is made anew for each instance is not Python as it is shown."""
+    return signature and signature.replace("<factory>", "..."), returned
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", shorten_signatures)
     app.connect("autodoc-process-docstring", leave_properties, priority=900)
     app.connect("env-check-consistency", check_that_nothing_is_missing)
     app.add_directive("command-line", CommandLine)

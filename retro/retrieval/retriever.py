@@ -55,7 +55,7 @@ class Retriever:
         min_date: str | None = None,
         max_date: str | None = None,
         undated: str | None = None,
-        quality: Sequence[str] = (),
+        quality: Sequence[str] | None = None,
         subsample: Sequence[float | int] | None = None,
     ) -> None:
         if num_neighbors < 1 or retrieved_len < 1:
@@ -72,7 +72,7 @@ class Retriever:
             min_date=min_date,
             max_date=max_date,
             undated=undated,
-            quality=quality,
+            quality=None if quality is None else list(quality),
             subsample=subsample,
         )
         if filters:
