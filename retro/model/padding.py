@@ -31,7 +31,7 @@ class Alignment:
         self.is_turned = not has_cache and attention_mask is not None and not bool(attention_mask[:, 0].all())
         self._num_left = attention_mask.int().argmax(-1) if self.is_turned else None  # [b]
 
-    def left(self, *tensors: Shaped[Tensor, "b n ..."] | None) -> list[Shaped[Tensor, "b n ..."] | None]:
+    def left(self, *tensors: Shaped[Tensor, "b _ ..."] | None) -> list[Shaped[Tensor, "b _ ..."] | None]:
         """Each with every row's first real token first, and its left padding at the end."""
         return [x if x is None or not self.is_turned else _turn(x, self._num_left) for x in tensors]
 
