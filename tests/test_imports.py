@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,12 @@ def test_the_command_line_imports_nothing_heavy():
     files = (ROOT / "retro" / "cli").glob("*.py")
     names = {name.split(".")[0] for file in files for name in imports(file, top_level_only=True)}
     assert names and not names & HEAVY
+
+
+def test_every_name_that_loads_on_demand_is_where_its_table_says():
+    tables = [name for name, path in MODULES.items() if "_HOME = {" in path.read_text(encoding="utf-8")]
+    for table in map(import_module, tables):
+        assert [name for name in table._HOME if not hasattr(table, name)] == [] != list(table._HOME)
 
 
 def test_import_retro_is_light():
