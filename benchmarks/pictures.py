@@ -134,7 +134,8 @@ def printed(command: str, folder: str) -> str:
         if running.wait():
             errors.seek(0)
             raise SystemExit(f"{command} failed:\n{errors.read()}")
-    return read.decode().replace("\r\n", "\n").strip("\n") + "\n"
+    text = read.decode().replace("\r\n", "\n").strip("\n")
+    return f"{text}\n" if text else ""
 
 
 def main() -> None:
