@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,21 @@ class BaselineEvaluator:
 
     def run(self, name: str, sample: Sample, tuning: Sample | None = None) -> MethodScores:
         """One method by its name. tuning: a sample of validation documents."""
-        kind, _, neighbors = name.partition("retro_on")
-        if name in ("rag_token", "rag_sequence"):
-            return self._rag(name, sample)
-        if not kind:
-            return self._retro_on(neighbors.lstrip("_"), sample)
-        own = {"lm": self._lm, "retro_off": self._retro_off, "prepend": self._prepend}
-        return own[name](sample) if name in own else {"replug": self._replug, "knn_lm": self._knn}[name](sample, tuning)
+        methods = {
+            "lm": self._lm,
+            "retro_off": self._retro_off,
+            "retro_on": partial(self._retro_on, ""),
+            "retro_on_random": partial(self._retro_on, "random"),
+            "retro_on_bm25": partial(self._retro_on, "bm25"),
+            "retro_on_tfidf": partial(self._retro_on, "tfidf"),
+            "retro_on_oracle": partial(self._retro_on, "oracle"),
+            "prepend": self._prepend,
+            "replug": partial(self._replug, tuning),
+            "rag_token": partial(self._rag, ensembles.token_mixture),
+            "rag_sequence": partial(self._rag, ensembles.sequence_mixture),
+            "knn_lm": partial(self._knn, tuning),
+        }
+        return methods[name](sample)
 
     # the reader alone
 
@@ -166,7 +175,7 @@ class BaselineEvaluator:
         scored = replace(scored, seconds=time.perf_counter() - started, chosen=chosen)
         return self._with_searches(scored, spans, found.seconds / max(1, spans.num_searches), self.retriever)
 
-    def _replug(self, sample: Sample, tuning: Sample | None) -> MethodScores:
+    def _replug(self, tuning: Sample | None, sample: Sample) -> MethodScores:
         stride, temperature = self.settings.retrieval_stride, self.settings.temperature
         if tuning is not None:
             apart = self._apart(tuning, stride)
@@ -176,8 +185,7 @@ class BaselineEvaluator:
         chosen = {"temperature": temperature, "on_validation": tuning is not None, "retrieval_stride": stride}
         return replace(apart.cost, log_p=apart.mixed(ensembles.token_mixture, temperature), chosen=chosen)
 
-    def _rag(self, name: str, sample: Sample) -> MethodScores:
-        mixture = {"rag_token": ensembles.token_mixture, "rag_sequence": ensembles.sequence_mixture}[name]
+    def _rag(self, mixture: Callable, sample: Sample) -> MethodScores:
         apart = self._apart(sample, sample.data.chunk_len)
         return replace(apart.cost, log_p=apart.mixed(mixture, 1.0))
 
@@ -217,7 +225,7 @@ class BaselineEvaluator:
 
     # kNN-LM
 
-    def _knn(self, sample: Sample, tuning: Sample) -> MethodScores:
+    def _knn(self, tuning: Sample, sample: Sample) -> MethodScores:
         made, s = self._token_store(), self.settings
         read, states = self._lm_with_states(tuning)
         found = made.search(states, max(s.knn_ks), self.progress)
