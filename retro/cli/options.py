@@ -22,7 +22,7 @@ from cyclopts import Group, Parameter
 
 from retro.common.settings import default_of, field_docs, is_required, sections, to_plain, type_name
 
-SHORT = {"num_neighbors": "--k", "window_len": "--window"}  # the fields that users type most
+SHORT = {"num_neighbors": "--k", "window_len": "--window", "stop_strings": "--stop"}  # the fields that users type most
 
 
 def options(*settings: type, without: Iterable[str] = (), defaults: bool = True) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Unpack
 
 from cyclopts import Parameter
 
@@ -50,8 +50,13 @@ def generate(
         html: File to write one page to, with the texts and beside them what they read.
     """
     filters = taken(given, QueryFilters)
+    DecodingSettings(**given)
+    if not store and not no_retrieval:
+        raise ValueError("--store is missing; name a datastore, or say --no-retrieval.")
     retrieval = {"store": store, "k": k, "index": index, "lookahead": lookahead, "gains": gains or None, **filters}
-    _check_given(retrieval, no_retrieval, given)
+    for name, value in retrieval.items():
+        if no_retrieval and value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} means nothing beside --no-retrieval; leave one of them out.")
     for file in (html, json):
         check_file(file)
 
@@ -67,8 +72,6 @@ def generate(
     opened, tokenizer, retriever = load(model, store, index=index or "auto", **filters)
     color = wants_color(sys.stdout)
     torch.manual_seed(given.pop("seed", 0))
-    if "stop" in given:
-        given["stop_strings"] = given.pop("stop")
     if lookahead is not None:
         given["lookahead"] = lookahead
     streams = len(texts_of) == given.get("num_beams", 1) == given.get("num_return_sequences", 1) == 1
@@ -94,21 +97,6 @@ def _write_texts(
     write_json(json, {"texts": [as_json(text) for text in texts]} | about | made_with)
     if html:
         Path(html).write_text(html_page(texts, about), encoding="utf-8")
-
-
-def _check_given(retrieval: dict[str, Any], no_retrieval: bool, decoding: dict[str, Any]) -> None:
-    """Refuse what would be ignored."""
-    if not retrieval["store"] and not no_retrieval:
-        raise ValueError("--store is missing; name a datastore, or say --no-retrieval.")
-    for name, value in retrieval.items():
-        if no_retrieval and value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} means nothing beside --no-retrieval; leave one of them out.")
-    if not decoding.get("do_sample"):
-        names = [name for name in ("temperature", "top_p", "top_k", "seed") if name in decoding]
-        if names:
-            raise ValueError(f"--{names[0].replace('_', '-')} needs --do-sample.")
-        if decoding.get("num_return_sequences", 1) > decoding.get("num_beams", 1):
-            raise ValueError("--num-return-sequences needs --do-sample, or as many --num-beams.")
 
 
 def demo(*, output: str = "demo", seed: int = 0) -> None:

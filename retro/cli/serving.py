@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Unpack
 
 from cyclopts import Group, Parameter
 
 from retro.cli.options import options, taken
 from retro.cli.shared import ApiKeyFile, Host, IndexKind, ModelFolder, OwnIndex, Port, StoreFolder
+from retro.common.extras import check_installed
 from retro.retrieval.filters.hits import QueryFilters
 from retro.retrieval.remote.limits import RetrievalLimits
 from retro.serve.limits import GenerationLimits
@@ -41,12 +42,10 @@ def serve(
         name: Name by which requests call the model. Default: its folder's.
     """
     taken_on = GenerationLimits(**limits)
-    try:
-        from retro.serve.server import load_with_stores, serve_app
-        from retro.web.listening import read_api_key, run, url_of
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
+    check_installed("fastapi", "retro serve")
     from retro.serve.engine import GenerationEngine
+    from retro.serve.server import load_with_stores, serve_app
+    from retro.web.listening import read_api_key, run, url_of
 
     api_key = read_api_key(api_key_file)
     opened, tokenizer, stores = load_with_stores(model, store, index or "auto")
@@ -87,38 +86,22 @@ def serve_store(
     for name, value in (("ray-address", ray_address), ("partial", partial or None)):
         if shards is None and value is not None:
             raise ValueError(f"--{name} means nothing without --shards; give the number of shards.")
-    from retro.retrieval import Retriever
-
     limits = RetrievalLimits(**taken(given, RetrievalLimits))
-    try:
-        from retro.retrieval.remote.server import create_retrieval_app
-        from retro.web.listening import listen, names_of, read_api_key, run, url_of
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{error.name} is not installed; pip install "retro-lm[serve]".') from None
-    api_key = read_api_key(api_key_file)
-    with ExitStack() as opened:
-        # so that an error that names shards comes before that of the request
-        spread = dict(timeout=0.8 * limits.max_seconds, partial=partial, address=ray_address)
-        searched = _searched(store, index, shards, spread, opened)
-        retriever = Retriever(*searched, num_neighbors=k, retrieved_len=retrieved_len, **given)
+    check_installed("fastapi", "retro serve-store")
+    from retro.retrieval import Retriever, Store, open_sharded
+    from retro.retrieval.remote.client import is_url
+    from retro.retrieval.remote.server import create_retrieval_app
+    from retro.web.listening import listen, names_of, read_api_key, run, url_of
+
+    if is_url(store):
+        raise ValueError(f"{store} is served already; give the folder of a store.")
+    api_key, opened, searched = read_api_key(api_key_file), Store.open(store), nullcontext(index)
+    if shards is not None:
+        seconds = 0.8 * limits.max_seconds  # so that an error that names shards comes before that of the request
+        searched = open_sharded(opened, index, shards, timeout=seconds, partial=partial, address=ray_address)
+    with searched as search:
+        retriever = Retriever(opened, search, num_neighbors=k, retrieved_len=retrieved_len, **given)
         bound = listen(host, port)
         served = create_retrieval_app(retriever, limits, api_key, names_of(bound, host, api_key))
         print(f"{store} ({retriever.index.kind}): {url_of(bound)}", flush=True)
         run(served, bound, limits.grace_seconds)
-
-
-def _searched(
-    folder: str, index: str, shards: int | None, spread: dict[str, Any], opened: ExitStack
-) -> tuple[Any, Any]:
-    """The store and its index: a kind, or a search over shards."""
-    from retro.retrieval import Store
-    from retro.retrieval.remote.client import is_url
-
-    if is_url(folder):
-        raise ValueError(f"{folder} is served already; give the folder of a store.")
-    store = Store.open(folder)
-    if shards is None:
-        return store, index
-    from retro.retrieval.search.sharded import open_sharded
-
-    return store, opened.enter_context(open_sharded(store, index, shards, **spread))

@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from retro.cli.options import options
 from retro.cli.shared import JsonFile, OwnIndex, ReadStore, ResultFiles, first, held_out
-from retro.cli.training import run_recipe
+from retro.cli.training import Config, KeyValue, run_recipe
+from retro.common.extras import check_installed
 from retro.evaluation.settings import ReaderSettings
 
 AnyModel = Annotated[str, Parameter(help="A model of this library, or any Hugging Face causal language model.")]
@@ -195,10 +196,9 @@ def lm_eval(
         limit: Read so many documents of each task. Default: all.
         cache: Folder where responses are kept, a file for each model and store. Default: none.
     """
-    try:
-        from retro.evaluation.harness import RetroLM, results_table, run_tasks
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{error.name} is not installed; pip install "retro-lm[eval]".') from None
+    check_installed("lm_eval", "retro task lm-eval")
+    from retro.evaluation.harness import RetroLM, results_table, run_tasks
+
     asked = TaskSettings(**settings)
     asked.refuse_without_store(index=asked.index, k=k)
     given = dict(align=asked.align, batch_size=asked.batch_size, seed=asked.seed, max_length=asked.max_len)
@@ -209,15 +209,11 @@ def lm_eval(
     asked.write_as("lm_eval", results, None)
 
 
-def finetune(config: str, /, *settings: str) -> int:
+def finetune(config: Config, /, *settings: KeyValue) -> int:
     """Train a model to answer questions from passages; the loss is on answers only.
 
+    An example is `retro task finetune finetune_qa start=runs/fitted store=stores/docs questions=q.json output=runs/qa`.
     The same command goes on from the last checkpoint in `output`.
-
-    Arguments:
-        config: A YAML file, or the name of a packaged configuration such as finetune_qa; see `retro configs`.
-        settings: Settings as key=value, such as start=runs/fitted store=stores/docs questions=train.json
-            output=runs/qa; they go before those of the file. All of them are listed below.
     """
     from retro.training.finetune import main
 

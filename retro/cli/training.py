@@ -1,34 +1,34 @@
-"""The verbs of training: train, retrofit; and task finetune, see retro.cli.tasks."""
+"""The verbs of training: train, retrofit; and what `retro task finetune` shares with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
+
+from cyclopts import Parameter
+
+Config = Annotated[str, Parameter(help="A YAML file, or the name of a packaged configuration; see `retro configs`.")]
+KeyValue = Annotated[
+    str, Parameter(help="Settings as key=value, which go before those of the file; see the list below.")
+]
 
 
-def train(config: str, /, *settings: str) -> int:
+def train(config: Config, /, *settings: KeyValue) -> int:
     """Train a RETRO, or a plain language model, from scratch.
 
-    The same command goes on from the last checkpoint in `output`.
-
-    Arguments:
-        config: A YAML file, or the name of a packaged configuration such as train_small; see `retro configs`.
-        settings: Settings as key=value, such as store=stores/docs output=runs/a lr=1e-3; they go before those of the
-            file. All of them are listed below.
+    An example is `retro train train_small store=stores/docs output=runs/a lr=1e-3`. The same command goes on from
+    the last checkpoint in `output`.
     """
     from retro.training.pretrain import main
 
     return run_recipe(main, config, settings)
 
 
-def retrofit(config: str, /, *settings: str) -> int:
+def retrofit(config: Config, /, *settings: KeyValue) -> int:
     """Teach a pretrained language model to read neighbors; its own weights stay as they are.
 
-    The same command goes on from the last checkpoint in `output`.
-
-    Arguments:
-        config: A YAML file, or the name of a packaged configuration such as retrofit_smollm2; see `retro configs`.
-        settings: Settings as key=value, such as base=gpt2 store=stores/docs output=runs/fitted; they go before those of
-            the file. All of them are listed below.
+    An example is `retro retrofit retrofit_smollm2 base=gpt2 store=stores/docs output=runs/fitted`. The same command
+    goes on from the last checkpoint in `output`.
     """
     from retro.training.retrofit import main
 

@@ -5,7 +5,9 @@ from importlib.util import find_spec
 EXTRAS = {
     "bm25s": "bm25",
     "datasketch": "minhash",
+    "fastapi": "serve",
     "gguf": "gguf",
+    "lm_eval": "eval",
     "matplotlib": "eval",
     "pydantic": "eval",
     "ray": "ray",

@@ -1,4 +1,4 @@
-"""How text is written."""
+"""How the tokens of a text are chosen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class DecodingSettings:
         num_beams: Texts of a beam search. Default: no beam search.
         num_return_sequences: Texts for each prompt. Default: 1.
         repetition_penalty: A number above 1 makes tokens less likely that the text has already. Default: 1.
-        stop: Strings that end a text. Default: none.
+        stop_strings: Strings that end a text. Default: none.
+
+    Raises ValueError for what generate() would ignore.
     """
 
     max_new_tokens: int | None = None
@@ -31,4 +33,13 @@ class DecodingSettings:
     num_beams: int | None = None
     num_return_sequences: int | None = None
     repetition_penalty: float | None = None
-    stop: list[str] | None = None
+    stop_strings: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.do_sample:
+            return
+        for name in ("temperature", "top_p", "top_k", "seed"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} needs do_sample; give that too, or leave {name} out")
+        if (self.num_return_sequences or 1) > (self.num_beams or 1):
+            raise ValueError("num_return_sequences needs do_sample, or as many num_beams; give one of them")

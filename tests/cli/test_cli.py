@@ -133,7 +133,7 @@ REFUSED = {
     "no model": (["evaluate", "{store}", "--store", "{store}", "--data", "{heldout}"], "config.json is missing"),
     "sampling options without sampling": (
         ["generate", "{run}", "x", "--no-retrieval", "--top-p", "0.5"],
-        "--do-sample",
+        "do_sample",
     ),
     "a damaged model": (["generate", "{broken}", "x", "--no-retrieval"], "damaged"),
     "a prompt without a store": (["generate", "{run}", "x"], "--store is missing"),

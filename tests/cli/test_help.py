@@ -63,7 +63,7 @@ TAKEN = {
     GenerationLimits: (["serve"], set()),
     RetrievalLimits: (["serve-store"], set()),
 }
-OPTION = {"num_neighbors": "--k", "window_len": "--window"}
+OPTION = {"num_neighbors": "--k", "window_len": "--window", "stop_strings": "--stop"}
 
 
 def help_of(verb: str, capsys, monkeypatch) -> str:
