@@ -17,6 +17,7 @@ from retro.common.lazy import on_demand
 
 _HOME = {
     "load": "retro.loading",
+    "Loaded": "retro.loading",
     "RetroConfig": "retro.model.config",
     "RetroForCausalLM": "retro.model.causal_lm",
     "RetroModel": "retro.model.causal_lm",

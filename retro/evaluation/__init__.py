@@ -13,6 +13,7 @@ _HOME = {
     "perplexity_table": "retro.evaluation.bits",
     "prepare": "retro.evaluation.data",
     "score": "retro.evaluation.bits",
+    "TokenScores": "retro.evaluation.scorer",
     "score_tokens": "retro.evaluation.scorer",
     "leakage_table": "retro.evaluation.leakage",
     "measure_leakage": "retro.evaluation.leakage",
