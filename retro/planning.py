@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from retro.retrieval.building.settings import BuildSettings, ChunkSettings
-from retro.retrieval.building.tasks import load_tokenizer, token_dtype
+from retro.retrieval.building.tasks import load_tokenizer, token_dtype, torch_threads
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder
 from retro.retrieval.executors.local import default_workers
 from retro.retrieval.search import lexical
@@ -196,17 +196,11 @@ def flops_of_chunk(embedder: Embedder, tokenizer: Any, chunks: Sequence[TokenIds
 
 def chunks_per_second(embedder: Embedder, tokenizer: Any, chunks: Sequence[TokenIds]) -> float:
     """What a build embeds here: as many as one thread, or one GPU, does in some seconds for each of its workers."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     started, done = time.perf_counter(), 0
-    try:
+    with torch_threads(1):
         while not done or time.perf_counter() - started < MEASURED_SECONDS:
             embed_chunks(embedder, tokenizer, [chunks[i % len(chunks)] for i in range(done, done + _BLOCK_CHUNKS)])
             done += _BLOCK_CHUNKS
-    finally:
-        torch.set_num_threads(threads)
     return done / (time.perf_counter() - started) * default_workers()
 
 

@@ -208,14 +208,7 @@ def open_npy(path: Path) -> np.ndarray:
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-
-
-def _digest(handle: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def file_record(path: Path) -> dict[str, Any]:

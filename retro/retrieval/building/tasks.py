@@ -360,7 +360,7 @@ def embed_block(spec: dict[str, Any]) -> dict[str, Any]:
         tokens = open_npy(shard / "tokens.npy").reshape(-1, spec["chunk_len"])[start:stop]
         lens = open_npy(shard / "chunks.npy")["length"][start:stop]
         chunks = [ids[:n] for ids, n in zip(tokens, lens, strict=True)]
-        with _threads(None if spec["own_threads"] else 1):
+        with torch_threads(None if spec["own_threads"] else 1):
             tokenizer = saved_tokenizer(spec["tokenizer"], spec["tokenizer_fingerprint"])
             keys = np.asarray(embed_chunks(embedder, tokenizer, chunks), np.float32)
     check_finite(keys, spec["first_row"] + start, spec["key_dtype"])
@@ -406,7 +406,7 @@ def _load_embedder(described: str, store: str, batch_size: int | None) -> Embedd
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Run torch on so many threads; None leaves it as it is."""
     if count is None or "torch" not in sys.modules:
         yield
