@@ -16,7 +16,7 @@ import re
 import typing
 from collections.abc import Iterable
 from types import UnionType
-from typing import Annotated, Any, NotRequired, Required, TypedDict
+from typing import Annotated, Any, Required, TypedDict
 
 from cyclopts import Group, Parameter
 
@@ -46,10 +46,9 @@ def options(*settings: type, without: Iterable[str] = (), defaults: bool = True)
                 about["show_default"] = (defaults and shown_default(default_of(field))) or False
             if hint == bool | None:
                 about["negative"] = f"--no-{field.name.replace('_', '-')}"
-            need = Required if is_required(field) else NotRequired
             given = Parameter(**{key: value for key, value in about.items() if value is not None})
-            found[field.name] = Annotated[need[hint], *own, given]
-    return TypedDict("Options", found)
+            found[field.name] = Annotated[Required[hint] if is_required(field) else hint, *own, given]
+    return TypedDict("Options", found, total=False)
 
 
 def taken(given: dict[str, Any], settings: type) -> dict[str, Any]:

@@ -4,6 +4,7 @@ and one line for what it refuses.
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -205,3 +206,39 @@ def test_what_is_refused_is_one_line_with_option_value_and_remedy(case, capsys):
     out, error = capsys.readouterr()
     assert not out and error.count("\n") == 1 and error.startswith("retro: error: ")
     assert all(words in error for words in said), error
+
+
+BUILD = {"store": "s", "inputs": ["a", "b"]}
+GIVEN = {
+    "build s a b --tokenizer t": BUILD | {"settings": {"tokenizer": "t"}},
+    "build --tokenizer=t s a b --no-pool-prefix --deduplicate exact": BUILD
+    | {"settings": {"tokenizer": "t", "pool_prefix": False, "deduplicate": "exact"}},
+    "build s a b --tokenizer t --decontaminate x y --subsample 0.5 3 --quality 'p>1' --quality q==en": BUILD
+    | {"settings": {"tokenizer": "t", "decontaminate": ["x", "y"], "subsample": (0.5, 3), "quality": ["p>1", "q==en"]}},
+    "build s a b --tokenizer t --query-prefix 'query: ' --passage-prefix ''": BUILD
+    | {"settings": {"tokenizer": "t", "query_prefix": "query: ", "passage_prefix": ""}},
+    "add s a --text-field body --no-index": {
+        "store": "s",
+        "inputs": ["a"],
+        "no_index": True,
+        "settings": {"text_field": "body"},
+    },
+    "generate m '[\"a\"]' - --stop x --stop '[1]' --seed -1 --no-retrieval": {
+        "model": "m",
+        "prompts": ['["a"]', "-"],
+        "no_retrieval": True,
+        "given": {"stop_strings": ["x", "[1]"], "seed": -1},
+    },
+    "sweep neighbors m --ks 0 1 --store s --data a b --window 64": {
+        "model": "m",
+        "ks": (0, 1),
+        "given": {"store": "s", "data": ["a", "b"], "window_len": 64},
+    },
+    "train c lr=1e-3 'model.cca_layers=[2, 4]'": {"config": "c", "settings": ("lr=1e-3", "model.cca_layers=[2, 4]")},
+    "serve m --store a --store n=b --max-batch 2": {"model": "m", "store": ["a", "n=b"], "limits": {"max_batch": 2}},
+}
+
+
+@pytest.mark.parametrize("command", GIVEN)
+def test_a_verb_is_given_what_was_typed_and_nothing_else(command):
+    assert dict(app.parse_args(shlex.split(command))[1].arguments) == GIVEN[command]
