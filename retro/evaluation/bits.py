@@ -224,9 +224,12 @@ def neighbors_of(model: Any, num_neighbors: int | None) -> int:
     return k
 
 
-def bpb_interval(scores: ChunkScores, data: EvaluationData, seed: int = 0) -> list[float]:
-    """Low and high end of the bits per byte over documents drawn anew."""
-    drawn = resampled_sums(_per_document(data, scores.bits, data.bytes_of_chunk), seed=seed)
+def bpb_interval(
+    scores: ChunkScores, data: EvaluationData, seed: int = 0, chunks: Bool[np.ndarray, " c"] | None = None
+) -> list[float]:
+    """Low and high end of the bits per byte over documents drawn anew. chunks: those that count; default all."""
+    counted = 1 if chunks is None else chunks
+    drawn = resampled_sums(_per_document(data, scores.bits * counted, data.bytes_of_chunk * counted), seed=seed)
     return [float(end) for end in interval(ratio(drawn[:, 0], drawn[:, 1]))]
 
 

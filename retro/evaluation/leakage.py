@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from retro.evaluation.bits import COLUMNS, score_documents
+from retro.evaluation.bits import COLUMNS, ChunkScores, bpb_interval, gains_of, score_documents
 from retro.evaluation.data import EvaluationData
-from retro.evaluation.intervals import interval, ratio, resampled_sums
 from retro.evaluation.settings import ScoringSettings
 from retro.text.documents import Document
 from retro.text.overlap import common_runs
@@ -68,12 +67,9 @@ def measure_leakage(
     shared = len(set(data.document_ids) & set(retriever.store.document_ids))
     if shared:
         log.warning("%d evaluation documents have the id of a document of the store: were they trained on?", shared)
-    bits = {column: found.bits for column, found in scores.items()}
     return about | {
-        "points": leakage_points(
-            bits, data.bytes_of_chunk, data.overlap_ratio, data.documents, data.num_documents, alphas, seed
-        ),
-        "examples": examples(data, retriever, bits, seed),
+        "points": leakage_points(scores, data, alphas, seed),
+        "examples": examples(data, retriever, scores, seed),
         "documents_in_store": shared,
         "chunks": int((data.bytes_of_chunk > 0).sum()),
         "exclude": exclude,
@@ -81,13 +77,7 @@ def measure_leakage(
 
 
 def leakage_points(
-    bits: dict[str, Float[np.ndarray, " c"]],
-    num_bytes: Int[np.ndarray, " c"],
-    overlap_ratio: Float[np.ndarray, " c"],
-    documents: Int[np.ndarray, " c"],
-    num_documents: int,
-    alphas: Sequence[float] = ALPHAS,
-    seed: int = 0,
+    scores: dict[str, ChunkScores], data: EvaluationData, alphas: Sequence[float] = ALPHAS, seed: int = 0
 ) -> list[dict[str, Any]]:
     """bpb(alpha) of each column with 95% intervals, and how far RETRO[ON] is below each.
 
@@ -95,43 +85,24 @@ def leakage_points(
     "gain": {column: [value, low, high]}} an alpha: gain = 1 - bpb of RETRO[ON] / bpb of the column. Chunks that hold no
     scored text (a lone end of text) are not counted.
     """
-    below = overlap_ratio[:, None] <= np.asarray(alphas)  # [c, alphas]
-    per_document = lambda x: _sums(x[:, None] * below, documents, num_documents)  # noqa: E731
-    sums = {column: per_document(x) for column, x in bits.items()} | {"bytes": per_document(num_bytes)}
-    drawn = {name: resampled_sums(x, seed=seed) for name, x in sums.items()}
-    bpb = {column: ratio(sums[column].sum(0), sums["bytes"].sum(0)) for column in bits}
-    resampled = {column: ratio(drawn[column], drawn["bytes"]) for column in bits}
-    ends = {column: interval(x) for column, x in resampled.items()}
-    gain = {column: _gain(bpb, resampled, column) for column in bits if "retro_on" in bits and column != "retro_on"}
-    counted = per_document((num_bytes > 0).astype(np.int64))
-    return [
-        {
+    points = []
+    for alpha in alphas:
+        below = (data.overlap_ratio <= alpha) & (data.bytes_of_chunk > 0)
+        point = {
             "alpha": alpha,
-            "chunks": int(counted[:, i].sum()),
-            "documents": int((counted[:, i] > 0).sum()),
-            "bytes": int(sums["bytes"][:, i].sum()),
-            "bpb": {column: float(x[i]) for column, x in bpb.items()},
-            "interval": {column: [float(low[i]), float(high[i])] for column, (low, high) in ends.items()},
-            "gain": {column: [float(x[i]) for x in found] for column, found in gain.items()},
+            "chunks": int(below.sum()),
+            "documents": len(np.unique(data.documents[below])),
+            "bytes": int(data.bytes_of_chunk[below].sum()),
+            "bpb": {column: found.bits_per_byte(data, below) for column, found in scores.items()},
+            "interval": {column: bpb_interval(found, data, seed, below) for column, found in scores.items()},
+            "gain": gains_of(scores, data, seed, below),
         }
-        for i, alpha in enumerate(alphas)
-    ]
-
-
-def _sums(values: np.ndarray, documents: np.ndarray, num_documents: int) -> Float[np.ndarray, "d a"]:
-    """Sums of values [c, a] over the chunks of each document."""
-    columns = [np.bincount(documents, column, num_documents) for column in values.T]
-    return np.stack(columns, axis=1)
-
-
-def _gain(bpb: dict[str, np.ndarray], resampled: dict[str, np.ndarray], column: str) -> tuple[np.ndarray, ...]:
-    """Value, low and high of 1 - RETRO[ON] / column, both over the same documents."""
-    gain = lambda of: 1 - ratio(of["retro_on"], of[column])  # noqa: E731
-    return gain(bpb), *interval(gain(resampled))
+        points.append(point)
+    return points
 
 
 def examples(
-    data: EvaluationData, retriever: Retriever, bits: dict[str, Float[np.ndarray, " c"]], seed: int = 0
+    data: EvaluationData, retriever: Retriever, scores: dict[str, ChunkScores], seed: int = 0
 ) -> list[dict[str, Any]]:
     """One whole chunk drawn from each band of r(C), beside the neighbor that it has the longest run in common with.
 
@@ -143,11 +114,11 @@ def examples(
     for low, high in zip(BANDS[:-1], BANDS[1:], strict=True):
         candidates = np.flatnonzero(usable & (data.overlap_ratio > low) & (data.overlap_ratio <= high))
         if len(candidates):
-            found.append(_example(data, retriever, bits, int(generator.choice(candidates))))
+            found.append(_example(data, retriever, scores, int(generator.choice(candidates))))
     return found
 
 
-def _example(data: EvaluationData, retriever: Retriever, bits: dict[str, np.ndarray], chunk: int) -> dict[str, Any]:
+def _example(data: EvaluationData, retriever: Retriever, scores: dict[str, ChunkScores], chunk: int) -> dict[str, Any]:
     store, rows = retriever.store, data.leak_rows[chunk]
     values, mask = store.values(rows, 2 * store.chunk_len)
     tokens = data.tokens[chunk, : data.lens[chunk]]
@@ -162,7 +133,7 @@ def _example(data: EvaluationData, retriever: Retriever, bits: dict[str, np.ndar
         "ratio": float(data.overlap_ratio[chunk]),
         "common_tokens": length,
         "bytes": int(data.bytes_of_chunk[chunk]),
-        "bits": {column: float(x[chunk]) for column, x in bits.items()},
+        "bits": {column: float(found.bits[chunk]) for column, found in scores.items()},
         "text": marked(store.tokenizer, tokens, start, length),
         "neighbor": asdict(source),
         "neighbor_text": marked(store.tokenizer, values[best][mask[best]], there, length),

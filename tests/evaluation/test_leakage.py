@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retro.evaluation import bits_per_byte, measure_leakage, prepare
+from retro.evaluation import ChunkScores, EvaluationData, bits_per_byte, measure_leakage, prepare
 from retro.evaluation.leakage import BANDS, examples_page, leakage_points, leakage_rows, leakage_table, marked
 from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT, PLANTED
@@ -11,10 +11,21 @@ from tests.evaluation.conftest import HELD_OUT, PLANTED
 ON_AND_OFF = {"retro_off": np.array([10.0, 20, 30, 40]), "retro_on": np.array([10.0, 10, 30, 4])}
 
 
+def points_of(num_bytes, overlap, documents, alphas):
+    """Of four chunks of 1,000 tokens in two documents, all bytes of a chunk in its first token."""
+    wide = np.zeros((4, 1000), int)
+    wide[:, 0] = num_bytes
+    nothing, of_documents = np.zeros((4, 1), int), np.zeros(2, int)
+    given = dict(rows=nothing, leak_rows=nothing, overlap=np.asarray(overlap), document_ids=["a", "b"])
+    given |= dict(tokens=wide, lens=np.full(4, 1000), num_bytes=wide, scored=wide > 0, documents=np.asarray(documents))
+    data = EvaluationData(**given, words=of_documents, line_ends=of_documents)
+    scores = {column: ChunkScores(bits, 0.0) for column, bits in ON_AND_OFF.items()}
+    return leakage_points(scores, data, alphas)
+
+
 def test_points_by_hand():
     """Four chunks of two documents; the last one is a copy, which RETRO[ON] has for a tenth of the bits."""
-    num_bytes, ratio, documents = np.array([5, 10, 10, 20]), np.array([0.1, 0.125, 0.5, 1.0]), np.array([0, 0, 1, 1])
-    first, second, last = leakage_points(ON_AND_OFF, num_bytes, ratio, documents, 2, (0.125, 0.5, 1.0))
+    first, second, last = points_of([5, 10, 10, 20], [100, 125, 500, 1000], [0, 0, 1, 1], (0.125, 0.5, 1.0))
     assert [point["chunks"] for point in (first, second, last)] == [2, 3, 4]
     assert [point["bytes"] for point in (first, second, last)] == [15, 25, 45]
     assert [point["documents"] for point in (first, second, last)] == [1, 2, 2]
@@ -26,7 +37,7 @@ def test_points_by_hand():
 
 
 def test_chunks_without_text_are_not_counted():
-    (point,) = leakage_points(ON_AND_OFF, np.array([5, 10, 0, 20]), np.zeros(4), np.array([0, 0, 1, 1]), 2, (0.125,))
+    (point,) = points_of([5, 10, 0, 20], [0, 0, 0, 0], [0, 0, 1, 1], (0.125,))
     assert point["chunks"] == 3
 
 
