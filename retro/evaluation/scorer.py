@@ -58,7 +58,7 @@ def score_tokens(
     scores, chosen = [nothing] * len(texts), [i for i, at in enumerate(places) if len(at)]
     read = {i: texts[i][: places[i][-1]] for i in chosen}
     k, m, r = (0, 1, 0) if rows is None else (rows[0].shape[1], model.config.chunk_len, model.config.retrieved_len)
-    num_logits = {i: len(read[i] if _needs_all_logits(model, rows is not None) else places[i]) for i in chosen}
+    num_logits = {i: len(read[i] if needs_all_logits(model, rows is not None) else places[i]) for i in chosen}
     with evaluating(model), tqdm(total=len(chosen), desc=progress, unit="text", disable=progress is None) as bar:
         for batch in batches(read, num_logits, model.config.get_text_config().vocab_size, k * r / m, batch_size):
             inputs = padded([read[i] for i in batch])
@@ -90,7 +90,7 @@ def score_batch(
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     lines, columns, targets = (x.to(model.device) for x in (lines, columns, targets))
-    head = None if _needs_all_logits(model, "neighbor_ids" in inputs) else _head(model)
+    head = None if needs_all_logits(model, "neighbor_ids" in inputs) else _head(model)
     with only_at(head, lines, columns) as given:
         logits = model(**inputs, use_cache=False).logits
     logits = logits[0] if given else logits[lines.to(logits.device), columns.to(logits.device)]
@@ -147,9 +147,9 @@ def _head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _needs_all_logits(model: Any, has_neighbors: bool) -> bool:
+def needs_all_logits(model: Any, has_neighbors: bool) -> bool:
     """Whether logits are edited after the output embeddings, position by position, or these are not known."""
-    return _head(model) is None or (has_neighbors and getattr(model.config, "form", None) == "pointer")
+    return _head(model) is None or (has_neighbors and getattr(getattr(model, "form", None), "mixes_logits", False))
 
 
 # Batches

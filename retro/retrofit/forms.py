@@ -36,10 +36,11 @@ from retro.retrofit.starts import (
 class Form(Protocol):
     """A form: an nn.Module made as Form(config, base, anatomy), on any device; `start` gives its weights their start.
 
-    hook_points: in the order in which the base reaches them.
+    hook_points: in the order in which the base reaches them. mixes_logits: whether there may be a `mixture`.
     """
 
     hook_points: list[HookPoint]
+    mixes_logits: bool
 
     def start(self, base: nn.Module, anatomy: Anatomy) -> None:
         """Give every weight its start, such that every update is exactly 0. Not called when weights are loaded."""
@@ -104,6 +105,8 @@ class PaperForm(nn.Module):
 
     Source: RETRO, sections 2.4-2.5 and B.2.
     """
+
+    mixes_logits = False
 
     def __init__(self, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy):
         super().__init__()

@@ -47,6 +47,8 @@ LEAST_LOG_P = -80.0  # float32 could not hold the inverse of less
 class PointerForm(nn.Module):
     """The pointer's weights: two linear maps, the lags, the sharpness and the gate. It writes to the logits only."""
 
+    mixes_logits = True
+
     def __init__(self, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy):
         super().__init__()
         self.config, self.last_layer = config, anatomy.num_layers

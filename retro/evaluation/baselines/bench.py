@@ -24,7 +24,7 @@ from retro.evaluation.baselines.prompting import (
 )
 from retro.evaluation.baselines.sample import Sample
 from retro.evaluation.neighbors import random_neighbors
-from retro.evaluation.scorer import joined, score_tokens
+from retro.evaluation.scorer import joined, needs_all_logits, score_tokens
 from retro.retrieval import Retriever
 
 
@@ -158,7 +158,9 @@ class BaselineEvaluator:
         given = self.model, sample.texts, sample.places, of_window, self.store
         found, seconds = _timed(lambda: score_tokens(*given, progress=self._bar("RETRO")))
         k = 0 if rows is None else rows.shape[1]
-        work = sum(costs.retro_flops(self.model, len(text), len(text), k) for text in sample.texts)
+        num_logits = map(len, sample.texts if needs_all_logits(self.model, k > 0) else sample.places)
+        lengths = zip(map(len, sample.texts), num_logits, strict=True)
+        work = sum(costs.retro_flops(self.model, *one, k) for one in lengths)
         return MethodScores(joined(found), sample.targets, seconds, flops=work)
 
     # retrieved text in front
