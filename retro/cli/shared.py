@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,16 +89,8 @@ class ResultFiles:
 def held_out(inputs: Sequence[str], documents: int | None = None) -> list[Document]:
     """The first documents with text of inputs; the first record that is no document is an error."""
     from retro.text.corpus import read_documents
-    from retro.text.documents import Document
 
-    def with_text() -> Iterator[Document]:
-        for record in read_documents(inputs):
-            if not isinstance(record, Document):
-                raise ValueError(f"{record.file}, line {record.line}: {record.reason}")
-            if record.text.strip():
-                yield record
-
-    return first(with_text(), documents)
+    return first((document for document in read_documents(inputs) if document.text.strip()), documents)
 
 
 def first(records: Any, count: int | None) -> list:

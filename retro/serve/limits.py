@@ -36,4 +36,4 @@ class GenerationLimits:
     def __post_init__(self) -> None:
         check_above_zero(self)
         if self.max_queue < self.max_batch:
-            raise ValueError(f"max_queue is {self.max_queue}, less than the {self.max_batch} texts of max_batch.")
+            raise ValueError(f"max_queue is {self.max_queue}; give at least the {self.max_batch} texts of max_batch.")

@@ -296,7 +296,9 @@ def _load_dataset(item: Input) -> Any:
         found = datasets.load_from_disk(item.path) if saved else datasets.load_dataset(item.path)
     except Exception as error:  # datasets raises many kinds: not found, offline, no permission, bad script
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{item.path} is no file or folder, and no dataset that can be loaded ({reason})") from None
+        raise ValueError(
+            f"{item.path} is no file or folder, and no dataset that can be loaded ({reason}); give one that is there"
+        ) from None
     if isinstance(found, dict):
         split = item.split or "train"
         if split not in found:

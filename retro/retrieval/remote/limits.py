@@ -41,4 +41,6 @@ class RetrievalLimits:
     def __post_init__(self) -> None:
         check_above_zero(self)
         if self.max_queue < self.max_queries:
-            raise ValueError(f"max_queue is {self.max_queue}, less than the {self.max_queries} queries of max_queries.")
+            raise ValueError(
+                f"max_queue is {self.max_queue}; give at least the {self.max_queries} queries of max_queries."
+            )
