@@ -169,7 +169,7 @@ def plot_losses(output: Path) -> None:
 
 def closing_page(output: Path, result: dict[str, Any], sample: str) -> str:
     """Numbers, a sample with its sources, and what was written where."""
-    from retro.evaluation import bits_table
+    from retro.evaluation.tables import as_text, bits_tables
 
     written = {
         "results.json": "the numbers",
@@ -184,7 +184,7 @@ def closing_page(output: Path, result: dict[str, Any], sample: str) -> str:
         [
             "",
             sample,
-            bits_table(result),
+            as_text(bits_tables(result)[:2]),
             f"near-copies of held-out documents removed from the datastore: {result['near_copies_removed']}",
             f"took {result['seconds'] / 60:.1f} minutes; wrote",
             *files,

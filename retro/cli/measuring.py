@@ -46,17 +46,15 @@ class ReadingSettings(ResultFiles, ScoringSettings):
         """How they are scored."""
         return {field.name: getattr(self, field.name) for field in fields(ScoringSettings)} | {"progress": True}
 
-    def write_as(self, kind: str, result: dict[str, Any], rows: Any = None, draw: Any = None) -> None:
-        """The files that were asked for."""
-        self.write({"kind": kind} | result | {"store": self.store, "data": self.data}, rows, draw)
+    def show_as(self, kind: str, result: dict[str, Any], draw: Any = None) -> None:
+        """Print a result, and write the files that were asked for."""
+        self.show({"kind": kind} | result | {"store": self.store, "data": self.data}, draw)
 
     def show_sweep(self, result: dict[str, Any]) -> None:
         """Print a sweep, and write it."""
         from retro.evaluation.plots import plot_sweep
-        from retro.evaluation.sweeps import sweep_rows, sweep_table
 
-        print(sweep_table(result))
-        self.write_as("sweep", result, sweep_rows(result), plot_sweep)
+        self.show_as("sweep", result, plot_sweep)
 
 
 SweepOptions = options(ReadingSettings, without=["progress"])
@@ -72,13 +70,12 @@ def evaluate(model: ModelFolder, /, **given: Unpack[EvaluateOptions]) -> None:
 
     The columns are a plain language model, RETRO[OFF], RETRO[ON], and RETRO[ON] with random neighbors.
     """
-    from retro.evaluation import bits_per_byte, bits_table, perplexity_table
+    from retro.evaluation import bits_per_byte
 
     asked = ReadingSettings(**given)
     opened, retriever, baseline = asked.opened(model)
     result = bits_per_byte(opened, asked.held_out(), retriever, asked.num_neighbors, baseline, **asked.scoring())
-    print(bits_table(result), perplexity_table(result), sep="\n\n")
-    asked.write_as("evaluate", result)
+    asked.show_as("evaluate", result)
 
 
 def leakage(
@@ -98,15 +95,15 @@ def leakage(
             document counts as the leak that it is.
     """
     from retro.evaluation import measure_leakage
-    from retro.evaluation.leakage import examples_page, leakage_rows, leakage_table
+    from retro.evaluation.leakage import examples_page
     from retro.evaluation.plots import plot_leakage
 
     asked = ReadingSettings(**given)
     opened, retriever, baseline = asked.opened(model)
     read = asked.scoring() | {"num_neighbors": asked.num_neighbors, "baseline": baseline, "exclude": exclude}
     result = measure_leakage(opened, asked.held_out(), retriever, **read)
-    print(leakage_table(result), examples_page(result), sep="\n\n")
-    asked.write_as("leakage", result, leakage_rows(result), plot_leakage)
+    asked.show_as("leakage", result, plot_leakage)
+    print("", examples_page(result), sep="\n")
 
 
 def sweep_neighbors(model: ModelFolder, /, *, ks: tuple[int, ...] = KS, **given: Unpack[NeighborsOptions]) -> None:
@@ -202,7 +199,7 @@ def baselines(
         reader: Folder or Hugging Face name of the plain language model of the first row, which reads prompts and whose
             tokenizer is the store's. Default: the base of a RETRO-fitted model.
     """
-    from retro.evaluation.baselines import baselines_rows, baselines_table, measure_baselines
+    from retro.evaluation.baselines import measure_baselines
     from retro.loading import load, load_model
 
     files, settings = ResultFiles(**taken(given, ResultFiles)), BaselineSettings(**given)
@@ -210,9 +207,8 @@ def baselines(
     plain, others = reader and load_model(reader, retriever.store), validation and held_out(validation)
     texts = held_out(data, documents)
     result = measure_baselines(opened, texts, retriever, plain, others, settings, progress=True)
-    print(baselines_table(result))
     about = {"validation": validation, "store": store, "data": data}
-    files.write({"kind": "baselines"} | result | about, baselines_rows(result))
+    files.show({"kind": "baselines"} | result | about)
 
 
 def report(runs: list[str], /, *, output: str) -> None:

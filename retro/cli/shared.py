@@ -73,17 +73,20 @@ class ResultFiles:
         for file in (self.json, self.csv):
             check_file(file)
 
-    def write(self, result: dict[str, Any], rows: Any = None, draw: Any = None) -> None:
-        """Write a result, its table and its plot, as far as they were asked for."""
-        from retro.evaluation.plots import write_csv
+    def show(self, result: dict[str, Any], draw: Any = None) -> None:
+        """Print a result; write it, its table and its plot, as far as they were asked for."""
+        from retro.evaluation.tables import as_text, tables_of, write_csv
 
+        tables = tables_of(result)
+        print(as_text(tables))
+        records = [record for table in tables for record in table.data]
         write_json(self.json, result)
         if self.csv:
-            write_csv(self.csv, rows)
+            write_csv(self.csv, records)
         if self.plot:
             draw(result, self.plot)
             write_json(str(Path(self.plot).with_suffix(".json")), result)
-            write_csv(Path(self.plot).with_suffix(".csv"), rows)
+            write_csv(Path(self.plot).with_suffix(".csv"), records)
 
 
 def held_out(inputs: Sequence[str], documents: int | None = None) -> list[Document]:

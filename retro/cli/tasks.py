@@ -45,9 +45,9 @@ class TaskSettings(ResultFiles, ReaderSettings):
             if not self.store and value is not None:
                 raise ValueError(f"--{name} means nothing without --store; name a datastore.")
 
-    def write_as(self, kind: str, result: dict[str, Any], data: Any) -> None:
-        """The file that was asked for."""
-        self.write({"kind": kind} | result | {"store": self.store, "data": data})
+    def show_as(self, kind: str, result: dict[str, Any], data: Any) -> None:
+        """Print a result, and write the file that was asked for."""
+        self.show({"kind": kind} | result | {"store": self.store, "data": data})
 
 
 _TABLES = ["csv", "plot"]
@@ -66,13 +66,12 @@ def lambada(model: AnyModel, /, *, data: list[str], **settings: Unpack[LambadaOp
     Arguments:
         data: Documents, as for `retro build`.
     """
-    from retro.evaluation.tasks import lambada_table, measure_lambada
+    from retro.evaluation.tasks import measure_lambada
 
     asked = TaskSettings(**settings)
     documents = held_out(data, asked.documents)
     result = measure_lambada(asked.reader(model), documents)
-    print(lambada_table(result))
-    asked.write_as("task", result, data)
+    asked.show_as("task", result, data)
 
 
 def summaries(model: AnyModel, /, *, data: list[str], **settings: Unpack[SummariesOptions]) -> None:
@@ -83,13 +82,12 @@ def summaries(model: AnyModel, /, *, data: list[str], **settings: Unpack[Summari
     Arguments:
         data: Files of records {"article", "summary", "id"?}, as JSON Lines or a JSON array.
     """
-    from retro.evaluation.tasks import measure_summaries, read_summaries, summaries_table
+    from retro.evaluation.tasks import measure_summaries, read_summaries
 
     asked = TaskSettings(**settings)
     pairs = first([pair for file in data for pair in read_summaries(file)], asked.documents)
     result = measure_summaries(asked.reader(model), pairs)
-    print(summaries_table(result))
-    asked.write_as("task", result, data)
+    asked.show_as("task", result, data)
 
 
 def qa(
@@ -116,7 +114,7 @@ def qa(
             run.
         max_new_tokens: Tokens of the longest answer.
     """
-    from retro.evaluation.tasks import answers_table, find_passages, measure_answers, read_questions, without_overlap
+    from retro.evaluation.tasks import find_passages, measure_answers, read_questions, without_overlap
 
     asked = TaskSettings(**settings)
     questions = first([one for file in data for one in read_questions(file)], asked.documents)
@@ -127,8 +125,7 @@ def qa(
     elif asked.decontaminate:
         questions = [without_overlap(one) for one in questions]
     result = measure_answers(reader, questions, passages, max_new_tokens, columns)
-    print(answers_table(result))
-    asked.write_as("task", result, data)
+    asked.show_as("task", result, data)
 
 
 def recall(
@@ -152,7 +149,7 @@ def recall(
         documents: Read so many questions. Default: all.
         seed: Seed of the intervals.
     """
-    from retro.evaluation.tasks import find_passages, read_questions, recall, recall_table
+    from retro.evaluation.tasks import find_passages, read_questions, recall
     from retro.loading import open_retriever
     from retro.provenance import versions
 
@@ -163,8 +160,7 @@ def recall(
         found = find_passages(questions, open_retriever(store, kind), max(ks), progress=True)
         results[kind] = recall(found, ks, seed)
     results = results or {"the file's": recall(questions, ks, seed)}
-    print(recall_table(results))
-    asked.write_as("task", {"task": "recall", "seed": seed, "recall": results, "versions": versions()}, data)
+    asked.show_as("task", {"task": "recall", "seed": seed, "recall": results, "versions": versions()}, data)
 
 
 def lm_eval(
@@ -197,7 +193,7 @@ def lm_eval(
         cache: Folder where responses are kept, a file for each model and store. Default: none.
     """
     check_installed("lm_eval", "retro task lm-eval")
-    from retro.evaluation.harness import RetroLM, results_table, run_tasks
+    from retro.evaluation.harness import RetroLM, run_tasks
 
     asked = TaskSettings(**settings)
     asked.refuse_without_store(index=asked.index, k=k)
@@ -205,8 +201,7 @@ def lm_eval(
     read = dict(num_neighbors=k, reading=reading, retrieval=retrieval, **given)
     lm = RetroLM(model, asked.store, asked.index or "auto", **read)
     results = run_tasks(lm, tasks, include, cache, fewshot, limit, asked.seed)
-    print(results_table(results))
-    asked.write_as("lm_eval", results, None)
+    asked.show_as("lm_eval", results, None)
 
 
 def finetune(config: Config, /, *settings: KeyValue) -> int:

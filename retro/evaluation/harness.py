@@ -339,13 +339,6 @@ def run_tasks(
     return {name: results[name] for name in kept if name in results} | lm.about
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """lm_eval's own table of its results."""
-    from lm_eval.utils import make_table
-
-    return make_table(results)
-
-
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 

@@ -149,27 +149,6 @@ def marked(tokenizer: Any, ids: Int[np.ndarray, " t"], start: int, length: int) 
     return [whole[:first], whole[first:last], whole[last:]]
 
 
-def leakage_table(result: dict[str, Any]) -> str:
-    """The result of `measure_leakage` for people."""
-    columns = list(result["points"][0]["bpb"])
-    lines = [
-        f"bits per byte of {result['documents']} documents over the chunks with r(C) <= alpha, "
-        f"k = {result['num_neighbors']}",
-        f"{'alpha':>7}{'chunks':>9}{'bytes':>12}" + "".join(f"{COLUMNS[column]:>19}" for column in columns),
-    ]
-    lines += [
-        f"{point['alpha']:7.1%}{point['chunks']:9,}{point['bytes']:12,}"
-        + "".join(f"{point['bpb'][column]:19.4f}" for column in columns)
-        for point in result["points"]
-    ]
-    for column in result["points"][0]["gain"]:
-        for point in (result["points"][0], result["points"][-1]):
-            value, low, high = (f"{100 * x:.2f}" for x in point["gain"][column])
-            where = f"RETRO[ON] below {COLUMNS[column]} at {point['alpha']:.1%}"
-            lines.append(f"{where}: {value}% (95%: {low} to {high})")
-    return "\n".join(lines)
-
-
 def examples_page(result: dict[str, Any]) -> str:
     """The examples of `measure_leakage` for people, the common run in [[ ]]."""
     lines = []
@@ -189,18 +168,3 @@ def examples_page(result: dict[str, Any]) -> str:
 def _with_marks(parts: list[str]) -> str:
     before, common, after = parts
     return " ".join(f"{before}[[{common}]]{after}".split())
-
-
-def leakage_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat record for each alpha and column, for CSV."""
-    rows = []
-    for point in result["points"]:
-        for column, bpb in point["bpb"].items():
-            low, high = point["interval"][column]
-            gain, gain_low, gain_high = point["gain"].get(column, [None] * 3)
-            counts = {name: point[name] for name in ("alpha", "chunks", "documents", "bytes")}
-            rows.append(
-                {**counts, "column": column, "bpb": bpb, "low": low, "high": high}
-                | {"on_is_below": gain, "on_is_below_low": gain_low, "on_is_below_high": gain_high}
-            )
-    return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from retro.common.extras import check_installed
-from retro.common.files import finite
 from retro.evaluation.bits import COLUMNS
 
 # told apart in grey too, by marker and line
@@ -165,12 +163,3 @@ def short(number: float | int) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:g}"
-
-
-def write_csv(file: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Flat records as CSV, the columns in the order in which they first occur."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, names)
-        writer.writeheader()
-        writer.writerows(finite(list(rows)))

@@ -20,7 +20,6 @@ import numpy as np
 
 from retro.common.files import stable_hash
 from retro.evaluation.bits import (
-    COLUMNS,
     LITTLE_OVERLAP,
     ChunkScores,
     bpb_interval,
@@ -287,34 +286,3 @@ def _mean_of_draws(points: list[dict[str, Any]], chunks: int) -> list[dict[str, 
 
 def _result(sweep: str, x: str, xlabel: str, points: list, curve: list, band: str, references: dict) -> dict[str, Any]:
     return dict(sweep=sweep, x=x, xlabel=xlabel, points=points, curve=curve, band=band, references=references)
-
-
-def sweep_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Flat records for CSV: the points, the means of a sweep with several draws, the references."""
-    means = result["curve"] if result["curve"] is not result["points"] else []
-    return [
-        *({"what": "point", **point} for point in result["points"]),
-        *({"what": "mean", **point} for point in means),
-        *({"what": "reference", "column": column, **point} for column, point in result["references"].items()),
-    ]
-
-
-def sweep_table(result: dict[str, Any]) -> str:
-    """The result of a sweep for people."""
-    x = result["x"]
-    lines = [
-        f"bits per byte over {result['documents']} documents, {result['bytes']:,} bytes; {result['band']}",
-        f"{x:>16}  {'':20}{'bpb':>10}{'from':>10}{'to':>10}{'below OFF':>12}{'from':>9}{'to':>9}",
-    ]
-    for point in result["curve"]:
-        lines.append(f"{point[x]:16,.0f}  {COLUMNS[point['column']]:20}" + _cells(point))
-    lines += [f"{'':16}  {COLUMNS[column]:20}" + _cells(point) for column, point in result["references"].items()]
-    return "\n".join(lines)
-
-
-def _cells(point: dict[str, Any]) -> str:
-    cells = "".join(f"{point[name]:10.4f}" for name in ("bpb", "low", "high"))
-    if "gain" not in point:
-        return cells
-    gained = (f"{100 * point[name]:.2f}%" for name in ("gain", "gain_low", "gain_high"))
-    return cells + "{:>12}{:>9}{:>9}".format(*gained)

@@ -11,10 +11,11 @@ import torch
 
 from retro.cli import main
 from retro.evaluation import prepare, score
-from retro.evaluation.baselines import METHODS, BaselineSettings, baselines_rows, baselines_table, measure_baselines
+from retro.evaluation.baselines import METHODS, BaselineSettings, measure_baselines
 from retro.evaluation.baselines.bench import BaselineEvaluator
 from retro.evaluation.baselines.methods import plan_methods, resolved
 from retro.evaluation.baselines.sample import draw_sample
+from retro.evaluation.tables import table_text, tables_of
 from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT
 from tests.evaluation.test_commands import made  # noqa: F401 (a fixture)
@@ -245,9 +246,9 @@ def test_the_whole_table(pointer, planted_retriever):
     assert rows["prepend"]["flops_per_1000_tokens"] > rows["retro_on"]["flops_per_1000_tokens"]
     assert rows["retro_on"]["store_bytes"] > rows["retro_on_random"]["store_bytes"] > rows["lm"]["store_bytes"] == 0
     assert rows["knn_lm"]["chosen"]["weight"] == 0.3 and result["settings"]["retrieval_stride"] == 4
-    printed = baselines_table(result)
+    printed = table_text(result)
     assert all(row["label"] in printed and f"{row['bpb']:.4f}" in printed for row in rows.values())
-    assert {"low", "change_high", "chosen_k"} <= {name for row in baselines_rows(result) for name in row}
+    assert {"low", "change_high", "chosen_k"} <= {name for row in tables_of(result)[0].data for name in row}
 
 
 def test_what_cannot_run_is_left_out_or_refused(make_model, make_lm, planted_retriever, words_tokenizer):

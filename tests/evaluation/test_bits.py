@@ -1,6 +1,7 @@
 """Bits per byte: hand-computed cases, windows against a naive reading, and neighbors where they belong."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from retro.evaluation import bits_per_byte, perplexity_table, prepare, score
+from retro.evaluation import bits_per_byte, prepare, score, table_text
 from retro.evaluation.bits import gain, perplexity
 from retro.evaluation.data import windows_of
 from retro.text.documents import Document
@@ -154,7 +155,7 @@ def test_the_whole_result(words_store, words_tokenizer, words_retriever, make_mo
     assert result["off_below_lm"][0] == pytest.approx(1 - result["bpb"]["retro_off"] / result["bpb"]["lm"])
     little = result["bpb_little_overlap"]
     assert result["gain_little_overlap"]["lm"][0] == pytest.approx(1 - little["retro_on"] / little["lm"], nan_ok=True)
-    assert f"{result['perplexity']['retro_on']['word']:.3f}" in perplexity_table(result)
+    assert f"{result['perplexity']['retro_on']['word']:.3f}" in table_text(result)
 
 
 def test_a_plain_lm_alone(words_retriever):
@@ -196,3 +197,19 @@ def test_refusals(words_tokenizer, words_retriever, make_model):
         score(model, prepared, "on", words_retriever.store, num_neighbors=3)
     with pytest.raises(ValueError, match="num_neighbors is 0; give at least 1"):
         bits_per_byte(model, DOCUMENTS, words_retriever, num_neighbors=0)
+
+
+def test_the_table_of_the_readme_is_what_is_printed():
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    others = ["lm", "retro_off", "retro_on_random"]
+    columns = ["lm", "retro_off", "retro_on", "retro_on_random"]
+    little = [[-0.009, -0.021, 0.003], [-0.016, -0.023, -0.006], [0.007, 0.001, 0.017]]
+    result = {
+        **{"documents": 26, "bytes": 378987, "num_neighbors": 2, "chunks": 1560, "chunks_little_overlap": 231},
+        "bpb": dict(zip(columns, (1.0431, 1.0457, 0.8927, 1.1039), strict=True)),
+        "bpb_little_overlap": dict(zip(columns, (2.07, 2.0569, 2.0891, 2.1038), strict=True)),
+        "gain": dict(zip(others, ([0.144, 0.079, 0.22], [0.146, 0.085, 0.22], [0.191, 0.129, 0.265]), strict=True)),
+        "gain_little_overlap": dict(zip(others, little, strict=True)),
+        "off_below_lm": [-0.002, -0.013, 0.006],
+    }
+    assert f"```text\n{table_text(result)}\n```" in readme

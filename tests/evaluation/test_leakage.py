@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from retro.evaluation import ChunkScores, EvaluationData, bits_per_byte, measure_leakage, prepare
-from retro.evaluation.leakage import BANDS, examples_page, leakage_points, leakage_rows, leakage_table, marked
+from retro.evaluation.leakage import BANDS, examples_page, leakage_points, marked
+from retro.evaluation.tables import table_text, tables_of
 from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT, PLANTED
 
@@ -116,7 +117,7 @@ def test_marked_parts_are_the_text(words_tokenizer):
 
 
 def test_table_and_rows(result):
-    table, rows = leakage_table(result), leakage_rows(result)
+    table, rows = table_text(result), tables_of(result)[0].data
     assert f"{result['points'][-1]['bpb']['retro_on']:.4f}" in table and "12.5%" in table
     assert len(rows) == 8 * 4
     (row,) = (row for row in rows if row["alpha"] == 1 and row["column"] == "retro_off")

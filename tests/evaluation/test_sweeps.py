@@ -12,11 +12,12 @@ from retro.evaluation import (
     sweep_datastore,
     sweep_models,
     sweep_neighbors,
-    sweep_table,
     sweep_tokens,
+    table_text,
 )
-from retro.evaluation.plots import check_plot, plot_leakage, plot_sweep, write_csv
-from retro.evaluation.sweeps import Subsample, checkpoints_of, sweep_rows
+from retro.evaluation.plots import check_plot, plot_leakage, plot_sweep
+from retro.evaluation.sweeps import Subsample, checkpoints_of
+from retro.evaluation.tables import tables_of, write_csv
 from retro.retrieval import Retriever
 from tests.evaluation.conftest import HELD_OUT
 from tests.stand_ins import HashingEmbedder
@@ -144,7 +145,7 @@ def swept():
     values = {"bpb": 2.0, "low": 1.5, "high": 2.5, "gain": 0.25, "gain_low": float("nan"), "gain_high": float("nan")}
     points = [{"num_neighbors": k, "column": "retro_on", **values} for k in (0, 1)]
     return {
-        **{"x": "num_neighbors", "xlabel": "k", "points": points, "curve": points, "band": "95%"},
+        **{"sweep": "neighbors", "x": "num_neighbors", "xlabel": "k", "points": points, "curve": points, "band": "95%"},
         **{"references": {"lm": {"bpb": 3.0, "low": 2.0, "high": 4.0}}, "documents": 1, "bytes": 1000},
     }
 
@@ -161,14 +162,14 @@ def test_pictures(swept, ending, tmp_path):
 
 
 def test_the_data_beside_a_picture(swept, tmp_path):
-    write_csv(tmp_path / "a.csv", sweep_rows(swept))
+    write_csv(tmp_path / "a.csv", tables_of(swept)[0].data)
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert lines[0] == "what,num_neighbors,column,bpb,low,high,gain,gain_low,gain_high"
     assert lines[1] == "point,0,retro_on,2.0,1.5,2.5,0.25,,"
     assert lines[-1] == "reference,,lm,3.0,2.0,4.0,,,"
     write_result(tmp_path / "a.json", swept)
     assert json.loads((tmp_path / "a.json").read_text())["points"][0]["gain_low"] is None
-    assert "2.0000" in sweep_table(swept) and "25.00%" in sweep_table(swept)
+    assert "2.0000" in table_text(swept) and "25.00%" in table_text(swept)
 
 
 def test_pictures_that_cannot_be_written_are_refused(tmp_path):

@@ -333,7 +333,8 @@ def test_the_commands_for_questions(made, tmp_path, capsys):
     result = run(made, tmp_path, *found)
     assert set(result["recall"]) == {"tfidf", "bm25"}
     assert result["recall"]["bm25"]["by_id"]["5"]["value"] >= result["recall"]["bm25"]["by_id"]["1"]["value"] > 0.5
-    assert f"@5 {result['recall']['tfidf']['by_answer']['5']['value']:.3f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "@5" in printed and f"{result['recall']['tfidf']['by_answer']['5']['value']:.4f} (" in printed
     assert (
         run(made, tmp_path, "recall", "--data", "{fid}", "--ks", "1")["recall"]["the file's"]["by_id"]["1"]["value"]
         == 1

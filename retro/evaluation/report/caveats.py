@@ -9,8 +9,7 @@ from typing import Any
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.files import Result, StoreRecord
 from retro.evaluation.report.samples import attribution_from_json
-from retro.evaluation.report.shapes import figures_of
-from retro.evaluation.report.tables import amount, change, figure, gain_over, percent, share
+from retro.evaluation.tables import amount, change, figure, figures_of, gain_over, percent, share
 from retro.sampling.terminal import shown_runs
 
 FEW_DOCUMENTS, FEW_CHUNKS, FEW_EXAMPLES = 10, 100, 100  # below these an interval says little

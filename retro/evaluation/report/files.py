@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from retro.evaluation.report.shapes import METRICS, RESULTS, VERBS, checked, is_text, kind_of
+from retro.evaluation.report.shapes import METRICS, RESULTS, VERBS, checked, is_text
+from retro.evaluation.tables import kind_of
 from retro.provenance import FILE, read_provenance
 from retro.retrieval import Store
 from retro.retrieval.search.index import measured_recall

@@ -7,7 +7,7 @@ its own styles and script, by their hashes; pictures are part of the page.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -19,21 +19,10 @@ from markupsafe import Markup
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.caveats import caveats_of
 from retro.evaluation.report.files import ReportInputs, Result, StoreRecord
-from retro.evaluation.report.pictures import Picture, picture_of, picture_of_bits, picture_of_losses
+from retro.evaluation.report.pictures import picture_of, picture_of_bits, picture_of_losses
 from retro.evaluation.report.samples import attribution_from_json
-from retro.evaluation.report.tables import (
-    Table,
-    data_of,
-    gains_line,
-    model_of,
-    overview,
-    plain_cell,
-    share,
-    store_of,
-    table_of_bits,
-    tables_of,
-    title_of,
-)
+from retro.evaluation.report.tables import data_of, model_of, overview, store_of, title_of
+from retro.evaluation.tables import answers_tables, bits_table, gains_table, plain_cell, share, tables_of
 from retro.sampling import html_fragment, visible
 from retro.sampling.page import content_policy, page_script, page_style, template_environment
 from retro.version import __version__
@@ -112,19 +101,15 @@ def _part(basis: Basis, members: list[Result], stores: Sequence[StoreRecord]) ->
     bits = [result for result in members if result.kind == "evaluate"]
     views = []
     if bits:
-        lines = [(result.name, gains_line(result.value)) for result in bits]
-        views.append(_view(bits, [table_of_bits(bits)], picture_of_bits(bits), [line for line in lines if line[1]]))
+        gains = [replace(gains_table(result.value), title=f"What RETRO[ON] gains: {result.name}") for result in bits]
+        tables = [bits_table([(result.name, result.value) for result in bits]), *(one for one in gains if one.records)]
+        views.append(dict(results=bits, tables=tables, picture=picture_of_bits(bits), examples=[]))
     for result in (result for result in members if result.kind != "evaluate"):
-        views.append(_view([result], tables_of(result), picture_of(result), examples=_examples(result)))
+        tables = [*tables_of(result.value), *answers_tables(result.value)]
+        views.append(dict(results=[result], tables=tables, picture=picture_of(result), examples=_examples(result)))
     first = members[0].value
     about = {"title": basis.title, "data": data_of(first), "store": store_of(first)}
     return about | {"views": views, "caveats": caveats_of(members, stores)}
-
-
-def _view(
-    results: list[Result], tables: list[Table], picture: Picture | None, lines: list = (), examples: list = ()
-) -> dict[str, Any]:
-    return dict(results=results, tables=tables, picture=picture, lines=lines, examples=examples)
 
 
 def _examples(result: Result) -> list[dict[str, Any]]:

@@ -12,15 +12,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from retro.evaluation.baselines import baselines_rows
 from retro.evaluation.bits import COLUMNS
-from retro.evaluation.leakage import leakage_rows
 from retro.evaluation.plots import LOOKS, OTHER_LOOKS, picture, plot_leakage, plot_sweep
 from retro.evaluation.report.files import Result, TrainedModel
-from retro.evaluation.report.shapes import figures_of
-from retro.evaluation.report.tables import Table, records_table
-from retro.evaluation.sweeps import sweep_rows
-from retro.evaluation.tasks.results import TITLES as COLUMN_TITLES
+from retro.evaluation.tables import TITLES, Table, figures_of, records_table, tables_of
 from retro.sampling import visible
 
 _MOST_LINES = 200  # of the metrics of one run
@@ -37,19 +32,19 @@ class Picture:
 
 def picture_of(result: Result) -> Picture | None:
     """The plot of a result; None for samples and for what holds no figures."""
-    value = result.value
+    value, data = result.value, [record for table in tables_of(result.value) for record in table.data]
     if result.kind == "leakage":
         caption = "Bits per byte, what RETRO[ON] gains, and chunks, over the chunks with r(C) up to a share"
-        return _drawn(lambda file: plot_leakage(value, file), caption, leakage_rows(value))
+        return _drawn(lambda file: plot_leakage(value, file), caption, data)
     if result.kind == "sweep":
         caption = f"Bits per byte against {value['xlabel']}; bars: {value['band']}"
-        return _drawn(lambda file: plot_sweep(value, file), caption, sweep_rows(value))
+        return _drawn(lambda file: plot_sweep(value, file), caption, data)
     if result.kind == "baselines":
         bars = [_bar(row["label"], row["method"], row["bpb"], row["interval"]) for row in value["rows"]]
-        return _bars(bars, "bits per byte", baselines_rows(value))
+        return _bars(bars, "bits per byte", data)
     if result.kind == "task" and figures_of(value):
         name = figures_of(value)[0]
-        bars = [_bar(COLUMN_TITLES.get(c, c), c, x["value"], x["interval"]) for c, x in value[name].items()]
+        bars = [_bar(TITLES.get(c, c), c, x["value"], x["interval"]) for c, x in value[name].items()]
         return _bars(bars, name.replace("_", " "))
     return None
 

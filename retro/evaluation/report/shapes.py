@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from typing_extensions import TypedDict
 
 from retro.evaluation.bits import COLUMNS
+from retro.evaluation.tables import figures_of
 
 _LARGEST = 1e300
 
@@ -45,16 +46,6 @@ def some(of: Any) -> Any:
 def optional(**fields: Any) -> dict[str, Any]:
     """Fields that may be missing."""
     return {name: NotRequired[kind] for name, kind in fields.items()}
-
-
-def figures_of(task: dict[str, Any]) -> list[str]:
-    """The fields of a task's result that hold figures with intervals, by column."""
-    is_figure = lambda one: isinstance(one, dict) and {"value", "interval"} <= set(one)  # noqa: E731
-    return [
-        name
-        for name, field in task.items()
-        if isinstance(field, dict) and field and all(map(is_figure, field.values()))
-    ]
 
 
 def _check_bits(value: dict[str, Any]) -> dict[str, Any]:
@@ -171,24 +162,6 @@ _SHAPES = {
 }  # fmt: skip
 RESULTS = {kind: TypeAdapter(each) for kind, each in _SHAPES.items()}
 VERBS = {kind: kind for kind in RESULTS} | {"evaluate": "evaluate or demo", "lm_eval": "task lm-eval"}
-_MARKS = {  # fields that only this kind has
-    "leakage": {"points", "examples"},
-    "sweep": {"sweep", "curve"},
-    "baselines": {"rows", "windows"},
-    "task": {"task"},
-    "lm_eval": {"results", "n-shot"},
-    "generate": {"texts"},
-    "evaluate": {"bpb", "bpb_little_overlap"},
-}
-
-
-def kind_of(value: Any) -> str | None:
-    """The kind of a result: its field "kind", else by the fields it has; None for what is no result."""
-    if not isinstance(value, dict):
-        return None
-    if value.get("kind") in VERBS:
-        return value["kind"]
-    return next((kind for kind, marks in _MARKS.items() if marks <= set(value)), None)
 
 
 def is_text(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from retro.common.lazy import on_demand
 
 _HOME = {
-    "lambada_table": "retro.evaluation.tasks.lambada",
     "measure_lambada": "retro.evaluation.tasks.lambada",
     "exact_match": "retro.evaluation.tasks.metrics",
     "f1": "retro.evaluation.tasks.metrics",
@@ -14,14 +13,11 @@ _HOME = {
     "read_questions": "retro.evaluation.tasks.passages",
     "recall": "retro.evaluation.tasks.passages",
     "without_overlap": "retro.evaluation.tasks.passages",
-    "answers_table": "retro.evaluation.tasks.question_answering",
     "measure_answers": "retro.evaluation.tasks.question_answering",
-    "recall_table": "retro.evaluation.tasks.question_answering",
     "Reader": "retro.evaluation.tasks.reading",
     "open_reader": "retro.evaluation.tasks.reading",
     "read_summaries": "retro.evaluation.tasks.summaries",
     "measure_summaries": "retro.evaluation.tasks.summaries",
-    "summaries_table": "retro.evaluation.tasks.summaries",
 }
 __all__ = list(_HOME)
 __getattr__, __dir__ = on_demand(__name__, _HOME)

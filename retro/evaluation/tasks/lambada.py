@@ -20,7 +20,7 @@ import numpy as np
 
 from retro.evaluation.tasks.examples import Example, ScoredContinuation
 from retro.evaluation.tasks.reading import Reader
-from retro.evaluation.tasks.results import about, figures_table, mean, with_intervals
+from retro.evaluation.tasks.results import about, mean, with_intervals
 from retro.text.documents import Document
 
 _LAST_WORD = re.compile(r"(?P<context>.*\S)(?P<word>\s+\S+)\s*", re.DOTALL)
@@ -66,12 +66,3 @@ def last_word(reader: Reader, document: Document) -> Example:
 def _perplexity(scores: Sequence[ScoredContinuation], seed: int) -> tuple[float, list[float]]:
     value, ends = mean(np.array([-one.log_prob for one in scores]), seed)
     return math.exp(value), [math.exp(end) for end in ends]
-
-
-def lambada_table(result: dict[str, Any]) -> str:
-    """A result of `measure_lambada`, for people."""
-    lines = [f"last word of {result['examples']:,} passages, text from the {result['align']} of a chunk, 95% intervals"]
-    lines.append(figures_table(result, {"accuracy": "accuracy", "perplexity": "perplexity"}))
-    if "retro_on" in result["accuracy"]:
-        lines.append(f"{result['read_neighbors']:.1%} of the last words could read a neighbor")
-    return "\n".join(lines)

@@ -21,7 +21,7 @@ from retro.evaluation.tasks.examples import aligned
 from retro.evaluation.tasks.metrics import exact_match, f1
 from retro.evaluation.tasks.passages import Passage, Question, passage_tokens
 from retro.evaluation.tasks.reading import Reader
-from retro.evaluation.tasks.results import about, figures_table, mean, with_intervals
+from retro.evaluation.tasks.results import about, mean, with_intervals
 
 PROMPT = "question: {question} \n answer:"
 STOP = ("\n",)
@@ -123,20 +123,3 @@ def _of_others(questions: Sequence[Question], seed: int) -> list[Question]:
     order = np.random.default_rng(seed).permutation(len(questions))
     other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     return [questions[other[i]] for i in range(len(questions))]
-
-
-def answers_table(result: dict[str, Any]) -> str:
-    """A result of `measure_answers`, for people."""
-    title = f"{result['questions']:,} questions, {result['num_passages']} passages each, 95% intervals"
-    return f"{title}\n{figures_table(result, {'exact_match': 'exact match', 'f1': 'F1'})}"
-
-
-def recall_table(results: dict[str, dict[str, Any]]) -> str:
-    """Results of `recall` by kind of index, for people."""
-    lines = []
-    for index, result in results.items():
-        for name in ("by_id", "by_answer"):
-            if result[name] is not None:
-                cells = (f"@{k} {cell['value']:.3f}" for k, cell in result[name].items())
-                lines.append(f"{index:20}{name.replace('_', ' '):12}" + "".join(f"{cell:>14}" for cell in cells))
-    return "\n".join([f"recall of {next(iter(results.values()))['questions']:,} questions", *lines])

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from retro.evaluation.bits import COLUMNS, neighbors_of
+from retro.evaluation.bits import neighbors_of
 from retro.evaluation.intervals import interval, ratio, resampled_sums
 from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.tasks.reading import Reader
 from retro.provenance import versions
 
 Figure = tuple[float, list[float]]  # value, [low, high]
-TITLES = COLUMNS | {"in_context": "passages in the prompt"}
 
 
 def mean(values: Float[np.ndarray, " d"], seed: int = 0) -> Figure:
@@ -47,17 +46,3 @@ def about(reader: Reader) -> dict[str, Any]:
     if retriever is not None and reads_neighbors(model):
         result |= {"num_neighbors": neighbors_of(model, reader.num_neighbors), "decontaminate": reader.decontaminate}
     return result | {"seed": reader.seed}
-
-
-def figures_table(result: dict[str, Any], names: Mapping[str, str]) -> str:
-    """Columns of a result against its figures with intervals, for people. names: of the figures, with their titles."""
-    lines = [f"{'':24}" + "".join(f"{title:>32}" for title in names.values())]
-    for column in result[next(iter(names))]:
-        cells = (result[name][column] for name in names)
-        shown = ("{} ({} to {})".format(*map(_short, (cell["value"], *cell["interval"]))) for cell in cells)
-        lines.append(f"{TITLES[column]:24}" + "".join(f"{cell:>32}" for cell in shown))
-    return "\n".join(lines)
-
-
-def _short(value: float) -> str:
-    return f"{value:.4f}" if not value >= 1000 else f"{value:.4g}"

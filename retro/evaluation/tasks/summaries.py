@@ -19,7 +19,7 @@ import numpy as np
 
 from retro.evaluation.tasks.files import field_of, read_records
 from retro.evaluation.tasks.reading import Reader
-from retro.evaluation.tasks.results import about, figures_table, quotient, with_intervals
+from retro.evaluation.tasks.results import about, quotient, with_intervals
 
 BETWEEN = "\nTL;DR:"
 
@@ -71,9 +71,3 @@ def measure_summaries(reader: Reader, pairs: Sequence[Summary]) -> dict[str, Any
         "seconds": seconds,
         **about(reader),
     }
-
-
-def summaries_table(result: dict[str, Any]) -> str:
-    """A result of `measure_summaries`, for people."""
-    title = f"{result['examples']:,} summaries, {result['bytes']:,} bytes, {result['tokens']:,} tokens, 95% intervals"
-    return f"{title}\n{figures_table(result, {'bpb': 'bits per byte'})}"

@@ -1,0 +1,435 @@
+"""Results as tables for the terminal, for CSV and for the report, each made by one function for its kind of result."""
+
+from __future__ import annotations
+
+import csv
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retro.common.files import finite
+from retro.evaluation.bits import COLUMNS
+
+NOTHING = "–"
+TITLES = COLUMNS | {"in_context": "passages in the prompt", "chunks": "chunks"}
+MARKS = {  # fields that only this kind of result has
+    "leakage": {"points", "examples"},
+    "sweep": {"sweep", "curve"},
+    "baselines": {"rows", "windows"},
+    "task": {"task"},
+    "lm_eval": {"results", "n-shot"},
+    "generate": {"texts"},
+    "evaluate": {"bpb", "bpb_little_overlap"},
+}
+_LITTLE = "r <= 12.5%"
+_ABOUT_LITTLE = f"{_LITTLE}: at most an eighth of the chunk in one run in common with any of its 10 nearest neighbors"
+_MOST_ANSWERS = 10
+
+
+@dataclass(frozen=True)
+class Column:
+    """cell: what it shows of a record; label: it names the record. width: in a terminal; 0 is that of its cells."""
+
+    title: str
+    cell: Callable[[dict[str, Any]], str]
+    label: bool = False
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """records: one for each row. note: what stands below. data: flat records with every figure, for CSV."""
+
+    title: str
+    columns: Sequence[Column]
+    records: Sequence[dict[str, Any]]
+    note: str = ""
+    data: Sequence[dict[str, Any]] = ()
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells."""
+        return [[column.cell(record) for column in self.columns] for record in self.records]
+
+    def text(self) -> str:
+        """For a terminal, labels on the left."""
+        lines = [[column.title for column in self.columns], *self.rows]
+        for i, column in enumerate(self.columns):
+            width = column.width or 2 + max(len(line[i]) for line in lines)
+            for line in lines:
+                line[i] = line[i].ljust(width) if column.label else line[i].rjust(width)
+        told = [self.title, *("".join(line).rstrip() for line in lines), *textwrap.wrap(self.note, 120)]
+        return "\n".join(line for line in told if line)
+
+
+def table_text(result: dict[str, Any]) -> str:
+    """Any result for people, as a terminal shows it."""
+    return as_text(tables_of(result))
+
+
+def as_text(tables: Iterable[Table]) -> str:
+    """A blank line stands before every table with a title."""
+    return "\n".join("\n" * bool(table.title) + table.text() for table in tables).lstrip("\n")
+
+
+def write_csv(file: str | Path, records: Sequence[dict[str, Any]]) -> None:
+    """Flat records as CSV, the columns in the order in which they first occur."""
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, _fields(records))
+        writer.writeheader()
+        writer.writerows(finite(list(records)))
+
+
+def kind_of(value: Any) -> str | None:
+    """The kind of a result: its field "kind", else by the fields it has; None for what is no result."""
+    if not isinstance(value, dict):
+        return None
+    if value.get("kind") in MARKS:
+        return value["kind"]
+    return next((kind for kind, marks in MARKS.items() if marks <= set(value)), None)
+
+
+def tables_of(result: dict[str, Any]) -> list[Table]:
+    """The tables of any result but samples."""
+    makers = {"leakage": _leakage, "sweep": _sweep, "baselines": _baselines, "task": _task, "lm_eval": _lm_eval}
+    return (makers | {"evaluate": bits_tables})[kind_of(result)](result)
+
+
+def records_table(title: str, records: Sequence[dict[str, Any]], num_labels: int = 1) -> Table:
+    """Flat records as they are; the first columns are labels."""
+    names = _fields(records)
+    columns = [_column(name.replace("_", " "), name, plain_cell, i < num_labels) for i, name in enumerate(names)]
+    return Table(title, columns, records)
+
+
+# Bits per byte
+
+
+def bits_tables(result: dict[str, Any]) -> list[Table]:
+    """Bits per byte, what RETRO[ON] gains, and the perplexities if they are known."""
+    records = list(bits_records(result))
+    chunks = {"column": "chunks", "bpb": result["chunks"], "little": result["chunks_little_overlap"]}
+    title = (
+        f"bits per byte over {result['documents']} documents, {result['bytes']:,} bytes, k = {result['num_neighbors']}"
+    )
+    columns = [_names("", 20), _column("all chunks", "bpb", width=12), _column(_LITTLE, "little", width=14)]
+    tables = [Table(title, columns, [*records, chunks]), gains_table(result)]
+    if "perplexity" in result:
+        title = f"over {result['tokens']:,} tokens, {result['words']:,} words, {result['line_ends']:,} line ends"
+        columns = [
+            _names("perplexity", 20),
+            _column("token", "token", _short, width=12),
+            _column("word", "word", _short, width=14),
+            _column("word or line end", "word_with_line_ends", _short, width=18),
+            _column("bits per byte, 95%", "interval", ends, width=22),
+        ]
+        tables.append(Table(title, columns, records))
+    return tables
+
+
+def bits_records(result: dict[str, Any], name: str = "") -> Iterator[dict[str, Any]]:
+    """A record for each column. name: of a model without one."""
+    model, seconds = result.get("model") or name, result.get("seconds")
+    for column, bpb in result["bpb"].items():
+        yield {
+            "model": result.get("lm") or model if column == "lm" else model,
+            "column": column,
+            "bpb": bpb,
+            "interval": result.get("interval", {}).get(column),
+            "little": result["bpb_little_overlap"].get(column),
+            **result.get("perplexity", {}).get(column, {}),
+            "k": result.get("num_neighbors") if column.startswith("retro_on") else None,
+            "window": f"{result.get('window_len', NOTHING)} / {result.get('stride', NOTHING)}",
+            "seconds": seconds.get(column) if isinstance(seconds, dict) else None,
+        }
+
+
+def bits_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """Names and results over the same text, store and tokens, by model and column."""
+    columns = [
+        _column("model", "model", str, label=True),
+        _names(""),
+        _column("bits per byte", "bpb"),
+        _column("95%", "interval", ends),
+        _column(_LITTLE, "little"),
+        _column("perplexity, token", "token", _short),
+        _column("word", "word", _short),
+        _column("k", "k", plain_cell),
+        _column("window / stride", "window", str),
+        _column("seconds", "seconds", lambda x: figure(x, 1)),
+    ]
+    counts = "{chunks_little_overlap:,} of the {chunks:,} chunks are those with ".format(**results[0][1])
+    return Table(
+        "Bits per byte",
+        columns,
+        [record for name, result in results for record in bits_records(result, name)],
+        counts + _ABOUT_LITTLE,
+    )
+
+
+def gains_table(result: dict[str, Any]) -> Table:
+    """How far RETRO[ON] is below each other column, and RETRO[OFF] below the LM."""
+    bpb = result["bpb"]
+    alone = {c: [gain_over(bpb["retro_on"], x), math.nan, math.nan] for c, x in bpb.items() if "retro_on" in bpb}
+    records = [
+        {"who": f"RETRO[ON] below {COLUMNS[column]}", "all": gain}
+        | {"little": result.get("gain_little_overlap", {}).get(column)}
+        for column, gain in (result.get("gain") or alone).items()
+        if column != "retro_on"
+    ]
+    if "off_below_lm" in result:
+        records.append({"who": "RETRO[OFF] below LM", "all": result["off_below_lm"]})
+    columns = [
+        _column("below it, in % (95%)", "who", str, label=True, width=32),
+        _column("all chunks", "all", _in_percent, width=24),
+        _column(_LITTLE, "little", _in_percent, width=24),
+    ]
+    return Table("", columns, records, _ABOUT_LITTLE)
+
+
+def _in_percent(gain: Sequence[float] | None) -> str:
+    if gain is None:
+        return ""
+    value, low, high = (100 * one for one in gain)
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+# Leakage and sweeps
+
+
+def _leakage(result: dict[str, Any]) -> list[Table]:
+    points = result["points"]
+    columns = [
+        _column("r(C) at most", "alpha", share, label=True),
+        _column("chunks", "chunks", plain_cell),
+        _column("bytes", "bytes", plain_cell),
+    ]
+    bits = [_of_point(COLUMNS[c], lambda p, c=c: [p["bpb"][c], *p["interval"][c]], figure) for c in points[0]["bpb"]]
+    gains = [_of_point(f"below {COLUMNS[c]}", lambda p, c=c: p["gain"][c], percent) for c in points[0]["gain"]]
+    title = "Bits per byte over the chunks that overlap little with their neighbors"
+    note = f"{result['documents']} documents, k = {result['num_neighbors']}; in brackets: 95% bootstrap over documents."
+    tables = [Table(title, [*columns, *bits], points, note, list(_leakage_records(points)))]
+    return tables + [Table("How far RETRO[ON] is below", [*columns, *gains], points)] * bool(gains)
+
+
+def _of_point(title: str, three: Callable, form: Callable) -> Column:
+    return Column(title, lambda point: with_ends(*three(point), form))
+
+
+def _leakage_records(points: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A flat record for each alpha and column."""
+    for point in points:
+        counts = {name: point[name] for name in ("alpha", "chunks", "documents", "bytes")}
+        for column, bpb in point["bpb"].items():
+            low, high = point["interval"][column]
+            gain, gain_low, gain_high = point["gain"].get(column, [None] * 3)
+            yield {**counts, "column": column, "bpb": bpb, "low": low, "high": high} | {
+                "on_is_below": gain, "on_is_below_low": gain_low, "on_is_below_high": gain_high
+            }  # fmt: skip
+
+
+def _sweep(result: dict[str, Any]) -> list[Table]:
+    """The curve and the references; among the data the points, if the curve is of means."""
+    curve, draws = result["curve"], "draws" in result["curve"][0]
+    points = [{"what": "point", **point} for point in result["points"]]
+    means = [{"what": "mean", **point} for point in curve] if draws else []
+    references = [{"what": "reference", "column": column, **one} for column, one in result["references"].items()]
+    columns = [
+        _column(result["xlabel"], result["x"], amount, label=True),
+        _names(""),
+        _column("bits per byte", "bpb"),
+        _between("from, to", "low", "high"),
+    ]
+    if any("gain" in point for point in curve):
+        columns.append(_column("below RETRO[OFF]", "gain", percent))
+        columns.append(_between("from, to", "gain_low", "gain_high", percent))
+    note = f"{result['documents']} documents, {result['bytes']:,} bytes. From, to: {result['band']}."
+    shown = [*(means or points), *references]
+    return [Table(f"Sweep over {result['sweep']}", columns, shown, note, [*points, *means, *references])]
+
+
+# Baselines
+
+
+def _baselines(result: dict[str, Any]) -> list[Table]:
+    rows = result["rows"]
+    flops = lambda row: row["flops_per_1000_tokens"] + row["search_flops_per_1000_tokens"]  # noqa: E731
+    signed = lambda x: percent(x, "+")  # noqa: E731
+    columns = [
+        _column("", "label", str, label=True),
+        _column("bits per byte", "bpb"),
+        _column("95%", "interval", ends),
+        Column(f"against {rows[0]['label']}", lambda row: with_ends(row["change"], *row["change_interval"], signed)),
+        _column(_LITTLE, "bpb_little_overlap"),
+        _column("seconds", "seconds_per_1000_tokens", lambda x: figure(x, 2)),
+        _column("of searching", "search_seconds_per_1000_tokens", lambda x: figure(x, 2)),
+        _column("searches", "searches_per_1000_tokens", lambda x: figure(x, 1)),
+        Column("GFLOPs", lambda row: figure(flops(row) / 1e9, 1)),
+        _column("store, MB", "store_bytes", lambda x: figure(x / 1e6, 1)),
+    ]
+    note = (
+        f"{result['windows']:,} windows of {result['documents']:,} documents, the same {result['tokens']:,} target "
+        "tokens in every row. Seconds, searches and GFLOPs are of 1,000 tokens, the store's MB those read at inference."
+    )
+    note = " ".join([note, *(_chosen(row) for row in rows if row["chosen"])])
+    return [Table("Baselines on the same store", columns, rows, note, [_flat(row) for row in rows])]
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    names = ("low", "high", "change_low", "change_high")
+    kept = {name: value for name, value in row.items() if name not in ("interval", "change_interval", "chosen")}
+    kept |= dict(zip(names, (*row["interval"], *row["change_interval"]), strict=True))
+    return kept | {f"chosen_{name}": value for name, value in row["chosen"].items()}
+
+
+def _chosen(row: dict[str, Any]) -> str:
+    return f"{row['label']}: {', '.join(f'{name} {plain_cell(x)}' for name, x in row['chosen'].items())}."
+
+
+# Tasks
+
+
+def figures_of(task: dict[str, Any]) -> list[str]:
+    """The fields of a task's result that hold figures with intervals, by column."""
+    is_figure = lambda one: isinstance(one, dict) and {"value", "interval"} <= set(one)  # noqa: E731
+    return [
+        name
+        for name, field in task.items()
+        if isinstance(field, dict) and field and all(map(is_figure, field.values()))
+    ]
+
+
+def _task(result: dict[str, Any]) -> list[Table]:
+    names = figures_of(result)
+    records = [
+        {"column": column} | {name: result[name].get(column) for name in names}
+        for column in dict.fromkeys(column for name in names for column in result[name])
+    ]
+    counted = [name for name in ("examples", "questions", "bytes", "tokens") if isinstance(result.get(name), int)]
+    note = f"{', '.join(f'{result[name]:,} {name}' for name in counted)}; in brackets: 95% bootstrap over them."
+    if "retro_on" in result.get("accuracy", {}) and "read_neighbors" in result:
+        note += f" {percent(result['read_neighbors'])} of the last words could read a neighbor."
+    columns = [_names(""), *(_column(name.replace("_", " "), name, _task_cell) for name in names)]
+    tables = [Table(f"Task: {result['task']}", columns, records, note * bool(counted))] if records else []
+    return [*tables, _recall(result["recall"])] if result.get("recall") else tables
+
+
+def answers_tables(result: dict[str, Any]) -> list[Table]:
+    """The first answers of a task that has any."""
+    answers = result.get("answers") or []
+    title, shown = f"The first of {len(answers):,} answers", answers[:_MOST_ANSWERS]
+    return [records_table(title, shown, len(_fields(shown)))] * bool(answers)
+
+
+def _recall(by_index: dict[str, Any]) -> Table:
+    records = [
+        {"index": index, "right": kind.replace("_", " "), **one[kind]}
+        for index, one in by_index.items()
+        for kind in ("by_id", "by_answer")
+        if one[kind]
+    ]
+    ks = [name for name in _fields(records) if name not in ("index", "right")]
+    columns = [_column(name, name, str, label=True) for name in ("index", "right")]
+    note = "By id: a passage of the right document; by answer: one that holds a right answer. In brackets: 95%."
+    columns += [_column(f"@{k}", k, _task_cell) for k in ks]
+    return Table("Recall of the right passage", columns, records, note)
+
+
+def _lm_eval(result: dict[str, Any]) -> list[Table]:
+    """Metrics as lm_eval names them, "metric,filter", with their standard errors."""
+    records = []
+    for task, found in result["results"].items():
+        count = result.get("n-samples", {}).get(task, {}).get("effective")
+        for name, value in found.items():
+            metric, _, chosen = name.partition(",")
+            if isinstance(value, (int, float)) and chosen and not metric.endswith("_stderr"):
+                error = found.get(f"{metric}_stderr,{chosen}")
+                records.append(dict(task=task, metric=metric, value=value, standard_error=error, examples=count))
+    return [records_table("Tasks of lm_eval", records, 2)]
+
+
+# Cells and columns
+
+
+def figure(value: float | int | None, digits: int = 4) -> str:
+    """A count as it is, anything else with so many digits after the point."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return NOTHING if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def percent(value: float | int | None, sign: str = "") -> str:
+    return NOTHING if value is None or math.isnan(value) else f"{100 * value:{sign}.2f}%"
+
+
+def share(value: float | int) -> str:
+    return f"{100 * value:g}%"
+
+
+def gain_over(bpb: float | int, other: float | int) -> float:
+    """By which share a figure is below another one; NaN where the other is 0."""
+    return 1 - bpb / other if other else math.nan
+
+
+def change(gain: float | int) -> str:
+    """A gain in words: "8.8% below"."""
+    return "not comparable with" if math.isnan(gain) else f"{100 * abs(gain):.1f}% {'below' if gain >= 0 else 'above'}"
+
+
+def ends(pair: Sequence[float | None] | None, form: Callable = figure) -> str:
+    """The two ends of an interval, nothing where they are no numbers."""
+    told = [NOTHING] if pair is None else list(map(form, pair))
+    return NOTHING if NOTHING in told else " to ".join(told)
+
+
+def with_ends(value: float | int, low: float, high: float, form: Callable) -> str:
+    """A value with its interval in brackets, if there is one."""
+    told = ends([low, high], form)
+    return form(value) if told == NOTHING else f"{form(value)} ({told})"
+
+
+def amount(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,g}"
+
+
+def plain_cell(value: Any) -> str:
+    """Any value of a record in a few characters."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return NOTHING
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"
+
+
+def _column(title: str, name: Any, form: Callable = figure, label: bool = False, width: int = 0) -> Column:
+    """One field of a record, by default a figure."""
+    return Column(title, lambda record: form(record.get(name)), label, width)
+
+
+def _names(title: str, width: int = 0) -> Column:
+    """The records' own column."""
+    return _column(title, "column", lambda column: TITLES.get(column, column), label=True, width=width)
+
+
+def _between(title: str, low: str, high: str, form: Callable = figure) -> Column:
+    """The ends of an interval."""
+    return Column(title, lambda record: ends([record.get(low), record.get(high)], form))
+
+
+def _task_cell(cell: dict[str, Any] | None) -> str:
+    form = lambda value: figure(value) if abs(value) < 1000 else plain_cell(value)  # noqa: E731
+    return NOTHING if cell is None else with_ends(cell["value"], *cell["interval"], form)
+
+
+def _short(value: float | None) -> str:
+    return figure(value, 3)
+
+
+def _fields(records: Iterable[dict[str, Any]]) -> list[str]:
+    """In the order in which they first occur."""
+    return list(dict.fromkeys(name for record in records for name in record))
