@@ -50,6 +50,11 @@ class ReadNeighbor:
     def text(self) -> str:
         return "".join(self.tokens)
 
+    @property
+    def rounded_score(self) -> float:
+        """The score as it is shown; a distance that rounds to 0 has no sign."""
+        return round(self.score, 3) + 0.0
+
 
 @dataclass(frozen=True)
 class ReadingChunk:

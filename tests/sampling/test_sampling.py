@@ -24,6 +24,7 @@ from retro.sampling import (
     token_texts,
     wants_color,
 )
+from retro.sampling.sources import ReadNeighbor
 from retro.text.documents import Document
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -394,3 +395,9 @@ def test_a_terminal_is_sent_no_control_characters(told, bytes_tokenizer):
         assert not set("\x1b\x9b\r\x00\u202e\u2066") & set(text)
         assert "␛[2J" in text and "[U+202E]gpj.exe" in text
     assert "\nsources: none" not in shown
+
+
+def test_a_distance_that_rounds_to_nothing_has_no_sign():
+    near = ReadNeighbor(0, -0.0002, None, (), 0)
+    assert f"{near.rounded_score:.3f}" == "0.000"
+    assert replace(near, score=-0.0006).rounded_score == -0.001

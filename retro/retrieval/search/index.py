@@ -34,6 +34,7 @@ from retro.retrieval.search.exact import (
     no_hits,
     rescore,
 )
+from retro.retrieval.search.postings import KINDS as LEXICAL_KINDS
 from retro.retrieval.search.segments import (
     ShardRange,
     cover,
@@ -195,6 +196,10 @@ def resolve_kind(kind: str) -> str:
     if kind == "auto":
         return next((name for name in ENGINES if _importable(name)), "exact")
     engine, codes = _split(kind)
+    if engine in LEXICAL_KINDS:
+        raise ValueError(
+            f"{kind} is a lexical search, which needs no index of keys; open it by Retriever(store, {kind!r})"
+        )
     if engine not in KINDS:
         raise ValueError(f"the index kind must be auto, {', '.join(KINDS)}, tfidf or bm25, not {kind!r}")
     all_codes = ENGINES[engine].codes if engine in ENGINES else ()

@@ -235,6 +235,8 @@ def test_kinds(monkeypatch):
         resolve_kind("hnsw")
     with pytest.raises(ValueError, match="there are faiss:flat, faiss:sq8"):
         resolve_kind("faiss:ah")
+    with pytest.raises(ValueError, match="open it by Retriever\\(store, 'tfidf'\\)"):
+        resolve_kind("tfidf")
     monkeypatch.setattr(index_module, "_importable", lambda kind: kind == "exact")
     assert resolve_kind("auto") == "exact"
     with pytest.raises(ValueError, match="pip install scann"):
