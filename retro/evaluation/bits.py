@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from retro.evaluation.data import EvaluationData, texts_of, window_of, windows_of
-from retro.evaluation.intervals import interval, ratio, resampled_sums
+from retro.evaluation.intervals import quotient
 from retro.evaluation.neighbors import random_neighbors
 from retro.evaluation.scorer import joined, reads_neighbors, score_tokens
 from retro.evaluation.settings import ScoringSettings
@@ -228,9 +228,7 @@ def bpb_interval(
     scores: ChunkScores, data: EvaluationData, seed: int = 0, chunks: Bool[np.ndarray, " c"] | None = None
 ) -> list[float]:
     """Low and high end of the bits per byte over documents drawn anew. chunks: those that count; default all."""
-    counted = 1 if chunks is None else chunks
-    drawn = resampled_sums(_per_document(data, scores.bits * counted, data.bytes_of_chunk * counted), seed=seed)
-    return [float(end) for end in interval(ratio(drawn[:, 0], drawn[:, 1]))]
+    return quotient(*_per_document(data, chunks, scores.bits, data.bytes_of_chunk), seed)[1:]
 
 
 def gain(
@@ -244,11 +242,8 @@ def gain(
 
     chunks: those that count; default all.
     """
-    counted = 1 if chunks is None else chunks
-    sums = _per_document(data, scores.bits * counted, other.bits * counted)
-    drawn, total = resampled_sums(sums, seed=seed), sums.sum(0, keepdims=True)
-    saved = lambda x: 1 - ratio(x[:, 0], x[:, 1])  # noqa: E731
-    return [float(saved(total)[0]), *map(float, interval(saved(drawn)))]
+    own, others = _per_document(data, chunks, scores.bits, other.bits)
+    return quotient(others - own, others, seed)
 
 
 def gains_of(
@@ -262,8 +257,11 @@ def gains_of(
     return {name: gain(on, other, data, seed, chunks) for name, other in scores.items() if on and other is not on}
 
 
-def _per_document(data: EvaluationData, *values: np.ndarray) -> Float[np.ndarray, "d v"]:
-    return np.stack([np.bincount(data.documents, x, data.num_documents) for x in values], axis=1)
+def _per_document(
+    data: EvaluationData, chunks: Bool[np.ndarray, " c"] | None, *values: np.ndarray
+) -> list[Float[np.ndarray, " d"]]:
+    counted = 1 if chunks is None else chunks
+    return [np.bincount(data.documents, x * counted, data.num_documents) for x in values]
 
 
 def perplexity(scores: ChunkScores, data: EvaluationData) -> dict[str, float]:

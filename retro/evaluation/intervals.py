@@ -49,3 +49,15 @@ def interval(
 def ratio(above: Float[np.ndarray, "*x"], below: Float[np.ndarray, "*x"]) -> Float[np.ndarray, "*x"]:
     """above / below, NaN where below is 0."""
     return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) > 0)
+
+
+def mean(values: Float[np.ndarray, " d"], seed: int = 0) -> list[float]:
+    """The mean over documents with the ends of its interval."""
+    return quotient(values, np.ones(len(values)), seed)
+
+
+def quotient(above: Float[np.ndarray, " d"], below: Float[np.ndarray, " d"], seed: int = 0) -> list[float]:
+    """sum(above) / sum(below) over documents, and the low and high end over documents drawn anew (95%)."""
+    sums = np.stack([above, below], axis=1).astype(np.float64)
+    drawn = resampled_sums(sums, seed=seed)
+    return [float(x) for x in (ratio(*sums.sum(0)), *interval(ratio(drawn[:, 0], drawn[:, 1])))]

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from retro.evaluation.intervals import mean
 from retro.evaluation.tasks.examples import Example, ScoredContinuation
 from retro.evaluation.tasks.reading import Reader
-from retro.evaluation.tasks.results import about, mean, with_intervals
+from retro.evaluation.tasks.results import about, with_interval
 from retro.text.documents import Document
 
 _LAST_WORD = re.compile(r"(?P<context>.*\S)(?P<word>\s+\S+)\s*", re.DOTALL)
@@ -40,13 +41,13 @@ def measure_lambada(reader: Reader, documents: Sequence[Document]) -> dict[str, 
     scores, seconds = reader.score_columns(examples)
     right = {column: np.array([one.right for one in found], float) for column, found in scores.items()}
     on = right.get("retro_on")
-    gains = {} if on is None else {c: mean(on - other, reader.seed) for c, other in right.items() if c != "retro_on"}
+    gains = {} if on is None else {column: on - other for column, other in right.items() if column != "retro_on"}
     read = [one.num_read > 0 for one in scores.get("retro_on", [])]
     return {
         "task": "lambada",
-        "accuracy": with_intervals({column: mean(values, reader.seed) for column, values in right.items()}),
-        "accuracy_gain": with_intervals(gains),
-        "perplexity": with_intervals({column: _perplexity(found, reader.seed) for column, found in scores.items()}),
+        "accuracy": {column: with_interval(*mean(values, reader.seed)) for column, values in right.items()},
+        "accuracy_gain": {column: with_interval(*mean(values, reader.seed)) for column, values in gains.items()},
+        "perplexity": {column: _perplexity(found, reader.seed) for column, found in scores.items()},
         "examples": len(examples),
         "read_neighbors": float(np.mean(read)) if read else 0.0,
         "align": reader.align,
@@ -63,6 +64,5 @@ def last_word(reader: Reader, document: Document) -> Example:
     return reader.pair(found["context"], found["word"], document.id, document.text)
 
 
-def _perplexity(scores: Sequence[ScoredContinuation], seed: int) -> tuple[float, list[float]]:
-    value, ends = mean(np.array([-one.log_prob for one in scores]), seed)
-    return math.exp(value), [math.exp(end) for end in ends]
+def _perplexity(scores: Sequence[ScoredContinuation], seed: int) -> dict[str, Any]:
+    return with_interval(*map(math.exp, mean(np.array([-one.log_prob for one in scores]), seed)))

@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from tqdm.auto import tqdm
 
+from retro.evaluation.intervals import mean
 from retro.evaluation.tasks.examples import encode, passage_texts
 from retro.evaluation.tasks.files import field_of, read_records
 from retro.evaluation.tasks.metrics import holds_answer
-from retro.evaluation.tasks.results import mean
+from retro.evaluation.tasks.results import with_interval
 from retro.retrieval.filters import shares_run
 from retro.text.chunks import pad_token_id
 
@@ -141,8 +142,7 @@ def recall(questions: Sequence[Question], ks: Sequence[int] = (1, 5, 20), seed: 
 
 
 def _recall(hits: list[list[bool]], ks: Sequence[int], seed: int) -> dict[int, dict[str, Any]]:
-    found = {k: mean(np.array([any(own[:k]) for own in hits], float), seed) for k in ks}
-    return {k: {"value": value, "interval": ends} for k, (value, ends) in found.items()}
+    return {k: with_interval(*mean(np.array([any(own[:k]) for own in hits], float), seed)) for k in ks}
 
 
 def passage_tokens(

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from retro.evaluation.intervals import mean
 from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.tasks.examples import aligned
 from retro.evaluation.tasks.metrics import exact_match, f1
 from retro.evaluation.tasks.passages import Passage, Question, passage_tokens
 from retro.evaluation.tasks.reading import Reader
-from retro.evaluation.tasks.results import about, mean, with_intervals
+from retro.evaluation.tasks.results import about, with_interval
 
 PROMPT = "question: {question} \n answer:"
 STOP = ("\n",)
@@ -56,11 +57,9 @@ def measure_answers(
         seconds[column] = round(time.perf_counter() - started, 2)
     figures: dict[str, Any] = {}
     for name, metric in (("exact_match", exact_match), ("f1", f1)):
-        values = {
-            column: np.array([metric(answer, one.answers) for answer, one in zip(answers, questions, strict=True)])
-            for column, answers in written.items()
-        }
-        figures[name] = with_intervals({column: mean(own, reader.seed) for column, own in values.items()})
+        for column, answers in written.items():
+            values = [metric(answer, one.answers) for answer, one in zip(answers, questions, strict=True)]
+            figures.setdefault(name, {})[column] = with_interval(*mean(np.array(values), reader.seed))
     return {
         "task": "question answering",
         **figures,

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from retro.evaluation.bits import neighbors_of
-from retro.evaluation.intervals import interval, ratio, resampled_sums
 from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.tasks.reading import Reader
 from retro.provenance import versions
 
-Figure = tuple[float, list[float]]  # value, [low, high]
 
-
-def mean(values: Float[np.ndarray, " d"], seed: int = 0) -> Figure:
-    """The mean over examples, and the low and high end over examples drawn anew (95%)."""
-    return quotient(values, np.ones(len(values)), seed)
-
-
-def quotient(above: Float[np.ndarray, " d"], below: Float[np.ndarray, " d"], seed: int = 0) -> Figure:
-    """sum(above) / sum(below), and the low and high end over examples drawn anew (95%)."""
-    drawn = resampled_sums(np.stack([above, below], axis=1).astype(np.float64), seed=seed)
-    ends = [float(end) for end in interval(ratio(drawn[:, 0], drawn[:, 1]))]
-    return float(np.sum(above) / np.sum(below)), ends
-
-
-def with_intervals(figures: Mapping[str, Figure]) -> dict[str, dict[str, Any]]:
-    """{column: (value, [low, high])} as {column: {"value", "interval"}}."""
-    return {column: {"value": value, "interval": ends} for column, (value, ends) in figures.items()}
+def with_interval(value: float, low: float, high: float) -> dict[str, Any]:
+    """A figure as a result holds it."""
+    return {"value": value, "interval": [low, high]}
 
 
 def about(reader: Reader) -> dict[str, Any]:

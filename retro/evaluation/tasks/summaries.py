@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from retro.evaluation.intervals import quotient
 from retro.evaluation.tasks.files import field_of, read_records
 from retro.evaluation.tasks.reading import Reader
-from retro.evaluation.tasks.results import about, quotient, with_intervals
+from retro.evaluation.tasks.results import about, with_interval
 
 BETWEEN = "\nTL;DR:"
 
@@ -62,8 +63,8 @@ def measure_summaries(reader: Reader, pairs: Sequence[Summary]) -> dict[str, Any
     others = {} if on is None else {column: other for column, other in bits.items() if column != "retro_on"}
     return {
         "task": "summaries",
-        "bpb": with_intervals({column: quotient(values, num_bytes, reader.seed) for column, values in bits.items()}),
-        "saved": with_intervals({column: quotient(other - on, other, reader.seed) for column, other in others.items()}),
+        "bpb": {column: with_interval(*quotient(own, num_bytes, reader.seed)) for column, own in bits.items()},
+        "saved": {column: with_interval(*quotient(other - on, other, reader.seed)) for column, other in others.items()},
         "examples": len(examples),
         "bytes": int(num_bytes.sum()),
         "tokens": sum(len(example.continuation) for example in examples),
