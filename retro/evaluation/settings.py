@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from retro.common.settings import unknown_name
 
@@ -17,20 +17,22 @@ if TYPE_CHECKING:
 Align = Literal["start", "end"]
 KS = (0, 1, 2, 4, 7, 10, 20, 40)
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-Method = Literal[
-    "lm",
-    "retro_off",
-    "retro_on",
-    "retro_on_random",
-    "retro_on_bm25",
-    "retro_on_tfidf",
-    "retro_on_oracle",
-    "prepend",
-    "replug",
-    "rag_token",
-    "rag_sequence",
-    "knn_lm",
-]
+READER, RETRO, PROMPT, VALIDATION, BM25 = "reader", "retro", "prompt", "validation", "bm25s"
+METHODS = {  # label, and what is needed
+    "lm": ("LM", {READER}),
+    "retro_off": ("RETRO[OFF]", {RETRO}),
+    "retro_on": ("RETRO[ON]", {RETRO}),
+    "retro_on_random": ("RETRO[ON], random", {RETRO}),
+    "retro_on_bm25": ("RETRO[ON], BM25", {RETRO, BM25}),
+    "retro_on_tfidf": ("RETRO[ON], TF-IDF", {RETRO}),
+    "retro_on_oracle": ("RETRO[ON], oracle (bound)", {RETRO}),
+    "prepend": ("in-context, prepended", {READER, PROMPT}),
+    "replug": ("REPLUG", {READER, PROMPT}),
+    "rag_token": ("RAG-token", {READER, PROMPT}),
+    "rag_sequence": ("RAG-sequence", {READER, PROMPT}),
+    "knn_lm": ("kNN-LM", {READER, VALIDATION}),
+}
+Method = Literal[tuple(METHODS)]
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ class BaselineSettings:
 
     def __post_init__(self) -> None:
         for name in self.methods or ():
-            if name not in get_args(Method):
-                raise ValueError(unknown_name(name, get_args(Method), "method"))
+            if name not in METHODS:
+                raise ValueError(unknown_name(name, METHODS, "method"))
         for name in ("prompt_neighbors", "retrieval_stride", "query_len", "oracle_candidates", "knn_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")

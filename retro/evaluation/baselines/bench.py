@@ -140,12 +140,8 @@ class BaselineEvaluator:
 
     def _rows(self, sample: Sample, retriever: Retriever) -> Int[np.ndarray, "c k"]:
         """The neighbors of every chunk that has another after it in its window."""
-        data, k = sample.data, self.settings.num_neighbors
-        at = np.flatnonzero(np.diff(data.documents, append=-1) == 0)
-        names = [{data.document_ids[window]} for window in data.documents[at]]
-        rows = np.full((len(data.tokens), k), -1, np.int64)
-        rows[at] = retriever(data.tokens[at], k, exclude_documents=names, mask=data.mask[at]).ids
-        return rows
+        asks = np.diff(sample.data.documents, append=-1) == 0
+        return sample.search(retriever, self.settings.num_neighbors, asks)
 
     def _random(self, sample: Sample) -> Int[np.ndarray, "c k"]:
         """As many, each a random chunk of the store."""

@@ -18,21 +18,21 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.special import log_softmax, logsumexp
 
 
 def log_weights(
     scores: Float[np.ndarray, "s k"], present: Bool[np.ndarray, "s k"], temperature: float
 ) -> Float[np.ndarray, "s k"]:
     """log softmax(score / T) over the documents that are present, -inf for the others. One at least is in each row."""
-    scaled = np.where(present, scores / temperature, -np.inf)
-    return scaled - log_sum_exp(scaled)[:, None]
+    return log_softmax(np.where(present, scores / temperature, -np.inf), axis=-1)
 
 
 def token_mixture(
     log_p: Float[np.ndarray, "t k"], weights: Float[np.ndarray, "s k"], of_target: Int[np.ndarray, " t"]
 ) -> Float[np.ndarray, " t"]:
     """log sum_d w_d p_d(y_i), from log p_d and the log weights of each token's span."""
-    return log_sum_exp(weights[of_target] + log_p)
+    return logsumexp(weights[of_target] + log_p, axis=-1)
 
 
 def sequence_mixture(
@@ -44,13 +44,4 @@ def sequence_mixture(
     before = np.concatenate([np.zeros_like(through[:1]), through[:-1]])
     before = before - np.repeat(before[starts], np.diff(np.append(starts, len(log_p))), axis=0)
     weighed = weights[of_target] + before
-    return log_sum_exp(weighed + log_p) - log_sum_exp(weighed)
-
-
-def log_sum_exp(x: Float[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
-    """log sum exp over the last axis in float64; -inf where all are."""
-    x = np.asarray(x, np.float64)
-    top = x.max(-1, initial=-np.inf)
-    top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(x - top[..., None]).sum(-1)) + top
+    return logsumexp(weighed + log_p, axis=-1) - logsumexp(weighed, axis=-1)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.special import logsumexp
 from tqdm.auto import tqdm
 
 from retro.common.modes import evaluating
 from retro.common.products import fast_products
-from retro.evaluation.baselines.ensembles import log_sum_exp
 from retro.evaluation.scorer import Ids, batches, flat, only_at, padded
 from retro.retrieval.search.index import FAISS_FLAT_ROWS
 
@@ -194,8 +194,8 @@ def knn_log_p(
     """log p_kNN of each target, -inf where no key found has its value; NaN where none was found at all."""
     logits = np.where(values >= 0, -distances.astype(np.float64) / temperature, -np.inf)
     of_target = np.where(values == targets[:, None], logits, -np.inf)
-    total = log_sum_exp(logits)
-    return np.where(np.isfinite(total), log_sum_exp(of_target) - np.where(np.isfinite(total), total, 0), np.nan)
+    total = logsumexp(logits, axis=-1)
+    return np.where(np.isfinite(total), logsumexp(of_target, axis=-1) - np.where(np.isfinite(total), total, 0), np.nan)
 
 
 def interpolated(

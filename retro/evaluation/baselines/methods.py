@@ -1,4 +1,4 @@
-"""The methods by name, what each needs, and the choices of a measurement."""
+"""Which methods run, and the choices of a measurement."""
 
 from __future__ import annotations
 
@@ -9,28 +9,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from retro.evaluation.baselines.prompting import check_room
-from retro.evaluation.settings import BaselineSettings
+from retro.evaluation.settings import BM25, METHODS, PROMPT, READER, RETRO, VALIDATION, BaselineSettings
 from retro.text.documents import Document
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
 
 log = logging.getLogger(__name__)
-READER, RETRO, PROMPT, VALIDATION, BM25 = "reader", "retro", "prompt", "validation", "bm25s"
-METHODS = {
-    "lm": ("LM", {READER}),
-    "retro_off": ("RETRO[OFF]", {RETRO}),
-    "retro_on": ("RETRO[ON]", {RETRO}),
-    "retro_on_random": ("RETRO[ON], random", {RETRO}),
-    "retro_on_bm25": ("RETRO[ON], BM25", {RETRO, BM25}),
-    "retro_on_tfidf": ("RETRO[ON], TF-IDF", {RETRO}),
-    "retro_on_oracle": ("RETRO[ON], oracle (bound)", {RETRO}),
-    "prepend": ("in-context, prepended", {READER, PROMPT}),
-    "replug": ("REPLUG", {READER, PROMPT}),
-    "rag_token": ("RAG-token", {READER, PROMPT}),
-    "rag_sequence": ("RAG-sequence", {READER, PROMPT}),
-    "knn_lm": ("kNN-LM", {READER, VALIDATION}),
-}
 
 
 def resolved(settings: BaselineSettings, retriever: Retriever, reader: Any, k: int) -> BaselineSettings:

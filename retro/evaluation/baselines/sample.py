@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from retro.evaluation.bits import ChunkScores, bits_of_chunks
 from retro.evaluation.data import EvaluationData, texts_of, windows_of
+from retro.evaluation.neighbors import neighbor_rows
 from retro.evaluation.scorer import Ids
+
+if TYPE_CHECKING:
+    from retro.retrieval import Retriever
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,13 @@ class Sample:
         numbers = self.document_of_window[self.data.documents]
         return replace(self.data, documents=numbers, document_ids=self.document_ids)
 
+    def search(self, retriever: Retriever, k: int, asks: Bool[np.ndarray, " c"]) -> Int[np.ndarray, "c k"]:
+        """The k nearest rows of the chunks that ask, none from a document of the same id; -1 for the other chunks."""
+        data, rows = self.data, np.full((len(self.data.tokens), k), -1, np.int64)
+        names = [data.document_ids[window] for window in data.documents[asks]]
+        rows[asks] = neighbor_rows(retriever, data.tokens[asks], data.mask[asks], k, names, cache=False)
+        return rows
+
     def chunk_scores(self, log_p: Float[np.ndarray, " t"], elapsed_seconds: float = 0.0) -> ChunkScores:
         """Bits of each chunk from the log-probabilities of the scored tokens."""
         return ChunkScores(bits_of_chunks(log_p, self.chunks, self.data), elapsed_seconds)
@@ -64,8 +76,6 @@ def draw_sample(
             f"stride is {stride} and window_len {window_len}, so that windows start with nothing to read; "
             "give a smaller stride."
         )
-    if windows_per_document is not None and windows_per_document < 1:
-        raise ValueError(f"windows_per_document is {windows_per_document}; give at least 1.")
     every = np.asarray(list(windows_of(data, window_len // data.chunk_len, stride // data.chunk_len)))  # [w, 3]
     every = every[_scores_any(data, every)]
     return _cut(data, every[_drawn(data.documents[every[:, 0]], windows_per_document, seed)])

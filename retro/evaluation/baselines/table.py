@@ -10,12 +10,12 @@ import numpy as np
 
 from retro.common.settings import to_plain
 from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
-from retro.evaluation.baselines.methods import METHODS, plan_methods, resolved
+from retro.evaluation.baselines.methods import plan_methods, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
 from retro.evaluation.bits import LITTLE_OVERLAP, ChunkScores, bpb_interval, gain, measured_with, neighbors_of
 from retro.evaluation.data import LEAKAGE_NEIGHBORS, overlap_of, prepare, window_of
 from retro.evaluation.scorer import reads_neighbors
-from retro.evaluation.settings import BaselineSettings
+from retro.evaluation.settings import METHODS, BaselineSettings
 from retro.retrieval import Retriever
 from retro.text.documents import Document
 
@@ -93,11 +93,7 @@ def _sample(documents: Sequence[Document], retriever: Retriever, settings: Basel
 def _little_overlap(sample: Sample, retriever: Retriever) -> np.ndarray:
     """Which scored chunks have r(C) <= 12.5%, against the retriever's 10 nearest neighbors."""
     data = sample.data
-    at = np.flatnonzero(data.scored.any(1))
-    names = [{data.document_ids[window]} for window in data.documents[at]]
-    k = min(LEAKAGE_NEIGHBORS, retriever.index.num_rows)
-    rows = np.full((len(data.tokens), k), -1, np.int64)
-    rows[at] = retriever(data.tokens[at], k, exclude_documents=names, mask=data.mask[at]).ids
+    rows = sample.search(retriever, LEAKAGE_NEIGHBORS, data.scored.any(1))
     overlap = overlap_of(data, rows, retriever.store)
     return (overlap / data.lens <= LITTLE_OVERLAP) & data.scored.any(1)
 
