@@ -19,7 +19,7 @@ from retro.retrieval.building.tasks import load_tokenizer, token_dtype, torch_th
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder
 from retro.retrieval.executors.local import default_workers
 from retro.retrieval.search import lexical
-from retro.retrieval.search.engines import IndexLayout, choose_layout
+from retro.retrieval.search.engines import ENGINES, choose_layout
 from retro.retrieval.search.index import MAX_SEGMENT_ROWS, resolve_kind
 from retro.retrieval.store.format import CHUNK_DTYPE
 from retro.text.chunks import TokenIds
@@ -161,26 +161,17 @@ def index_plan(kind: str, chunks: int, dim: int) -> dict[str, Any]:
         return {"kind": kind, "segments": 0, "rows": 0, "layout": None, "disk": 0, "memory": 0, "peak": 0}
     engine, _, codes = kind.partition(":")
     rows = min(chunks, MAX_SEGMENT_ROWS // SHARD_CHUNKS * SHARD_CHUNKS)
-    layout = choose_layout(engine, {**dict.fromkeys(("leaves", "lists", "soar")), "codes": codes or None}, rows, dim)
+    of_engine = ENGINES[engine]
+    layout = choose_layout(engine, {**dict.fromkeys(of_engine.settings), "codes": codes or None}, rows, dim)
     return {
         "kind": kind,
         "segments": -(-chunks // rows),
         "rows": rows,
         "layout": layout,
-        "disk": round(_segment_bytes(layout, rows, dim) * chunks / rows),
-        "memory": round(chunks * (layout.row_bytes(dim) + 4 * layout.lists * dim / rows)),
-        "peak": round(layout.peak_bytes(rows, dim, TRAINING_SAMPLE)),
+        "disk": round((of_engine.file_bytes(layout, rows, dim) + 4 * rows) * chunks / rows),  # and row numbers
+        "memory": round(chunks * (of_engine.row_bytes(layout, dim) + 4 * layout.lists * dim / rows)),
+        "peak": round(of_engine.peak_bytes(layout, rows, dim, TRAINING_SAMPLE)),
     }
-
-
-def _segment_bytes(layout: IndexLayout, rows: int, dim: int) -> float:
-    """What a segment's files hold: codes (ScaNN's: a byte for each block), its copy of keys, leaves, row numbers."""
-    held = layout.row_bytes(dim)
-    if layout.engine == "scann" and not layout.is_exact:
-        held = held + -(-(dim + 1) // layout.block) / 2 * (1 - layout.soar) + 4 * (1 + layout.soar) * bool(layout.lists)
-    centroid = 8 * (dim + 1) if layout.engine == "scann" else 4 * dim
-    codebook = 4 * dim << layout.bits if layout.bits else 0
-    return rows * (held + 4) + layout.lists * centroid + codebook
 
 
 def flops_of_chunk(embedder: Embedder, tokenizer: Any, chunks: Sequence[TokenIds]) -> float:

@@ -36,6 +36,7 @@ from retro.evaluation.settings import DEFAULT, KS, SHARES, ScoringSettings
 from retro.loading import load_model
 from retro.retrieval import Retriever, Store
 from retro.retrieval.filters import drawn
+from retro.retrieval.search.searchers import approximate_engines
 from retro.text.documents import Document
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def sweep_datastore(
         raise ValueError(
             f"the shares are {shares}, draws {num_draws}; give shares above 0 up to 1, and 1 draw or more."
         )
-    if {"auto", "scann", "faiss"} & set(index.split("+")):
+    if "auto" in index.split("+") or approximate_engines(index):
         raise ValueError(f"index is {index}, but a share is searched exactly; use exact, tfidf, bm25, or several by +.")
     _require_reader(model)
     k, queries = neighbors_of(model, num_neighbors), _CachingEmbedder(store, embedder)

@@ -114,7 +114,7 @@ REFUSED = {
     "k beyond 0": (["sweep", "neighbors", "{retro}", *READ, "--ks", "-1"], "k is swept over [-1]"),
     "a plain LM swept over k": (["sweep", "neighbors", "{lm}", *READ], "reads no neighbors"),
     "a share above 1": (["sweep", "datastore", "{retro}", *READ, "--shares", "2"], "above 0 up to 1"),
-    "an index that shares have not": (["sweep", "datastore", "{retro}", *READ, "--index", "faiss"], "faiss"),
+    "an index that shares have not": (["sweep", "datastore", "{retro}", *READ, "--index", "faiss:sq8"], "faiss:sq8"),
     "a run without checkpoints": (["sweep", "tokens", "{empty}", *READ], "holds no checkpoints"),
 }
 

@@ -87,7 +87,7 @@ CASES = {
     "windows cut": ("evaluate", BITS | {"documents": 10}, "2,000 tokens on average, are cut into windows of 512"),
     "chunks without neighbors": ("evaluate", BITS | {"chunks_without_neighbors": 7}, "7 of 1,000 chunks found no"),
     "recall below 1": ("evaluate", BITS | {"index": "bm25+scann", "index_recall": 0.97}, "97.00% of what exact search"),
-    "recall unknown": ("evaluate", BITS | {"index": "faiss"}, "(faiss) whose recall"),
+    "recall unknown": ("evaluate", BITS | {"index": "faiss:sq8+tfidf>bm25"}, "(faiss) whose recall"),
     "no interval above 0": ("leakage", gain(0, 0.02, -0.01, 0.05), "500 chunks with r(C) at most 12.5%: 2.00%"),
     "worse": ("leakage", gain(1, -0.02, -0.03, -0.01), "-2.00% (-3.00% to -1.00%): it is worse"),
     "an unknown interval": ("leakage", gain(1, 0.02, NONE, NONE), "without an interval"),

@@ -10,10 +10,10 @@ from retro.evaluation.bits import COLUMNS
 from retro.evaluation.report.files import Result, StoreRecord
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.tables import amount, change, figure, figures_of, gain_over, percent, share
+from retro.retrieval.search.searchers import approximate_engines
 from retro.sampling.terminal import shown_runs
 
 FEW_DOCUMENTS, FEW_CHUNKS, FEW_EXAMPLES = 10, 100, 100  # below these an interval says little
-_APPROXIMATE = {"scann", "faiss"}
 
 
 def caveats_of(results: Sequence[Result], stores: Sequence[StoreRecord] = ()) -> list[tuple[str, list[Result]]]:
@@ -205,7 +205,7 @@ def _of_reading(value: dict[str, Any], stores: Sequence[StoreRecord]) -> Iterato
 
 
 def _of_index(value: dict[str, Any], stores: Sequence[StoreRecord]) -> Iterator[str]:
-    kinds = _APPROXIMATE & set((value.get("index") or "").split("+"))
+    kinds = approximate_engines(value.get("index") or "")
     of_store = next((one.recall for one in stores if one.fingerprint == value.get("store_fingerprint")), {})
     for kind in sorted(kinds):
         recall = value.get("index_recall", of_store.get(kind, {}).get("recall"))

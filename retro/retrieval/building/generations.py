@@ -11,7 +11,8 @@ from typing import Any
 
 from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, load_json, save_json, write_lock
 from retro.retrieval.building.job import PARTS
-from retro.retrieval.search.index import KINDS, build_index
+from retro.retrieval.search.engines import ENGINES
+from retro.retrieval.search.index import build_index
 from retro.retrieval.search.lexical import build_lexical
 from retro.retrieval.store.format import FORMAT_VERSION
 from retro.retrieval.store.store import Store
@@ -78,8 +79,8 @@ def open_generation(path: Path, index: bool) -> Store:
 def _indexes(path: Path) -> set[tuple[str, str]]:
     """Kinds of the indexes in a store, each with its settings as JSON."""
     records = [record for file in path.glob("index/[!.]*/index.json") if "kind" in (record := read_record(file))]
-    dense = {(r["kind"], json.dumps(r["settings"], sort_keys=True)) for r in records if r["kind"] in KINDS}
-    return dense | {(record["kind"], "{}") for record in records if record["kind"] not in KINDS}
+    dense = {(r["kind"], json.dumps(r["settings"], sort_keys=True)) for r in records if r["kind"] in ENGINES}
+    return dense | {(record["kind"], "{}") for record in records if record["kind"] not in ENGINES}
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def _build_index(store: Store, kind: str, settings: dict[str, Any]) -> None:
-    if kind in KINDS:
+    if kind in ENGINES:
         build_index(store, kind, **settings)
     else:
         build_lexical(store, kind)

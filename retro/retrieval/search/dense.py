@@ -1,6 +1,6 @@
 """Segments of keys: an engine's codes propose candidates, the memory-mapped keys of the store order them exactly.
 
-index/<hash>/    index.json    rows.npy uint32, counted from the first row of its shards    scann/ or faiss.index
+index/<hash>/    index.json    rows.npy uint32, counted from the first row of its shards    the files of its engine
 
 How far a segment is searched (lists, candidates) is tuned to a recall when it is built; index.json has what was
 measured.
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from retro.common.files import check_files, open_npy, save_json, save_npy
-from retro.retrieval.search.engines import ENGINES, IndexLayout, choose_layout, open_engine, write_engine
+from retro.retrieval.search.engines import IndexLayout, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
 from retro.retrieval.store.store import Store
@@ -61,7 +61,7 @@ class Segment:
         self.num_live = self.num_rows
         if self._has_removed:
             self.num_live = sum(len(self.live_rows(*part)) for part in blocks(0, self.num_rows, 1 << 20))
-        self._engine = open_engine(self.layout, shards.folder)
+        self._engine = engine_of(self.layout).open(self.layout, shards.folder)
 
     @property
     def effort(self) -> Effort:
@@ -135,16 +135,15 @@ def open_segment(store: Store, shards: ShardRange) -> Segment:
 def write_dense(store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
     """Write the segment of some shards, tuned to a recall, and return these with its folder and record.
 
-    The peak of memory is `IndexLayout.peak_bytes`.
+    The peak of memory is `EngineKind.peak_bytes`.
     """
 
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
         layout = choose_layout(kind, settings, len(rows), store.key_dim)
         start, _ = row_range(store, shards)
         save_npy(folder / "rows.npy", rows)
-        write_engine(
-            layout, store, start + rows.astype(np.int64), folder, settings["training_sample"], settings["seed"]
-        )
+        given = settings["training_sample"], settings["seed"]
+        engine_of(layout).write(layout, store, start + rows.astype(np.int64), folder, *given)
         record = {"layout": asdict(layout), "settings": settings}
         segment = Segment(store, ShardRange(shards.first, shards.stop, folder, record))
         return {"layout": asdict(layout), "recall": tune(segment, target)}
@@ -203,14 +202,14 @@ def _reached(segment: Segment, sample: _QuerySample, target: float, candidates: 
 def _lists(segment: Segment) -> list[int]:
     """Numbers of lists to try, ascending."""
     settings, most = segment.record["settings"], segment.layout.lists
-    given = settings.get(ENGINES[segment.layout.engine].searched)
+    given = settings.get(engine_of(segment.layout).searched)
     return [min(given or 0, most)] if given or not most else _ladder(1, most)
 
 
 def _candidates(segment: Segment) -> list[int]:
     """Numbers of candidates to try, ascending."""
     given = segment.record["settings"]["candidates"]
-    if given or segment.layout.codes.endswith("flat") or segment.layout.is_exact:
+    if given or engine_of(segment.layout).is_exact(segment.layout):
         return [given or TUNED_NEIGHBORS]
     return _ladder(TUNED_NEIGHBORS, max(min(_CANDIDATES, segment.num_rows), TUNED_NEIGHBORS))
 
@@ -229,10 +228,10 @@ def _ladder(first: int, last: int) -> list[int]:
 
 def _cost(segment: Segment, effort: Effort) -> float:
     """Bytes read by a search: codes of the lists, their centroids, and keys of the candidates."""
-    width, layout = segment.store.key_dim, segment.layout
+    width, layout, engine = segment.store.key_dim, segment.layout, engine_of(segment.layout)
     share = effort.lists / layout.lists if layout.lists else 1.0
-    scanned = segment.num_rows * layout.code_bytes(width) * share + 4.0 * layout.lists * width
-    return scanned + effort.candidates * 4 * width * (1 if layout.has_copy else _KEY_READ)
+    scanned = segment.num_rows * engine.code_bytes(layout, width) * share + 4.0 * layout.lists * width
+    return scanned + effort.candidates * 4 * width * (1 if engine.has_copy(layout) else _KEY_READ)
 
 
 class _QuerySample:

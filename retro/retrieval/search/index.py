@@ -47,13 +47,12 @@ from retro.retrieval.search.segments import (
 from retro.retrieval.store.store import Store
 
 __all__ = [
-    "FAISS_FLAT_ROWS", "KINDS", "ApproximateIndex", "ExactIndex", "Hits", "Index", "build_index", "check_k",
+    "FAISS_FLAT_ROWS", "ApproximateIndex", "ExactIndex", "Hits", "Index", "build_index", "check_k",
     "check_queries", "check_searchable", "exact_search", "measured_recall", "open_index", "rescore", "resolve_kind",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-KINDS = ("exact", *ENGINES)
 RECALL = 0.95  # tuned to, where nobody names another
 MAX_SEGMENT_ROWS = 30_000_000  # ScaNN peaks at about twice the float size
 
@@ -200,8 +199,8 @@ def resolve_kind(kind: str) -> str:
         raise ValueError(
             f"{kind} is a lexical search, which needs no index of keys; open it by Retriever(store, {kind!r})"
         )
-    if engine not in KINDS:
-        raise ValueError(f"the index kind must be auto, {', '.join(KINDS)}, tfidf or bm25, not {kind!r}")
+    if engine not in ("exact", *ENGINES):
+        raise ValueError(f"the index kind must be auto, exact, {', '.join(ENGINES)}, tfidf or bm25, not {kind!r}")
     all_codes = ENGINES[engine].codes if engine in ENGINES else ()
     if codes not in (None, *all_codes):
         known = ", ".join(f"{engine}:{name}" for name in all_codes) or engine

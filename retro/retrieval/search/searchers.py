@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int64
 
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, embedder_from, load_embedder
 from retro.retrieval.search import lexical
-from retro.retrieval.search.index import KINDS as INDEX_KINDS
+from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.index import (
     ExactIndex,
     Hits,
@@ -87,7 +87,7 @@ def open_reranker(store: Store, kind: str) -> Reranker:
     """The second stage of a name: "bm25" or "tfidf", with the weights of the whole store, or an embedder's name."""
     if kind in lexical.KINDS:
         return lexical.build_lexical(store, kind)
-    if not kind or ">" in kind or kind.partition(":")[0] in ("auto", *INDEX_KINDS):
+    if not kind or ">" in kind or kind.partition(":")[0] in ("auto", "exact", *ENGINES):
         raise ValueError(f"behind > there must be bm25, tfidf or the name of an embedder, not {kind!r}")
     return EmbedderReranker(store, load_embedder(kind))
 
@@ -114,6 +114,12 @@ def goes_by_words(kind: str) -> bool:
     """Whether a searcher of a kind (its `kind`, filters included) never looks at keys of the store's embedder."""
     first = kind.partition(";")[0].partition(">")[0]
     return set(first.split("+")) <= set(lexical.KINDS)
+
+
+def approximate_engines(kind: str) -> set[str]:
+    """The engines that a kind (a searcher's, filters included) searches keys with, such as {"faiss"}."""
+    first = kind.partition(";")[0].partition(">")[0]
+    return {part.partition(":")[0] for part in first.split("+")} & set(ENGINES)
 
 
 def is_keyless(store: Store) -> bool:

@@ -1,0 +1,129 @@
+"""faiss: whole keys, scalar and product codes, with inverted lists or without; it pads with row -1."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, key_blocks
+from retro.retrieval.store.store import Store
+
+FAISS_FLAT_ROWS = 100_000
+_GPU_LIMIT = 2048  # of candidates and of lists, in faiss on a GPU
+
+
+class FaissKind(EngineKind):
+    """See `EngineKind`."""
+
+    codes = ("flat", "sq8", "pq", "ivf-flat", "ivf-sq8", "ivf-pq")
+    remedy = "pip install faiss-cpu, or retro-lm[gpu] for faiss-gpu"
+    settings = ("lists", "probes")
+    searched = "probes"
+
+    def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
+        """See `choose_layout`."""
+        codes = settings["codes"]
+        if not codes and rows < FAISS_FLAT_ROWS and not settings["lists"]:
+            codes = "flat"
+        elif not codes:
+            codes = "ivf-flat" if keys_fit else "ivf-pq"
+        if rows < FEW_ROWS and not settings["lists"]:
+            codes = "flat"
+        lists = min(settings["lists"] or round(4 * rows**0.5), rows) if codes.startswith("ivf") else 0
+        if not codes.endswith("pq"):
+            return IndexLayout("faiss", codes, lists)
+        block = max(size for size in range(1, 9) if width % size == 0)
+        sample = min(max(settings.get("training_sample") or rows, 40 * lists), rows)
+        bits = int(min(max(log2(sample / 39), 1), 8))  # faiss wants 39 rows for each of the 2^bits centroids
+        return IndexLayout("faiss", codes, lists, block, bits)
+
+    def write(
+        self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, training_sample: int, seed: int
+    ) -> None:
+        """See `EngineKind`."""
+        import faiss
+
+        index = faiss.index_factory(store.key_dim, _factory(layout, store.key_dim))
+        if layout.codes != "flat":
+            size = min(max(training_sample, 40 * layout.lists), len(rows))
+            sample = np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False))
+            if layout.lists and _num_gpus():  # the coarse k-means is what takes long
+                faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_all_gpus(
+                    faiss.IndexFlatL2(store.key_dim)
+                )
+            index.train(store.keys(rows[sample]))
+        for _, keys in key_blocks(store, rows):
+            index.add(keys)
+        faiss.write_index(index, str(folder / "faiss.index"))
+
+    def open(self, layout: IndexLayout, folder: Path) -> FaissEngine:
+        """See `EngineKind`."""
+        return FaissEngine(layout, folder)
+
+    def code_bytes(self, layout: IndexLayout, width: int) -> float:
+        """The code, and the id where there are lists."""
+        code = {"flat": 4 * width, "sq8": width, "pq": width // (layout.block or 1)}
+        return code[layout.codes.removeprefix("ivf-")] + (8.0 if layout.lists else 0.0)
+
+    def peak_bytes(self, layout: IndexLayout, rows: int, width: int, training_sample: int) -> float:
+        """What the index holds, and the float32 training sample; 48 MiB for the block of keys that is being read."""
+        sample = 0 if layout.codes == "flat" else min(rows, max(training_sample, 40 * layout.lists))
+        return 3.0 * BLOCK_BYTES + rows * self.row_bytes(layout, width) + 4.0 * width * sample
+
+    def file_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
+        """Codes, centroids of the lists, and the codebook."""
+        codebook = 4 * width << layout.bits if layout.bits else 0
+        return rows * self.row_bytes(layout, width) + layout.lists * 4 * width + codebook
+
+    def is_exact(self, layout: IndexLayout) -> bool:
+        """See `EngineKind`."""
+        return layout.codes.endswith("flat")
+
+
+def _factory(layout: IndexLayout, width: int) -> str:
+    code = {"flat": "Flat", "sq8": "SQ8"}.get(layout.codes.removeprefix("ivf-"))
+    code = code or f"PQ{width // layout.block}x{layout.bits}"
+    return f"IVF{layout.lists},{code}" if layout.lists else code
+
+
+def _num_gpus() -> int:
+    import faiss
+
+    return getattr(faiss, "get_num_gpus", lambda: 0)()
+
+
+class FaissEngine:
+    """An index of faiss, on all GPUs where faiss-gpu is installed and has the kind (flat and inverted lists)."""
+
+    def __init__(self, layout: IndexLayout, folder: Path) -> None:
+        import faiss
+
+        self.layout = layout
+        self._index = faiss.read_index(str(folder / "faiss.index"))
+
+    @cached_property
+    def _on_gpu(self) -> Any:
+        import faiss
+
+        if not _num_gpus() or self.layout.codes in ("sq8", "pq"):
+            return None
+        return faiss.index_cpu_to_all_gpus(self._index)
+
+    def candidates(
+        self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
+    ) -> Int64[np.ndarray, "q c"]:
+        """See `IndexEngine`."""
+        import faiss
+
+        count = wanted if self.layout.codes.endswith("flat") else considered
+        if self._on_gpu is not None and max(count, lists) <= _GPU_LIMIT:
+            if lists:
+                faiss.GpuParameterSpace().set_index_parameter(self._on_gpu, "nprobe", lists)
+            return self._on_gpu.search(queries, count)[1]
+        params = faiss.SearchParametersIVF(nprobe=lists) if lists else None
+        return self._index.search(queries, count, params=params)[1]
