@@ -149,19 +149,26 @@ def marked(tokenizer: Any, ids: Int[np.ndarray, " t"], start: int, length: int) 
     return [whole[:first], whole[first:last], whole[last:]]
 
 
+def told_examples(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The examples of `measure_leakage` in words: "head", "here" and "there", "text" and "neighbor_text" in parts."""
+    told = []
+    for one in result["examples"]:
+        bits = ", ".join(f"{COLUMNS[column]} {value:,.0f} bits" for column, value in one["bits"].items())
+        head = f"r(C) = {one['ratio']:.1%}, {one['common_tokens']:,} tokens in common; {bits}"
+        neighbor = one["neighbor"]
+        here = f"{one['document_id']}, chunk {one['chunk'] + 1}"
+        there = f"{neighbor['title'] or neighbor['document_id']}, chunk {neighbor['position'] + 1}"
+        texts = {name: one[name] for name in ("text", "neighbor_text")}
+        told.append({"head": head, "here": here, "there": there} | texts)
+    return told
+
+
 def examples_page(result: dict[str, Any]) -> str:
     """The examples of `measure_leakage` for people, the common run in [[ ]]."""
     lines = []
-    for example in result["examples"]:
-        neighbor = example["neighbor"]
-        cost = ", ".join(f"{COLUMNS[column]} {bits:.0f}" for column, bits in example["bits"].items())
-        lines += [
-            f"r(C) = {example['ratio']:.3f}, {example['common_tokens']} tokens in common; bits: {cost}",
-            f"  {example['document_id']}, chunk {example['chunk'] + 1}: {_with_marks(example['text'])}",
-            f"  {neighbor['title'] or neighbor['document_id']}, chunk {neighbor['position'] + 1}: "
-            f"{_with_marks(example['neighbor_text'])}",
-            "",
-        ]
+    for one in told_examples(result):
+        here, there = _with_marks(one["text"]), _with_marks(one["neighbor_text"])
+        lines += [one["head"], f"  {one['here']}: {here}", f"  {one['there']}: {there}", ""]
     return "\n".join(lines)
 
 

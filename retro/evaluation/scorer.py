@@ -41,6 +41,7 @@ def score_tokens(
     *,
     batch_size: int | None = None,
     states: bool = False,
+    logits: bool = True,
     progress: str | None = None,
 ) -> list[TokenScores]:
     """Score some tokens of each text, in one forward pass over the tokens before the last of them.
@@ -52,13 +53,14 @@ def score_tokens(
         rows: The neighbors of the first whole chunks of each text as rows of `store`, -1 = none. None: no retrieval.
         batch_size: At most so many texts together.
         states: Whether to give the states, too; a model that reads neighbors may have none.
+        logits: False computes the states alone, and scores nothing.
         progress: What a progress bar is called; None shows none.
     """
     nothing = TokenScores(np.zeros(0, np.float32), np.zeros(0, bool))
     scores, chosen = [nothing] * len(texts), [i for i, at in enumerate(places) if len(at)]
     read = {i: texts[i][: places[i][-1]] for i in chosen}
     k, m, r = (0, 1, 0) if rows is None else (rows[0].shape[1], model.config.chunk_len, model.config.retrieved_len)
-    num_logits = {i: len(read[i] if needs_all_logits(model, rows is not None) else places[i]) for i in chosen}
+    num_logits = {i: logits * len(read[i] if needs_all_logits(model, rows is not None) else places[i]) for i in chosen}
     with evaluating(model), tqdm(total=len(chosen), desc=progress, unit="text", disable=progress is None) as bar:
         for batch in batches(read, num_logits, model.config.get_text_config().vocab_size, k * r / m, batch_size):
             inputs = padded([read[i] for i in batch])
@@ -67,7 +69,7 @@ def score_tokens(
                 inputs |= _neighbors(whole, inputs["input_ids"].shape[1] // m, store, r)
             at = [places[i] for i in batch]
             targets = np.concatenate([texts[i][own] for i, own in zip(batch, at, strict=True)])
-            found = score_batch(model, inputs, *flat(at), torch.from_numpy(targets), states)
+            found = score_batch(model, inputs, *flat(at), torch.from_numpy(targets), states, logits)
             for i, one in zip(batch, _split(found, at), strict=True):
                 scores[i] = one
             bar.update(len(batch))
@@ -83,6 +85,7 @@ def score_batch(
     columns: Int[Tensor, " t"],
     targets: Int[Tensor, " t"],
     states: bool = False,
+    logits: bool = True,
 ) -> TokenScores:
     """Score targets from the logits at (line, column) of a batch, by one forward pass; logits live for these alone.
 
@@ -91,15 +94,17 @@ def score_batch(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     lines, columns, targets = (x.to(model.device) for x in (lines, columns, targets))
     head = None if needs_all_logits(model, "neighbor_ids" in inputs) else _head(model)
-    with only_at(head, lines, columns) as given:
-        logits = model(**inputs, use_cache=False).logits
-    logits = logits[0] if given else logits[lines.to(logits.device), columns.to(logits.device)]
-    log_probs, greedy, step = [], [], max(1, _SLICE_LOGITS // logits.shape[-1])
-    for part, own in zip(logits.split(step), targets.to(logits.device).split(step), strict=True):
+    with only_at(head, lines, columns, stop=not logits) as given:
+        out = model(**inputs, use_cache=False).logits
+    kept = given[0].float().cpu().numpy() if states and given else None
+    if not logits:
+        return TokenScores(np.zeros(0, np.float32), np.zeros(0, bool), kept)
+    out = out[0] if given else out[lines.to(out.device), columns.to(out.device)]
+    log_probs, greedy, step = [], [], max(1, _SLICE_LOGITS // out.shape[-1])
+    for part, own in zip(out.split(step), targets.to(out.device).split(step), strict=True):
         log_p = part.float().log_softmax(-1)
         log_probs.append(log_p.gather(-1, own[:, None])[:, 0])
         greedy.append(log_p.argmax(-1) == own)
-    kept = given[0].float().cpu().numpy() if states and given else None
     return TokenScores(torch.cat(log_probs).cpu().numpy(), torch.cat(greedy).cpu().numpy(), kept)
 
 

@@ -20,14 +20,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from scipy.special import logsumexp
 from tqdm.auto import tqdm
 
-from retro.common.modes import evaluating
-from retro.common.products import fast_products
-from retro.evaluation.scorer import Ids, batches, flat, only_at, padded
+from retro.evaluation.scorer import Ids, score_tokens
 from retro.retrieval.search.index import FAISS_FLAT_ROWS
 
 if TYPE_CHECKING:
@@ -118,33 +115,15 @@ def build_token_store(
     if not texts:
         raise ValueError(f"{store.path} has no text outside the evaluated documents; kNN-LM has nothing to search.")
     places = [np.arange(1, len(text)) for text in texts]
-    keys = hidden_states(reader, texts, places, progress)
+    bar = "keys" if progress else None
+    read = score_tokens(reader, texts, places, states=True, logits=False, progress=bar)
+    keys = np.concatenate([one.states for one in read])
     values = np.concatenate([text[1:] for text in texts])
     center = keys.mean(0, dtype=np.float64).astype(np.float32)
     keys -= center
     spread = 2 * float(np.square(keys, dtype=np.float64).sum(-1).mean())
     index, kind = _index_of(keys, exact_below, seed)
     return TokenStore(index, values, center, spread, kind, time.perf_counter() - started)
-
-
-@torch.no_grad()
-@fast_products()
-def hidden_states(
-    reader: Any, texts: Sequence[Ids], places: Sequence[Ids], progress: bool = False
-) -> Float[np.ndarray, "t d"]:
-    """What the output embeddings are given for predicting the tokens at `places`; no logits are computed."""
-    states = [None] * len(texts)
-    every = list(batches(dict(enumerate(texts)), dict.fromkeys(range(len(texts)), 0), vocab_size=1))
-    with evaluating(reader):
-        for batch in tqdm(every, desc="keys", unit="batch", disable=not progress):
-            at = [places[i] for i in batch]
-            inputs = {name: tensor.to(reader.device) for name, tensor in padded([texts[i] for i in batch]).items()}
-            with only_at(reader.get_output_embeddings(), *flat(at), stop=True) as given:
-                reader(**inputs, use_cache=False)
-            parts = np.split(given[0].float().cpu().numpy(), np.cumsum([len(own) for own in at])[:-1])
-            for i, part in zip(batch, parts, strict=True):
-                states[i] = part
-    return np.concatenate(states)
 
 
 def _windows_of(store: Store, window_len: int, excluded: set[str]) -> list[Ids]:

@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from retro.evaluation.bits import COLUMNS
+from retro.evaluation.leakage import told_examples
 from retro.evaluation.report.caveats import caveats_of
 from retro.evaluation.report.files import ReportInputs, Result, StoreRecord
 from retro.evaluation.report.pictures import picture_of, picture_of_bits, picture_of_losses
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.report.tables import data_of, model_of, overview, store_of, title_of
-from retro.evaluation.tables import answers_tables, bits_table, gains_table, plain_cell, share, tables_of
+from retro.evaluation.tables import answers_tables, bits_table, gains_table, plain_cell, tables_of
 from retro.sampling import html_fragment, visible
 from retro.sampling.page import content_policy, page_script, page_style, template_environment
 from retro.version import __version__
@@ -106,30 +106,11 @@ def _part(basis: Basis, members: list[Result], stores: Sequence[StoreRecord]) ->
         views.append(dict(results=bits, tables=tables, picture=picture_of_bits(bits), examples=[]))
     for result in (result for result in members if result.kind != "evaluate"):
         tables = [*tables_of(result.value), *answers_tables(result.value)]
-        views.append(dict(results=[result], tables=tables, picture=picture_of(result), examples=_examples(result)))
+        examples = told_examples(result.value) if result.kind == "leakage" else []
+        views.append(dict(results=[result], tables=tables, picture=picture_of(result), examples=examples))
     first = members[0].value
     about = {"title": basis.title, "data": data_of(first), "store": store_of(first)}
     return about | {"views": views, "caveats": caveats_of(members, stores)}
-
-
-def _examples(result: Result) -> list[dict[str, Any]]:
-    """The examples of a leakage, each beside the neighbor with which it has the longest run in common."""
-    title = lambda neighbor: neighbor["title"] or neighbor["document_id"]  # noqa: E731
-    return [
-        {
-            "head": f"r(C) = {share(round(one['ratio'], 3))}, {one['common_tokens']:,} tokens in common",
-            "bits": _bits(one["bits"]),
-            "here": f"{one['document_id']}, chunk {one['chunk'] + 1}",
-            "there": f"{title(one['neighbor'])}, chunk {one['neighbor']['position'] + 1}",
-            "text": one["text"],
-            "neighbor_text": one["neighbor_text"],
-        }
-        for one in (result.value["examples"] if result.kind == "leakage" else ())
-    ]
-
-
-def _bits(bits: dict[str, float]) -> str:
-    return ", ".join(f"{COLUMNS[column]} {value:,.0f} bits" for column, value in bits.items())
 
 
 def _sample(result: Result, place: int) -> dict[str, Any]:
