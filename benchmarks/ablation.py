@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from retro.common.settings import find_config, load_settings
-from retro.evaluation import bits_per_byte, prepare, score
+from retro.evaluation import ScoringSettings, bits_per_byte, prepare, score
 from retro.loading import load
 from retro.model import RetroForCausalLM
 from retro.text.corpus import read_documents
@@ -61,7 +61,7 @@ def run(variant: str, overrides: list[str], arguments: argparse.Namespace, folde
     if not settings.retrieval:
         data = prepare(documents, retriever.store.tokenizer, retriever.store.chunk_len)
         return {"bpb": {"lm": score(model, data).bits_per_byte(data)}}
-    return bits_per_byte(model, documents, retriever, progress=True)
+    return bits_per_byte(model, documents, retriever, scoring=ScoringSettings(progress=True))
 
 
 def main() -> None:

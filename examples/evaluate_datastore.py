@@ -18,7 +18,7 @@ decontaminate=[HELD_OUT].
 import sys
 
 import retro
-from retro.evaluation import sweep_datastore, table_text
+from retro.evaluation import ScoringSettings, sweep_datastore, table_text
 from retro.evaluation.plots import plot_sweep
 
 INDEX = "exact"  # or "tfidf": by words
@@ -31,7 +31,7 @@ def main(model: str, store: str, held_out: str, plot: str | None = None) -> None
     documents = list(retro.read_documents([held_out]))
 
     # the whole datastore: RETRO[OFF], RETRO[ON], RETRO[ON] with random neighbors
-    print(table_text(retro.bits_per_byte(model, documents, retriever, progress=True)))
+    print(table_text(retro.bits_per_byte(model, documents, retriever, scoring=ScoringSettings(progress=True))))
 
     # shares of its documents; nothing is built again
     growth = sweep_datastore(model, documents, retriever.store, SHARES, DRAWS, index=INDEX)

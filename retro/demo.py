@@ -124,14 +124,14 @@ def _train(output: Path, name: str, seed: int) -> None:
 
 
 def _measure(output: Path, store, seed: int) -> dict[str, Any]:
-    from retro.evaluation import bits_per_byte
+    from retro.evaluation import ScoringSettings, bits_per_byte
     from retro.loading import load, load_model
     from retro.text.corpus import read_documents
 
     model, _, retriever = load(output / "retro", store)
     documents = list(read_documents([str(output / "valid.jsonl")]))
     lm = load_model(output / "lm", store)
-    return bits_per_byte(model, documents, retriever, baseline=lm, seed=seed, progress=True)
+    return bits_per_byte(model, documents, retriever, baseline=lm, scoring=ScoringSettings(seed=seed, progress=True))
 
 
 def _sample(output: Path, store) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack
 
@@ -42,10 +42,6 @@ class ReadingSettings(ResultFiles, ScoringSettings):
         """The documents."""
         return held_out(self.data, self.documents)
 
-    def scoring(self) -> dict[str, Any]:
-        """How they are scored."""
-        return {field.name: getattr(self, field.name) for field in fields(ScoringSettings)} | {"progress": True}
-
     def show_as(self, kind: str, result: dict[str, Any], draw: Any = None) -> None:
         """Print a result, and write the files that were asked for."""
         self.show({"kind": kind} | result | {"store": self.store, "data": self.data}, draw)
@@ -72,9 +68,9 @@ def evaluate(model: ModelFolder, /, **given: Unpack[EvaluateOptions]) -> None:
     """
     from retro.evaluation import bits_per_byte
 
-    asked = ReadingSettings(**given)
+    asked = ReadingSettings(**given, progress=True)
     opened, retriever, baseline = asked.opened(model)
-    result = bits_per_byte(opened, asked.held_out(), retriever, asked.num_neighbors, baseline, **asked.scoring())
+    result = bits_per_byte(opened, asked.held_out(), retriever, asked.num_neighbors, baseline, asked)
     asked.show_as("evaluate", result)
 
 
@@ -98,10 +94,10 @@ def leakage(
     from retro.evaluation.leakage import examples_page
     from retro.evaluation.plots import plot_leakage
 
-    asked = ReadingSettings(**given)
+    asked = ReadingSettings(**given, progress=True)
     opened, retriever, baseline = asked.opened(model)
-    read = asked.scoring() | {"num_neighbors": asked.num_neighbors, "baseline": baseline, "exclude": exclude}
-    result = measure_leakage(opened, asked.held_out(), retriever, **read)
+    read = asked.num_neighbors, baseline, asked
+    result = measure_leakage(opened, asked.held_out(), retriever, *read, exclude=exclude)
     asked.show_as("leakage", result, plot_leakage)
     print("", examples_page(result), sep="\n")
 

@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from retro.evaluation.data import EvaluationData, texts_of, window_of, windows_o
 from retro.evaluation.intervals import quotient
 from retro.evaluation.neighbors import random_neighbors
 from retro.evaluation.scorer import joined, reads_neighbors, score_tokens
-from retro.evaluation.settings import ScoringSettings
+from retro.evaluation.settings import DEFAULT, ScoringSettings
 from retro.provenance import versions
 from retro.text.documents import Document
 
@@ -142,11 +141,7 @@ def bits_per_byte(
     retriever: Retriever,
     num_neighbors: int | None = None,
     baseline: Any = None,
-    window_len: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    stride: int | None = None,
-    cache: str | Path | bool = True,
+    scoring: ScoringSettings = DEFAULT,
 ) -> dict[str, Any]:
     """Bits per byte of held-out documents: retrieval OFF, ON, ON with random neighbors, and of a plain `baseline` LM.
 
@@ -157,9 +152,8 @@ def bits_per_byte(
     "chunks_little_overlap", "chunks_without_neighbors", "bytes", "tokens", "words", "line_ends", "num_neighbors",
     "window_len", "stride", "seed", "seconds" of each, and what it was measured with (`measured_with`)}.
     """
-    scoring = ScoringSettings(window_len, stride, seed, cache, progress)
     data, scores, about = score_documents(model, documents, retriever, num_neighbors, baseline, scoring)
-    little, pair = data.overlap_ratio <= LITTLE_OVERLAP, [scores.get("retro_off"), scores.get("lm")]
+    seed, little, pair = scoring.seed, data.overlap_ratio <= LITTLE_OVERLAP, [scores.get("retro_off"), scores.get("lm")]
     off_below_lm = {"off_below_lm": gain(*pair, data, seed)} if all(pair) else {}
     return {
         "bpb": {column: s.bits_per_byte(data) for column, s in scores.items()},

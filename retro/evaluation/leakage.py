@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from jaxtyping import Int
 
 from retro.evaluation.bits import COLUMNS, ChunkScores, bpb_interval, gains_of, score_documents
 from retro.evaluation.data import EvaluationData
-from retro.evaluation.settings import ScoringSettings
+from retro.evaluation.settings import DEFAULT, ScoringSettings
 from retro.text.documents import Document
 from retro.text.overlap import common_runs
 
@@ -42,13 +41,9 @@ def measure_leakage(
     retriever: Retriever,
     num_neighbors: int | None = None,
     baseline: Any = None,
-    window_len: int | None = None,
-    stride: int | None = None,
+    scoring: ScoringSettings = DEFAULT,
     alphas: Sequence[float] = ALPHAS,
     exclude: str = "same_document",
-    cache: str | Path | bool = True,
-    seed: int = 0,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """bpb(alpha) of a plain `baseline` LM, RETRO[OFF], RETRO[ON] and RETRO[ON] with random neighbors, with examples.
 
@@ -62,14 +57,13 @@ def measure_leakage(
     how many have the id of a stored one; "chunks", "bytes", "tokens", "num_neighbors", "window_len", "stride",
     "exclude", "seconds", and what it was measured with}.
     """
-    scoring = ScoringSettings(window_len, stride, seed, cache, progress)
     data, scores, about = score_documents(model, documents, retriever, num_neighbors, baseline, scoring, exclude)
     shared = len(set(data.document_ids) & set(retriever.store.document_ids))
     if shared:
         log.warning("%d evaluation documents have the id of a document of the store: were they trained on?", shared)
     return about | {
-        "points": leakage_points(scores, data, alphas, seed),
-        "examples": examples(data, retriever, scores, seed),
+        "points": leakage_points(scores, data, alphas, scoring.seed),
+        "examples": examples(data, retriever, scores, scoring.seed),
         "documents_in_store": shared,
         "chunks": int((data.bytes_of_chunk > 0).sum()),
         "exclude": exclude,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from retro.evaluation import bits_per_byte, prepare, score, table_text
+from retro.evaluation import ScoringSettings, bits_per_byte, prepare, score, table_text
 from retro.evaluation.bits import gain, perplexity
 from retro.evaluation.data import windows_of
 from retro.text.documents import Document
@@ -142,7 +142,7 @@ def test_neighbors_come_from_other_documents(words_store, words_tokenizer, words
 
 def test_the_whole_result(words_store, words_tokenizer, words_retriever, make_model):
     model = make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16)
-    result = bits_per_byte(model, DOCUMENTS, words_retriever, baseline=Uniform(64), window_len=32)
+    result = bits_per_byte(model, DOCUMENTS, words_retriever, baseline=Uniform(64), scoring=ScoringSettings(32))
     assert list(result["bpb"]) == ["lm", "retro_off", "retro_on", "retro_on_random"]
     assert result["documents"] == 3 and result["tokens"] == 9 + 1 + 44
     assert result["bytes"] == sum(len(d.text) for d in DOCUMENTS) - 3 * 2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retro.evaluation import ChunkScores, EvaluationData, bits_per_byte, measure_leakage, prepare
+from retro.evaluation import ChunkScores, EvaluationData, ScoringSettings, bits_per_byte, measure_leakage, prepare
 from retro.evaluation.leakage import BANDS, examples_page, leakage_points, marked
 from retro.evaluation.tables import table_text, tables_of
 from retro.text.documents import Document
@@ -44,7 +44,7 @@ def test_chunks_without_text_are_not_counted():
 
 @pytest.fixture
 def result(pointer, make_lm, planted_retriever):
-    return measure_leakage(pointer, HELD_OUT, planted_retriever, 2, make_lm(), window_len=64)
+    return measure_leakage(pointer, HELD_OUT, planted_retriever, 2, make_lm(), ScoringSettings(64))
 
 
 def test_a_planted_copy_is_found_with_its_last_short_chunk(planted_retriever, words_tokenizer):
@@ -63,7 +63,8 @@ def test_a_planted_copy_inflates_the_gain_over_all_chunks_only(result):
 
 
 def test_without_the_copy_there_is_no_gain(pointer, planted_retriever):
-    gain = measure_leakage(pointer, HELD_OUT[1:], planted_retriever, 2, window_len=64)["points"][-1]["gain"]
+    result = measure_leakage(pointer, HELD_OUT[1:], planted_retriever, 2, scoring=ScoringSettings(64))
+    gain = result["points"][-1]["gain"]
     assert abs(gain["retro_off"][0]) < 0.005
 
 
@@ -73,7 +74,7 @@ def test_off_equals_the_base_at_every_alpha(result):
 
 
 def test_the_last_point_is_the_plain_figure(result, pointer, make_lm, planted_retriever):
-    plain = bits_per_byte(pointer, HELD_OUT, planted_retriever, 2, make_lm(), window_len=64)
+    plain = bits_per_byte(pointer, HELD_OUT, planted_retriever, 2, make_lm(), ScoringSettings(64))
     assert result["points"][-1]["bpb"] == pytest.approx(plain["bpb"], abs=1e-12)
     assert result["points"][-1]["interval"] == {name: pytest.approx(ends) for name, ends in plain["interval"].items()}
     assert result["points"][0]["bpb"] == pytest.approx(plain["bpb_little_overlap"], abs=1e-12)

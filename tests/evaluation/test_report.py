@@ -48,15 +48,14 @@ def attributions(model, planted_retriever, words_tokenizer):
 def results(model, planted_retriever, words_tokenizer, attributions):
     """What each verb that measures writes, by kind."""
     about = {"data": ["held.jsonl"], "store": "store"}
-    reading = dict(window_len=64, cache=False)
+    reading = ScoringSettings(window_len=64, cache=False)
     few = BaselineSettings(methods=("retro_off", "retro_on", "retro_on_random"), window_len=32, stride=16)
     reader = Reader(model=model, tokenizer=words_tokenizer, retriever=planted_retriever, retrieval="on", cache=False)
     last_words = [Document(f"last {i}", words(20, seed=70 + i)) for i in range(4)]
     return {
-        "evaluate": bits_per_byte(model, HELD_OUT, planted_retriever, 2, **reading) | about,
-        "leakage": measure_leakage(model, HELD_OUT, planted_retriever, 2, **reading) | about,
-        "sweep": sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 1, 3), scoring=ScoringSettings(**reading))
-        | about,
+        "evaluate": bits_per_byte(model, HELD_OUT, planted_retriever, 2, scoring=reading) | about,
+        "leakage": measure_leakage(model, HELD_OUT, planted_retriever, 2, scoring=reading) | about,
+        "sweep": sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 1, 3), scoring=reading) | about,
         "baselines": measure_baselines(model, HELD_OUT, planted_retriever, settings=few) | about,
         "task": measure_lambada(reader, last_words) | about | {"data": ["last.jsonl"]},
         "generate": {"texts": [as_json(text) for text in attributions], "model": "run", "store": "store"},

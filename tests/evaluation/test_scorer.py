@@ -35,14 +35,15 @@ def model(request, make_model, make_lm, pointer, words_tokenizer):
 def test_one_quantity_has_one_figure(model, planted_retriever, words_tokenizer):
     """Bits per byte, leakage, sweep, baselines, tasks and gains over documents that one window holds."""
     window = dict(window_len=64, stride=32)
-    result = bits_per_byte(model, HELD_OUT, planted_retriever, 2, cache=False, **window)
+    scoring = ScoringSettings(**window, cache=False)
+    result = bits_per_byte(model, HELD_OUT, planted_retriever, 2, scoring=scoring)
     expected = {column: result["bpb"][column] for column in ("retro_off", "retro_on")}
     assert abs(expected["retro_on"] - expected["retro_off"]) > 1e-4
     same = lambda found: pytest.approx(expected, rel=1e-6) == found  # noqa: E731
 
-    leakage = measure_leakage(model, HELD_OUT, planted_retriever, 2, cache=False, alphas=(1.0,), **window)
+    leakage = measure_leakage(model, HELD_OUT, planted_retriever, 2, scoring=scoring, alphas=(1.0,))
     assert same({column: leakage["points"][0]["bpb"][column] for column in expected})
-    swept = sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 2), None, ScoringSettings(64, 32, cache=False))
+    swept = sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 2), None, scoring)
     assert same(dict(zip(expected, (point["bpb"] for point in swept["points"]), strict=True)))
     settings = BaselineSettings(tuple(expected), num_neighbors=2, windows_per_document=0, **window)
     rows = measure_baselines(model, HELD_OUT, planted_retriever, settings=settings)["rows"]

@@ -26,7 +26,7 @@ SCORING = ScoringSettings(window_len=64, stride=32, cache=False)
 
 
 def plain(model, retriever, k, **given):
-    return bits_per_byte(model, HELD_OUT, retriever, k, window_len=64, stride=32, **given)
+    return bits_per_byte(model, HELD_OUT, retriever, k, scoring=ScoringSettings(64, 32), **given)
 
 
 def test_neighbors(pointer, make_lm, planted_retriever):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import retro
 from retro.training.windows import IGNORED
-from retro.evaluation import bits_per_byte
+from retro.evaluation import ScoringSettings, bits_per_byte
 from retro.loading import load
 from retro.provenance import check_store
 from retro.retrieval import Store, build_neighbors
@@ -411,7 +411,7 @@ def test_validation_is_what_bits_per_byte_says_of_the_same_windows(prepare, make
     got = validate(run)
     retriever = load(run.state.model, made["train"], embedder=embedder).retriever
     documents = [Document(f"d{i}", text) for i, text in enumerate(texts["held"])]
-    result = bits_per_byte(run.state.model, documents, retriever, window_len=32, stride=16)
+    result = bits_per_byte(run.state.model, documents, retriever, scoring=ScoringSettings(32, 16))
     assert got["valid_tokens"] == result["tokens"] == 5 * 31
     for mode in ("on", "off"):
         bits = result["bpb"][f"retro_{mode}"] * result["bytes"]
