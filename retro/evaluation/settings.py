@@ -59,7 +59,12 @@ class ScoringSettings:
         """The documents with their neighbors."""
         from retro.evaluation.data import prepare
 
-        store = retriever.store
+        store = getattr(retriever, "store", None)
+        if store is None:
+            raise ValueError(
+                f"the retriever is a {type(retriever).__name__} without a store; text is measured with a Retriever, "
+                "which takes a search of your own over the rows of a store as its index."
+            )
         return prepare(documents, store.tokenizer, store.chunk_len, retriever, k, self.progress, exclude, self.cache)
 
     def given(self, data: EvaluationData, *models: Any) -> dict[str, Any]:

@@ -427,7 +427,8 @@ def _task_cell(cell: dict[str, Any] | None) -> str:
 
 
 def _short(value: float | None) -> str:
-    return figure(value, 3)
+    """A perplexity; that of words is beyond all bounds where a model knows little."""
+    return figure(value, 3) if value is None or not value >= 1e6 else f"{value:.3g}"
 
 
 def _fields(records: Iterable[dict[str, Any]]) -> list[str]:

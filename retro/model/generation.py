@@ -321,6 +321,11 @@ class RetrievalGeneration:
             raise ValueError("neighbors are asked for, but this model has no CCA layers (config.cca_layers is empty).")
         if retriever is None:
             return GivenNeighbors(neighbor_ids, neighbor_mask)
+        if not callable(retriever):
+            raise ValueError(
+                f"retriever is {retriever!r}, which cannot be called; give the retriever of retro.load(model, store), "
+                "or a function of token ids and num_neighbors that gives Neighbors."
+            )
         k, r = num_neighbors or self.config.num_neighbors, self.config.retrieved_len
         return RetrievalSession(retriever, m, k, r, self.config.vocab_size, lookahead, on_retrieval_error)
 

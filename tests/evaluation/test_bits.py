@@ -156,6 +156,8 @@ def test_the_whole_result(words_store, words_tokenizer, words_retriever, make_mo
     little = result["bpb_little_overlap"]
     assert result["gain_little_overlap"]["lm"][0] == pytest.approx(1 - little["retro_on"] / little["lm"], nan_ok=True)
     assert f"{result['perplexity']['retro_on']['word']:.3f}" in table_text(result)
+    result["perplexity"]["retro_on"]["word"] = 64_022_175.491
+    assert f" {result['perplexity']['retro_on']['token']:.3f}       6.4e+07 " in table_text(result)
 
 
 def test_a_plain_lm_alone(words_retriever):
@@ -197,6 +199,8 @@ def test_refusals(words_tokenizer, words_retriever, make_model):
         score(model, prepared, "on", words_retriever.store, num_neighbors=3)
     with pytest.raises(ValueError, match="num_neighbors is 0; give at least 1"):
         bits_per_byte(model, DOCUMENTS, words_retriever, num_neighbors=0)
+    with pytest.raises(ValueError, match="the retriever is a function without a store; text is measured with a Retr"):
+        bits_per_byte(model, DOCUMENTS, lambda queries, num_neighbors: None)
 
 
 def test_the_table_of_the_readme_is_what_is_printed():

@@ -395,6 +395,11 @@ def test_what_a_retriever_may_not_give(gives, words, model, words_tokenizer):
         model.generate(torch.tensor([PROMPTS[3]]), retriever=lambda q, num_neighbors: gives(search(q, num_neighbors)))
 
 
+def test_a_retriever_that_is_none(model):
+    with pytest.raises(ValueError, match=r"^retriever is 'store', which cannot be called; give the retriever of retro"):
+        model.generate(torch.tensor([PROMPTS[3]]), retriever="store")
+
+
 def test_neighbors_of_other_numbers_and_lengths(model, words_tokenizer):
     """A callable may give fewer, or shorter ones, in some calls."""
     search = RandomNeighbors(len(words_tokenizer), 16)
