@@ -33,8 +33,8 @@ from retro.text.documents import Document
 if TYPE_CHECKING:
     from retro.retrieval import Retriever, Store
 
-RETRIEVAL = ("off", "on", "random")
 LITTLE_OVERLAP = 0.125  # r(C): 8 tokens of a chunk of 64
+RETRIEVAL = {"retro_off": "off", "retro_on": "on", "retro_on_random": "random"}  # by column
 COLUMNS = {"lm": "LM", "retro_off": "RETRO[OFF]", "retro_on": "RETRO[ON]", "retro_on_random": "RETRO[ON], random"}
 
 
@@ -72,8 +72,8 @@ def score(
         num_neighbors: k, at most what `data` holds; default all.
         window_len, stride: n and the step between windows, multiples of the chunk length; see `window_of`.
     """
-    if retrieval not in RETRIEVAL:
-        raise ValueError(f"retrieval is {retrieval!r}; choose one of {', '.join(RETRIEVAL)}.")
+    if retrieval not in RETRIEVAL.values():
+        raise ValueError(f"retrieval is {retrieval!r}; choose one of {', '.join(RETRIEVAL.values())}.")
     window_len, stride = window_of([model], data.chunk_len, window_len, stride)
     rows, started = _rows_for(retrieval, data, store, num_neighbors, seed), time.perf_counter()
     windows = list(windows_of(data, window_len // data.chunk_len, stride // data.chunk_len))
@@ -128,10 +128,9 @@ def score_columns(
             raise ValueError("the model reads no neighbors, so that there would be two plain LMs; leave one out.")
         return {"lm": score(model, data, **given)}
     scores = {} if baseline is None else {"lm": score(baseline, data, **given)}
-    read = dict(store=store, num_neighbors=num_neighbors)
-    columns = {"retro_off": "off", "retro_on": "on"} | ({"retro_on_random": "random"} if random else {})
-    for column, retrieval in columns.items():
-        scores[column] = score(model, data, retrieval, **read, **given)
+    for column, retrieval in RETRIEVAL.items():
+        if random or retrieval != "random":
+            scores[column] = score(model, data, retrieval, store, num_neighbors, **given)
     return scores
 
 

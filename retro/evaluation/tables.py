@@ -191,10 +191,7 @@ def gains_table(result: dict[str, Any]) -> Table:
 
 
 def _in_percent(gain: Sequence[float] | None) -> str:
-    if gain is None:
-        return ""
-    value, low, high = (100 * one for one in gain)
-    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+    return "" if gain is None else with_ends(*gain, lambda x: figure(100 * x, 1))
 
 
 # Leakage and sweeps

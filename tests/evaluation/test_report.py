@@ -100,6 +100,10 @@ def test_every_figure_stands_in_its_table(files, results):
         low, high = results["evaluate"]["interval"][column]
         assert rows[title][2] == f"{results['evaluate']['bpb'][column]:.4f}"
         assert rows[title][3] == f"{low:.4f} to {high:.4f}"
+    gains = found[f"What RETRO[ON] gains: {files['evaluate']}"][1:]
+    told = [f"RETRO[ON] below {title}" for title in ("RETRO[OFF]", "RETRO[ON], random")]
+    assert [row[0] for row in gains] == told
+    assert gains[0][1].startswith(f"{100 * results['evaluate']['gain']['retro_off'][0]:.1f} (")
     curves = found["Bits per byte over the chunks that overlap little with their neighbors"][1:]
     for row, point in zip(curves, results["leakage"]["points"], strict=True):
         assert row[:2] == [f"{100 * point['alpha']:g}%", f"{point['chunks']:,}"]

@@ -101,7 +101,8 @@ def _part(basis: Basis, members: list[Result], stores: Sequence[StoreRecord]) ->
     bits = [result for result in members if result.kind == "evaluate"]
     views = []
     if bits:
-        gains = [replace(gains_table(result.value), title=f"What RETRO[ON] gains: {result.name}") for result in bits]
+        title = "What RETRO[ON] gains: "
+        gains = [replace(gains_table(result.value), title=title + result.name, note="") for result in bits]
         tables = [bits_table([(result.name, result.value) for result in bits]), *(one for one in gains if one.records)]
         views.append(dict(results=bits, tables=tables, picture=picture_of_bits(bits), examples=[]))
     for result in (result for result in members if result.kind != "evaluate"):

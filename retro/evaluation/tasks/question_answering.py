@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from retro.evaluation.bits import RETRIEVAL
 from retro.evaluation.intervals import mean
 from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.tasks.examples import aligned
@@ -77,7 +78,7 @@ def measure_answers(
 
 
 def _columns(reader: Reader, questions: Sequence[Question], asked: Sequence[str] | None) -> list[str]:
-    own = ["retro_off", "retro_on", "retro_on_random"] if reads_neighbors(reader.model) else ["lm"]
+    own = [*RETRIEVAL] if reads_neighbors(reader.model) else ["lm"]
     missing = next((one.id for one in questions if one.passages is None), None)
     possible = [own[0]] if missing is not None else [*own, "in_context"]
     for column in asked or ():

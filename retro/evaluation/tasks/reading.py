@@ -63,7 +63,7 @@ class Reader(ReaderSettings):
     progress: bool = False
 
     def __post_init__(self):
-        for name, value, choices in (("retrieval", self.retrieval, RETRIEVAL), ("align", self.align, ALIGN)):
+        for name, value, choices in (("retrieval", self.retrieval, RETRIEVAL.values()), ("align", self.align, ALIGN)):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
         if self.retrieval != "off" and self.retriever is None:
@@ -79,9 +79,7 @@ class Reader(ReaderSettings):
         "retro_on_random"."""
         if not reads_neighbors(self.model):
             return {"lm": self}
-        kinds = {"retro_off": "off"} | (
-            {} if self.retriever is None else {"retro_on": "on", "retro_on_random": "random"}
-        )
+        kinds = RETRIEVAL if self.retriever is not None else {"retro_off": "off"}
         return {column: replace(self, retrieval=kind) for column, kind in kinds.items()}
 
     def score_columns(
