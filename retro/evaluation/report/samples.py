@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from retro.retrieval import Source
@@ -9,33 +10,22 @@ from retro.sampling import Attribution, CopiedRun, ReadingChunk, ReadNeighbor
 
 
 def attribution_from_json(value: dict[str, Any]) -> Attribution:
-    """What `retro.sampling.as_json` was given. The value has the shape `retro.evaluation.report.shapes.TEXT`."""
+    """What `retro.sampling.as_json` was given. The value has the shape `retro.evaluation.report.shapes._TEXT`."""
     chunks = [
-        ReadingChunk(
-            chunk["chunk"],
-            chunk["start"],
-            chunk["stop"],
-            chunk["num_prompt_tokens"],
-            tuple(map(_neighbor, chunk["neighbors"])),
-        )
+        _made(ReadingChunk, chunk | {"number": chunk["chunk"], "neighbors": list(map(_neighbor, chunk["neighbors"]))})
         for chunk in value["chunks"]
     ]
-    return Attribution(
-        tuple(value["token_ids"]),
-        tuple(value["tokens"]),
-        value["num_prompt_tokens"],
-        value["chunk_len"],
-        tuple(chunks),
-        value["retrieved"],
-        None if value["gains"] is None else tuple(value["gains"]),
-    )
+    return _made(Attribution, value | {"chunks": chunks})
 
 
 def _neighbor(value: dict[str, Any]) -> ReadNeighbor:
-    name, position = value["document_id"], value["position"]
-    known = name is not None and position is not None
-    source = Source(name, value["title"] or "", value["source"] or "", position, value["date"]) if known else None
-    copied = None if value["copied"] is None else CopiedRun(**value["copied"])
-    return ReadNeighbor(
-        value["row"], value["score"], source, tuple(value["tokens"]), value["continuation_start"], copied
-    )
+    known = value["document_id"] is not None and value["position"] is not None
+    named = value | {name: value[name] or "" for name in ("title", "source")}
+    copied = None if value["copied"] is None else _made(CopiedRun, value["copied"])
+    return _made(ReadNeighbor, value | {"source": _made(Source, named) if known else None, "copied": copied})
+
+
+def _made(kind: Any, value: dict[str, Any]) -> Any:
+    """The dataclass of an object's fields, lists as tuples."""
+    given = {field.name: value[field.name] for field in fields(kind)}
+    return kind(**{name: tuple(one) if isinstance(one, list) else one for name, one in given.items()})
