@@ -141,7 +141,11 @@ def test_keys_of_any_length_are_ordered_by_distance(tmp_path, tokenizer, kind):
 
     store = make_store(tmp_path, [words(40, seed) for seed in range(10)], tokenizer, Long())
     queries = store.keys(np.arange(20))
-    np.testing.assert_array_equal(build_index(store, kind).search(queries, 4)[0], exact_search(store, queries, 4)[0])
+    index = build_index(store, kind)
+    found, true = index.search(queries, 4), exact_search(store, queries, 4)
+    if ENGINES[kind].is_exact(index.segments[0].layout):
+        np.testing.assert_array_equal(found[0], true[0])
+    assert share_found(found, true) > 0.9
 
 
 @pytest.mark.parametrize("kind", [kind for kind in APPROXIMATE if kind in LISTS])
@@ -234,7 +238,7 @@ def test_an_index_moves_with_its_store(copy, tmp_path):
 
 
 def test_kinds(monkeypatch):
-    with pytest.raises(ValueError, match="must be auto, exact, scann, faiss, tfidf or bm25, not 'hnsw'"):
+    with pytest.raises(ValueError, match=f"must be auto, exact, {', '.join(ENGINES)}, tfidf or bm25, not 'hnsw'"):
         resolve_kind("hnsw")
     with pytest.raises(ValueError, match="there are faiss:flat, faiss:sq8"):
         resolve_kind("faiss:ah")
@@ -376,7 +380,7 @@ def test_an_engine_of_ones_own(copy, monkeypatch):
     planned, folder = index_plan("numpy", copy.num_searchable, copy.key_dim), index.folders[0]
     assert planned["disk"] == pytest.approx(sum(file.stat().st_size for file in folder.glob("*.npy")), rel=0.05)
     assert planned["peak"] > planned["memory"] == copy.num_searchable * 4 * copy.key_dim
-    with pytest.raises(ValueError, match="exact, scann, faiss, numpy, tfidf or bm25, not 'nmslib'"):
+    with pytest.raises(ValueError, match="numpy, tfidf or bm25, not 'nmslib'"):
         resolve_kind("nmslib")
 
 
