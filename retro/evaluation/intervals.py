@@ -60,4 +60,5 @@ def quotient(above: Float[np.ndarray, " d"], below: Float[np.ndarray, " d"], see
     """sum(above) / sum(below) over documents, and the low and high end over documents drawn anew (95%)."""
     sums = np.stack([above, below], axis=1).astype(np.float64)
     drawn = resampled_sums(sums, seed=seed)
-    return [float(x) for x in (ratio(*sums.sum(0)), *interval(ratio(drawn[:, 0], drawn[:, 1])))]
+    of_all = ratio(*sums.sum(0)[:, None])
+    return [float(of_all[0]), *map(float, interval(ratio(drawn[:, 0], drawn[:, 1])))]

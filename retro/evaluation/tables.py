@@ -428,6 +428,6 @@ def _short(value: float | None) -> str:
     return figure(value, 3) if value is None or not value >= 1e6 else f"{value:.3g}"
 
 
-def _fields(records: Iterable[dict[str, Any]]) -> list[str]:
+def _fields(records: Iterable[dict[Any, Any]]) -> list[Any]:
     """In the order in which they first occur."""
     return list(dict.fromkeys(name for record in records for name in record))
