@@ -86,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return app(sys.argv[1:] if argv is None else list(argv)) or 0
     except CycloptsError as error:
         return _refuse(f"{error} See {' '.join(['retro', *(error.command_chain or ())])} --help.")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        return _refuse(f"{error.filename}: {error.strerror}" if named else str(error))
+    except ValueError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         print("retro: stopped", file=sys.stderr)

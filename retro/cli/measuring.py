@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal, Unpack
 from cyclopts import Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import HeldOut, IndexKind, ModelFolder, OwnIndex, ReadStore, ResultFiles, held_out
+from retro.cli.shared import (
+    HeldOut,
+    IndexKind,
+    ModelFolder,
+    OwnIndex,
+    ReadStore,
+    ResultFiles,
+    StoreFolder,
+    held_out,
+)
 from retro.evaluation.settings import KS, SHARES, BaselineSettings, ScoringSettings
 
 
@@ -55,7 +64,7 @@ class ReadingSettings(ResultFiles, ScoringSettings):
 
 SweepOptions = options(ReadingSettings, without=["progress"])
 NeighborsOptions = options(ReadingSettings, without=["progress", "num_neighbors"])
-DatastoreOptions = options(ReadingSettings, without=["progress", "index"])
+DatastoreOptions = options(ReadingSettings, without=["progress", "index", "store"])
 ModelsOptions = options(ReadingSettings, without=["progress", "index", "lm"])
 EvaluateOptions = options(ReadingSettings, without=["progress", "csv", "plot"])
 BaselineOptions = options(BaselineSettings, ResultFiles, without=["plot"])
@@ -119,9 +128,10 @@ def sweep_datastore(
     model: ModelFolder,
     /,
     *,
+    store: StoreFolder,
     shares: tuple[float, ...] = SHARES,
     draws: int = 3,
-    index: IndexKind = "exact",
+    index: str = "exact",
     **given: Unpack[DatastoreOptions],
 ) -> None:
     """Sweep nested shares of the datastore's documents: mean, least and greatest of several draws of each.
@@ -131,16 +141,16 @@ def sweep_datastore(
     Arguments:
         shares: Shares of the documents, above 0 and at most 1.
         draws: Draws of each share; their seeds are the seed and those that follow it.
+        index: The search within a share: exact, tfidf, bm25, or several joined by +.
     """
     from retro.evaluation import sweep_datastore
     from retro.loading import load_model
     from retro.retrieval import Store
 
-    asked = ReadingSettings(**given, progress=True)
-    store = Store.open(asked.store)
-    opened, baseline = load_model(model, store), asked.lm and load_model(asked.lm, store)
+    asked, whole = ReadingSettings(**given, store=store, progress=True), Store.open(store)
+    opened, baseline = load_model(model, whole), asked.lm and load_model(asked.lm, whole)
     read = dict(num_neighbors=asked.num_neighbors, baseline=baseline, index=index, scoring=asked)
-    asked.show_sweep(sweep_datastore(opened, asked.held_out(), store, shares, draws, **read))
+    asked.show_sweep(sweep_datastore(opened, asked.held_out(), whole, shares, draws, **read))
 
 
 def sweep_models(models: list[str], /, *, index: IndexKind = "auto", **given: Unpack[ModelsOptions]) -> None:
@@ -176,7 +186,7 @@ def baselines(
     model: Annotated[str, Parameter(help="Folder of a trained model, or a plain language model.")],
     /,
     *,
-    store: ReadStore,
+    store: StoreFolder,
     data: HeldOut,
     validation: list[str] | None = None,
     documents: int | None = None,
@@ -197,9 +207,10 @@ def baselines(
     """
     from retro.evaluation.baselines import measure_baselines
     from retro.loading import load, load_model
+    from retro.retrieval import Store
 
     files, settings = ResultFiles(**taken(given, ResultFiles)), BaselineSettings(**given)
-    opened, _, retriever = load(model, store, index=index or "auto")
+    opened, _, retriever = load(model, Store.open(store), index=index or "auto")
     plain, others = reader and load_model(reader, retriever.store), validation and held_out(validation)
     texts = held_out(data, documents)
     result = measure_baselines(opened, texts, retriever, plain, others, settings, progress=True)

@@ -140,6 +140,7 @@ REFUSED = {
     "k beyond the store": (["search", "{store}", "x", "--k", "100000"], "100000"),
     "no such input": (["build", "{new}", "{new}.jsonl", "--tokenizer", "{tok}"], "{new}.jsonl"),
     "no such embedder": (["build", "{new}", "{docs}", "--tokenizer", "{tok}", "--embedder", "{new}"], "{new}"),
+    "no file of ids": (["remove", "{store}", "--ids", "{new}"], "error: {new}: No such file"),
     "a demo folder in use": (["demo", "--output", "{store}"], "in use"),
 }
 

@@ -115,6 +115,8 @@ REFUSED = {
     "a plain LM swept over k": (["sweep", "neighbors", "{lm}", *READ], "reads no neighbors"),
     "a share above 1": (["sweep", "datastore", "{retro}", *READ, "--shares", "2"], "above 0 up to 1"),
     "an index that shares have not": (["sweep", "datastore", "{retro}", *READ, "--index", "faiss:sq8"], "faiss:sq8"),
+    "shares of a server": (["sweep", "datastore", "{retro}", "--store", "http://h", *READ[2:]], "address of a server"),
+    "baselines of a server": (["baselines", "{retro}", "--store", "http://h", *READ[2:]], "address of a server"),
     "a run without checkpoints": (["sweep", "tokens", "{empty}", *READ], "holds no checkpoints"),
 }
 

@@ -16,7 +16,7 @@ from retro.evaluation.bits import LITTLE_OVERLAP, ChunkScores, bpb_interval, gai
 from retro.evaluation.data import LEAKAGE_NEIGHBORS, overlap_of, prepare, window_of
 from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.settings import METHODS, BaselineSettings
-from retro.retrieval import Retriever
+from retro.retrieval import Retriever, Store
 from retro.text.documents import Document
 
 
@@ -41,6 +41,8 @@ def measure_baselines(
     "window_len", "stride", "settings", "validation_tokens", and what it was measured with}. Raises ValueError, before
     any work, for a method that cannot run with what is given.
     """
+    if not isinstance(retriever.store, Store):
+        raise ValueError("the retriever asks a server, which tells no costs; give one over a store of this machine.")
     settings = BaselineSettings() if settings is None else settings
     model, reader = _roles(model, reader, retriever)
     k = neighbors_of(reader if model is None else model, settings.num_neighbors)

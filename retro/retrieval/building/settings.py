@@ -11,6 +11,7 @@ from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder
 from retro.retrieval.embedding.presets import Attention, Pooling, Similarity
 from retro.retrieval.executors.opening import EXECUTORS, ExecutorName
 from retro.retrieval.filters import FilterSettings
+from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.searchers import parse_kind
 
 KeyDtype = Literal["float32", "float16", "bfloat16"]
@@ -124,8 +125,9 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
         self.inputs = [os.fspath(item) for item in self.inputs]
         one_of("on_bad", self.on_bad, ("error", "reject"))
         one_of("executor", self.executor, EXECUTORS)
-        if self.index != "none":
-            parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER)
+        kinds = parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER) if self.index != "none" else []
+        if self.recall is not None and not {"auto", *ENGINES} & {kind.partition(":")[0] for kind in kinds}:
+            raise ValueError(f"recall is given, but index is {self.index}, which is not tuned to one; leave recall out")
         if not 1 <= self.min_chunk_len <= self.chunk_len:
             raise ValueError(f"min_chunk_len must be from 1 to chunk_len ({self.chunk_len}), not {self.min_chunk_len}")
         for name in ("shard_chunks", "workers"):

@@ -75,6 +75,10 @@ class Store(DocumentTables):
         Raises ValueError, naming the file, when the folder is no complete store or a file is missing, cut or
         inconsistent.
         """
+        if str(path).startswith(("http://", "https://")):
+            raise ValueError(
+                f"{path} is the address of a server; name the folder of a datastore, which this reads itself"
+            )
         path = Path(path)
         while True:
             manifest = read_manifest(path)

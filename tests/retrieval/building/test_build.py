@@ -286,6 +286,8 @@ def test_keys_that_are_not_finite_are_refused(settings, tokenizer, value, key_dt
         {"min_chunk_len": 9},
         {"key_dtype": "int8"},
         {"index": "best"},
+        {"recall": 0.9, "index": "exact+tfidf"},
+        {"recall": 0.9, "embedder": "none"},
         {"shard_chunks": 0},
         {"on_bad": "x"},
     ],

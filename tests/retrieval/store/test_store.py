@@ -288,6 +288,8 @@ def test_objects_are_not_unpickled(copy):
 def test_not_a_store(tmp_path, copy):
     with pytest.raises(ValueError, match="is not a datastore"):
         Store.open(tmp_path / "none")
+    with pytest.raises(ValueError, match="http://host:8001 is the address of a server; name the folder"):
+        Store.open("http://host:8001")
     manifest = copy / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
