@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Shapes of public signatures are checked in tests only. Not in those of training: beartype draws from Python's random.
-SHAPES := --jaxtyping-packages=retro.modules,retro.model.causal_lm,retro.model.start,retro.model.step,retro.model.cache,retro.model.generation,retro.model.padding,retro.text.corpus,retro.text.documents,retro.text.formats,retro.text.packages,retro.text.tokenizer,retro.text.chunks,retro.text.overlap,retro.retrieval,retro.training.windows,retro.evaluation,retro.serve.rows,retro.serve.engine,beartype.beartype
+# --shapes: shapes and types of signatures are checked, in tests only. Not in those of training: beartype draws from Python's random.
 
 .PHONY: help demo test test-slow check docs clean
 
@@ -16,7 +15,7 @@ demo: $(INSTALLED)  ## text to a trained RETRO, measured and sampled from: at mo
 	$(BIN)/retro demo
 
 test: $(INSTALLED)  ## all tests, at most 8 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/training/runs $(SHAPES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/training/runs --shapes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/training/runs
 
 test-slow: $(INSTALLED)  ## the tests that `make test` leaves out: SmolLM2-135M from its package

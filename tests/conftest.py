@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random models, stand-ins for speed; real weights are used where a test says so."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +12,29 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+ROOT = Path(__file__).parents[1]
+CHECKED = (
+    *("modules", "model", "text", "retrieval", "evaluation"),
+    *("training/windows.py", "serve/rows.py", "serve/engine.py"),
+)
+NOT_CHECKED = ("settings.py", "config.py")  # what a user may get wrong there is refused in a sentence of our own
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shapes", action="store_true", help="check the shapes and types of signatures in the library")
+
+
+def pytest_configure(config):
+    if config.getoption("--shapes"):
+        from jaxtyping import install_import_hook
+
+        places = [ROOT / "retro" / place for place in CHECKED]
+        files = [file for place in places for file in ([place] if place.suffix else place.rglob("*.py"))]
+        files = [file for file in files if file.name not in ("__init__.py", *NOT_CHECKED)]
+        names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+        install_import_hook(names, "beartype.beartype")
+
 
 TINY = dict(
     vocab_size=61,

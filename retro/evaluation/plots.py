@@ -88,10 +88,10 @@ def picture(
 
 
 def curve(
-    axes: Any, places: Sequence[float], values: Sequence[Sequence[float]], label: str, look: dict, shift: float = 0
+    axes: Any, places: Sequence[float | int], values: Any, label: str, look: dict[str, Any], shift: float = 0
 ) -> None:
-    """A line through values with bars between their low and high ends; `shift` points to the right, so that bars of
-    several curves stand side by side.
+    """A line through values, [n, 3], with bars between their low and high ends; `shift` points to the right, so that
+    bars of several curves stand side by side.
     """
     from matplotlib.transforms import ScaledTranslation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from retro.common.settings import unknown_name
 
@@ -101,6 +101,13 @@ class ReaderSettings:
     decontaminate: bool = False
     cache: str | Path | bool = True
     seed: int = 0
+
+    def __post_init__(self):
+        if self.align not in get_args(Align):
+            raise ValueError(f"align is {self.align!r}; choose one of {', '.join(get_args(Align))}.")
+        for name in ("batch_size", "max_len"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from retro.evaluation.settings import ReaderSettings
 from retro.evaluation.tasks.examples import Example, aligned
 from retro.evaluation.tasks.metrics import exact_match, f1, holds_answer, normalize_answer
 from retro.evaluation.tasks.reading import Reader, open_reader
@@ -153,7 +154,6 @@ def test_nothing_is_searched_twice_and_overlapping_neighbors_are_left_out(pointe
     ("options", "said"),
     [
         ({"retrieval": "sometimes"}, "choose one of off, on, random"),
-        ({"align": "middle"}, "choose one of start, end"),
         ({"retrieval": "on"}, "without a retriever"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
@@ -161,6 +161,8 @@ def test_nothing_is_searched_twice_and_overlapping_neighbors_are_left_out(pointe
 def test_readers_refuse(options, said, retro_lm, words_tokenizer):
     with pytest.raises(ValueError, match=said):
         Reader(model=retro_lm, tokenizer=words_tokenizer, **options)
+    with pytest.raises(ValueError, match="choose one of start, end"):
+        ReaderSettings(align="middle")
 
 
 def test_a_plain_lm_reads_no_neighbors(make_lm, words_tokenizer, words_retriever, words_store):

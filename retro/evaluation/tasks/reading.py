@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from retro.common.modes import evaluating
 from retro.evaluation.bits import RETRIEVAL, neighbors_of
 from retro.evaluation.neighbors import neighbor_rows, random_neighbors
 from retro.evaluation.scorer import reads_neighbors, score_tokens
-from retro.evaluation.settings import Align, ReaderSettings
+from retro.evaluation.settings import ReaderSettings
 from retro.evaluation.tasks.examples import Example, ScoredContinuation, aligned, encode, passage_texts
 from retro.loading import load
 from retro.model.padding import pad_left
@@ -38,7 +38,6 @@ from retro.text.chunks import decode_chunks, pad_token_id
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
 
-ALIGN = get_args(Align)
 CHUNK_LEN = 64  # of models that have none
 Passages = tuple[Int64[np.ndarray, "_ _"], Bool[np.ndarray, "_ _"]]  # [k, r]; "_": lists of them may differ
 
@@ -63,16 +62,13 @@ class Reader(ReaderSettings):
     progress: bool = False
 
     def __post_init__(self):
-        for name, value, choices in (("retrieval", self.retrieval, RETRIEVAL.values()), ("align", self.align, ALIGN)):
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+        super().__post_init__()
+        if self.retrieval not in RETRIEVAL.values():
+            raise ValueError(f"retrieval is {self.retrieval!r}; choose one of {', '.join(RETRIEVAL.values())}.")
         if self.retrieval != "off" and self.retriever is None:
             raise ValueError(f"retrieval is {self.retrieval!r} without a retriever; give one, or retrieval='off'.")
         if self.retrieval != "off" and not reads_neighbors(self.model):
             raise ValueError("the model reads no neighbors; retrieval must be 'off'.")
-        for name in ("batch_size", "max_len"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
 
     def columns(self) -> dict[str, Reader]:
         """The readers to compare: "lm" alone for a plain LM; else "retro_off", and with a retriever "retro_on" and
