@@ -11,20 +11,10 @@ from torch import Tensor, nn
 POSITIONS = ("rotary", "relative")
 
 
-def rotate(
-    x: Float[Tensor, "b h n dh"], positions: Int[Tensor, "*#b n"], theta: float = 10_000.0
-) -> Float[Tensor, "b h n dh"]:
-    """Turn each pair of channels of x by an angle that grows with the position (Su et al. 2021).
-
-    The product of a rotated query and a rotated key depends on their distance only. The head size must be even.
-    """
-    return apply_rotary(x, *rotary_table(positions, x.shape[-1], theta))
-
-
 def rotary_table(
     positions: Int[Tensor, "*#b n"], dim: int, theta: float = 10_000.0
 ) -> tuple[Float[Tensor, "*#b 1 n dim"], Float[Tensor, "*#b 1 n dim"]]:
-    """The cosines and signed sines that `apply_rotary` takes, for `dim` channels: (cos, cos) and (-sin, sin)."""
+    """The cosines and signed sines that `apply_rotary` takes, for `dim` channels, even: (cos, cos) and (-sin, sin)."""
     half = dim // 2
     frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angles = positions.float()[..., None, :, None] * frequencies  # [*b, 1, n, dim/2]
@@ -35,7 +25,10 @@ def rotary_table(
 def apply_rotary(
     x: Float[Tensor, "b h n dh"], cos: Float[Tensor, "*rows n dh"], sin: Float[Tensor, "*rows n dh"]
 ) -> Float[Tensor, "b h n dh"]:
-    """Turn channels i and i + dh/2 of x together."""
+    """Turn channels i and i + dh/2 of x by an angle that grows with the position (Su et al. 2021).
+
+    The product of a rotated query and a rotated key depends on their distance only.
+    """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 

@@ -11,7 +11,7 @@ from retro.modules.cross_attention import (
     may_read,
     read_chunks,
 )
-from retro.modules.positions import RelativePositions, rotate
+from retro.modules.positions import RelativePositions, apply_rotary, rotary_table
 
 M, R = 4, 8
 
@@ -52,7 +52,8 @@ def test_distances_match_the_closed_form(m, r, k):
 def test_rotary_logits_depend_on_the_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
-    logit = lambda a, b: (rotate(q, torch.tensor([a])) * rotate(k, torch.tensor([b]))).sum()  # noqa: E731
+    rotated = lambda x, place: apply_rotary(x, *rotary_table(torch.tensor([place]), 8))  # noqa: E731
+    logit = lambda a, b: (rotated(q, a) * rotated(k, b)).sum()  # noqa: E731
     torch.testing.assert_close(logit(5, 9), logit(105, 109), rtol=1e-5, atol=1e-5)
     assert not torch.isclose(logit(5, 9), logit(5, 10))
 

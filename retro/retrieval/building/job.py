@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from retro.common.files import stable_hash
-from retro.retrieval.building.tasks import partitions_to_spec
+from retro.retrieval.building import tasks
 from retro.retrieval.executors.tasks import Task
 from retro.text.documents import InputPartition
 
 PARTS = "parts"  # the folder of work in progress, inside the store
 LIGHT_BYTES = 1 << 18  # of the inputs, below which no process is started to read a part
 _LIGHT_ROWS = 1 << 15  # of a shard's tables
-_TASKS = "retro.retrieval.building.tasks"
+_TASKS = tasks.__name__
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ class Job:
         """Its name tells one split of the inputs from another."""
         held = [[partition.item.name, partition.start, partition.stop, partition.first] for partition in partitions]
         name = f"read-{number:06d}-{stable_hash(held)[:12]}"
-        spec = {"name": name, "partitions": partitions_to_spec(partitions), "filters": self.filters, **self._common}
+        spec = {
+            "name": name,
+            "partitions": tasks.partitions_to_spec(partitions),
+            "filters": self.filters,
+            **self._common,
+        }
         spec |= {"text_field": self.text_field, "on_bad": self.on_bad}
         spec |= {"held_out": self.plan["held_out"], "token_dtype": self.plan["token_dtype"]}
         light = sum(partition.bytes for partition in partitions) < LIGHT_BYTES
