@@ -42,7 +42,8 @@ def load(
             the model was trained with if that is lexical, else the best one of the store.
         num_neighbors: k where a call does not say otherwise; default: the model's, or 2. r is always the model's.
         embedder: Of the queries; default: the one that the store names.
-        tokenizer: Default: the one beside the model, or, of a model in memory, the store's.
+        tokenizer: Itself, its folder or its name. Default: the one beside the model, or, of a model in memory, the
+            store's.
         device: Default: the accelerator if there is one, else the CPU; a model in memory stays where it is.
         dtype: As in from_pretrained.
         filters: What is kept out of the neighbors, as for `Retriever`. A server has filters of its own.
@@ -89,7 +90,12 @@ def _model_and_tokenizer(
     model: Any, store: Store | RemoteStore | None, tokenizer: Any, device: Any, dtype: Any
 ) -> tuple[Any, Any]:
     """Both; refused, before the weights are read where that can be known, for a store of another tokenizer."""
-    named, name = isinstance(model, (str, Path)), _name_of(model)
+    named = isinstance(model, (str, Path))
+    if not named and not hasattr(model, "config"):
+        raise ValueError(f"{model!r} is no model; give a folder, a Hugging Face name or a causal LM in memory.")
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = base_tokenizer(tokenizer)
+    name = _name_of(model)
     recorded = store is not None and read_provenance(name) is not None
     if recorded:
         check_store(name, store)

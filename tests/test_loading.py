@@ -155,3 +155,23 @@ def test_a_model_of_the_hub_says_what_it_was_trained_with(folder, monkeypatch):
     assert read_provenance("someone/model")["index"] == "tfidf"
     assert read_provenance("someone/other") is None and read_provenance(None) is None
     assert asked == [("someone/model", "retro.json"), ("someone/other", "retro.json")]
+
+
+def test_two_models_can_be_loaded_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    from retro.retrofit.bases import open_base
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_head=2, n_layer=8)).save_pretrained(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(open_base, [str(tmp_path)] * 8))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).device.type == "cpu"
+    assert all(parameter.device.type == "cpu" for model in loaded for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model", [None, 3])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ValueError, match=f"{model} is no model; give a folder"):
+        retro.load(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,7 @@ from retro.cli.serving import serve, serve_store
 from retro.cli.tasks import finetune, lambada, lm_eval, qa, recall, summaries
 from retro.cli.training import retrofit, train
 from retro.cli.updating import add, compact, remove, verify
+from retro.common.extras import EXTRAS, missing
 from retro.training.settings import FinetuneSettings, RetrofitSettings, TrainSettings
 from retro.version import __version__
 
@@ -82,18 +84,47 @@ app = _app()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; what the user can mend is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    _prepare_terminal()
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return app(sys.argv[1:] if argv is None else list(argv)) or 0
+        for word in words:
+            _check_text(word)
+        code = app(words) or 0
+        sys.stdout.flush()  # so that a reader that has gone is noticed here
+        return code
     except CycloptsError as error:
         return _refuse(f"{error} See {' '.join(['retro', *(error.command_chain or ())])} --help.")
-    except OSError as error:
-        named = error.filename is not None and error.strerror
-        return _refuse(f"{error.filename}: {error.strerror}" if named else str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return _refuse(missing(error.name, "this"))
+    except BrokenPipeError:  # as in `retro search ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ValueError as error:
         return _refuse(str(error))
+    except OSError as error:
+        named = error.strerror and error.filename is not None
+        return _refuse(f"{error.filename}: {error.strerror}; give another path." if named else str(error))
     except KeyboardInterrupt:
         print("retro: stopped", file=sys.stderr)
         return 130
+
+
+def _prepare_terminal() -> None:
+    """What a terminal cannot show is shown as ?; help wants a few columns, or it never ends."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if os.environ.get("COLUMNS") in ("0", "1", "2", "3", "4"):
+        del os.environ["COLUMNS"]
+
+
+def _check_text(word: str) -> None:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the argument {word!r} is no UTF-8 text; write it in UTF-8, or set PYTHONUTF8=1.") from None
 
 
 def _refuse(reason: str) -> int:

@@ -42,7 +42,8 @@ def serve(
         name: Name by which requests call the model. Default: its folder's.
     """
     taken_on = GenerationLimits(**limits)
-    check_installed("fastapi", "retro serve")
+    for library in ("fastapi", "uvicorn"):
+        check_installed(library, "retro serve")
     from retro.serve.engine import GenerationEngine
     from retro.serve.server import load_with_stores, serve_app
     from retro.web.listening import read_api_key, run, url_of
@@ -87,7 +88,8 @@ def serve_store(
         if shards is None and value is not None:
             raise ValueError(f"--{name} means nothing without --shards; give the number of shards.")
     limits = RetrievalLimits(**taken(given, RetrievalLimits))
-    check_installed("fastapi", "retro serve-store")
+    for library in ("fastapi", "uvicorn"):
+        check_installed(library, "retro serve-store")
     from retro.retrieval import Retriever, Store, open_sharded
     from retro.retrieval.remote.client import is_url
     from retro.retrieval.remote.server import create_retrieval_app

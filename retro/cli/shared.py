@@ -27,7 +27,20 @@ _INDEX = (
 IndexKind = Annotated[str, Parameter(help=f"{_INDEX}auto is the best one built, else exact search.")]
 _OWN_INDEX = f"{_INDEX}Default: auto, or the kind of the model's training if that is lexical."
 OwnIndex = Annotated[str | None, Parameter(help=_OWN_INDEX)]
-JsonFile = Annotated[str | None, Parameter(help="File to write the result to, as JSON.")]
+
+
+def check_file(file: str | None) -> None:
+    """Refuse, before anything is done, a file that could not be written."""
+    if file is not None and Path(file).is_dir():
+        raise ValueError(f"{file!r} is a folder; name a file.")
+    if file is not None and not Path(file).parent.is_dir():
+        raise ValueError(f"the folder of {file} is not there; make it first.")
+
+
+JsonFile = Annotated[
+    str | None,
+    Parameter(help="File to write the result to, as JSON.", validator=lambda hint, file: check_file(file)),
+]
 
 
 def write_json(file: str | None, value: Any) -> None:
@@ -43,12 +56,6 @@ def stamp(store: Any) -> dict[str, Any]:
     from retro.provenance import versions
 
     return {"store_fingerprint": store.fingerprint, "versions": versions()}
-
-
-def check_file(file: str | None) -> None:
-    """Refuse, before anything is done, a file that could not be written."""
-    if file and not Path(file).parent.is_dir():
-        raise ValueError(f"the folder of {file} is not there; make it first.")
 
 
 @dataclass(frozen=True, kw_only=True)

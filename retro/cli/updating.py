@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Unpack
 
 from cyclopts import Parameter
@@ -82,8 +81,9 @@ def remove(
 
 
 def _ids_of(file: str) -> list[str]:
-    lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    return [line for line in lines if line.strip()]
+    from retro.common.files import read_text
+
+    return [line for line in read_text(file).split("\n") if line.strip()]
 
 
 def compact(store: StoreFolder, /, *, no_index: NoIndex = False, json: JsonFile = None) -> None:

@@ -11,11 +11,16 @@ EXTRAS = {
     "matplotlib": "eval",
     "pydantic": "eval",
     "ray": "ray",
+    "uvicorn": "serve",
 }
 
 
 def check_installed(library: str, what: str) -> None:
     """Raise ValueError, naming the extra, if `what` needs a library that is not installed."""
     if find_spec(library) is None:
-        extra = EXTRAS[library]
-        raise ValueError(f'{what} needs {library}, which is not installed; pip install "retro-lm[{extra}]"')
+        raise ValueError(missing(library, what))
+
+
+def missing(library: str, what: str) -> str:
+    """The sentence for a library that `what` needs and that is not installed."""
+    return f'{what} needs {library}, which is not installed; pip install "retro-lm[{EXTRAS[library]}]"'

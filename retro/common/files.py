@@ -165,6 +165,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file that a user wrote, without a byte order mark; ValueError names a file that is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no UTF-8 text; write it in UTF-8.") from None
+
+
 def load_json(path: Path) -> Any:
     """Read one JSON file; ValueError names the file if it is not JSON."""
     try:

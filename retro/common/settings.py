@@ -134,7 +134,9 @@ def unknown_name(name: str, known: Iterable[str], what: str = "setting") -> str:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file (empty for an empty file); ValueError names the file and the line that is wrong."""
-    text = Path(path).read_text(encoding="utf-8")
+    from retro.common.files import read_text
+
+    text = read_text(path)
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

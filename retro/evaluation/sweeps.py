@@ -98,7 +98,7 @@ def sweep_datastore(
         embedder: None loads the store's.
     """
     shares = sorted(set(shares))
-    if not shares or shares[0] <= 0 or shares[-1] > 1 or num_draws < 1:
+    if not shares or not all(0 < share <= 1 for share in shares) or num_draws < 1:
         raise ValueError(
             f"the shares are {shares}, draws {num_draws}; give shares above 0 up to 1, and 1 draw or more."
         )

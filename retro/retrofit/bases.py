@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from retro.common.pretrained import PACKAGE, pretrained_place
+
+_LOADING = RLock()  # from_pretrained swaps functions of torch: of two at once, both fail, and each that follows
 
 
 def open_base(base: Any, **options) -> Any:
@@ -27,7 +30,8 @@ def open_base(base: Any, **options) -> Any:
 
     place, gguf = pretrained_place(base)
     try:
-        return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
+        with _LOADING:
+            return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{base} holds a damaged model ({error}); copy it again from where it was trained.") from None
     except (OSError, ImportError, KeyError) as error:

@@ -21,7 +21,7 @@ class DecodingSettings:
         repetition_penalty: A number above 1 makes tokens less likely that the text has already. Default: 1.
         stop_strings: Strings that end a text. Default: none.
 
-    Raises ValueError for what generate() would ignore.
+    Raises ValueError for what generate() would ignore or fail at.
     """
 
     max_new_tokens: int | None = None
@@ -36,6 +36,20 @@ class DecodingSettings:
     stop_strings: list[str] | None = None
 
     def __post_init__(self) -> None:
+        for name in (
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "num_beams",
+            "num_return_sequences",
+            "repetition_penalty",
+        ):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; give a number above 0")
+        if self.top_p is not None and self.top_p > 1:
+            raise ValueError(f"top_p is {self.top_p}; give a probability, at most 1")
+        if not 0 <= (self.seed or 0) < 2**63:
+            raise ValueError(f"seed is {self.seed}; give a whole number from 0 to below 2^63")
         if self.do_sample:
             return
         for name in ("temperature", "top_p", "top_k", "seed"):

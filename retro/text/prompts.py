@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from retro.common.files import read_text
+
 STDIN = "-"
 
 
@@ -44,10 +46,7 @@ def _from_stdin(stdin: TextIO) -> str:
 def _from_file(path: Path) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--prompt-file {path} ends in neither .txt nor .jsonl; write one prompt a line.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompt-file {path} is no UTF-8 text; write it in UTF-8.") from None
+    text = read_text(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"--prompt-file {path} holds no prompt; give at least one line.")

@@ -148,6 +148,9 @@ class TrainSettings(HardwareSettings, OutputSettings, OptimizerSettings, LengthS
             raise ValueError(
                 f"max_steps is {self.max_steps} and max_tokens {self.max_tokens}; give one, and null for the other"
             )
+        for name in ("store", "output", "base", "start", "questions"):
+            if getattr(self, name, None) == "":
+                raise ValueError(f"{name} is empty; give a name")
         if self.random_neighbors and not self.retrieval:
             raise ValueError("random_neighbors is true and retrieval false; a plain model has no neighbors to replace")
         for name in _POSITIVE:

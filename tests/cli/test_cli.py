@@ -1,7 +1,11 @@
 """The command, end to end on a few real documents with the real MiniLM and ScaNN, and what it refuses."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,6 +145,21 @@ REFUSED = {
     "no such input": (["build", "{new}", "{new}.jsonl", "--tokenizer", "{tok}"], "{new}.jsonl"),
     "no such embedder": (["build", "{new}", "{docs}", "--tokenizer", "{tok}", "--embedder", "{new}"], "{new}"),
     "no file of ids": (["remove", "{store}", "--ids", "{new}"], "error: {new}: No such file"),
+    "a result that would be a folder": (["search", "{new}", "x", "--json", "{store}"], "{store}' is a folder"),
+    "a result in a folder that is not there": (["verify", "{store}", "--json", "{new}/x.json"], "make it first"),
+    "an output without a name": (["train", "train_small", "store={store}", "output="], "output is empty"),
+    "a store without a name": (["train", "train_small", "store=", "output={new}"], "store is empty"),
+    "no beams": (["generate", "{run}", "x", "--no-retrieval", "--num-beams", "0"], "num_beams is 0"),
+    "a probability above 1": (
+        ["generate", "{run}", "x", "--no-retrieval", "--do-sample", "--top-p", "2"],
+        "top_p is 2.0",
+    ),
+    "a seed beyond 64 bits": (
+        ["generate", "{run}", "x", "--no-retrieval", "--do-sample", "--seed", "9" * 30],
+        "seed is 999",
+    ),
+    "settings that are no text": (["train", "{run}/model.safetensors"], "model.safetensors is no UTF-8 text"),
+    "ids that are no text": (["remove", "{store}", "--ids", "{run}/model.safetensors"], "is no UTF-8 text"),
     "a demo folder in use": (["demo", "--output", "{store}"], "in use"),
 }
 
@@ -162,3 +181,54 @@ def test_a_store_of_another_tokenizer_is_refused(made, capsys, tmp_path):
     assert main(["generate", made["run"], "x", "--store", str(tmp_path / "store")]) == 2
     error = capsys.readouterr().err
     assert "tokenizer" in error and str(tmp_path / "store") in error and made["run"] in error
+
+
+def shell(command: str, folder, **env) -> tuple[int, str]:
+    """Exit code and what is left of stderr, of `retro` in a shell of its own; $retro stands for the command."""
+    retro = f"{shlex.quote(sys.executable)} -m retro.cli"
+    env = {**os.environ, "retro": retro, "PYTHONPATH": os.pathsep.join(sys.path)} | env
+    ended = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return ended.returncode, ended.stderr
+
+
+def test_a_reader_that_has_gone_ends_a_verb_without_a_word(tmp_path):
+    (tmp_path / "train_long.yaml").write_text("# a line\n" * 100_000)
+    assert shell("$retro configs train_long.yaml | true; exit ${PIPESTATUS[0]}", tmp_path) == (141, "")
+
+
+def test_what_a_terminal_cannot_show_stops_nothing(tmp_path):
+    (tmp_path / "train_long.yaml").write_text("# größer ≥ 🤗\n", encoding="utf-8")
+    assert shell("$retro configs train_long.yaml", tmp_path, PYTHONIOENCODING="ascii") == (0, "")
+
+
+def test_an_argument_that_is_no_text_is_refused(tmp_path):
+    code, error = shell("$retro search store $'\\xff'", tmp_path, PYTHONUTF8="1")
+    assert code == 2 and error.startswith("retro: error: the argument '\\udcff' is no UTF-8 text")
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "4", "7"])
+def test_help_ends_in_a_narrow_terminal(columns, tmp_path):
+    assert shell("ulimit -v 2000000; timeout 30 $retro train --help", tmp_path, COLUMNS=columns) == (0, "")
+
+
+def test_a_library_that_no_check_has_foreseen_is_named_with_its_extra(monkeypatch, capsys):
+    def needs_it(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn")
+
+    monkeypatch.setattr("retro.cli.app", needs_it)
+    assert main(["serve"]) == 2
+    assert 'needs uvicorn, which is not installed; pip install "retro-lm[serve]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory", "a/b"), OSError("a sentence")])
+def test_an_error_of_the_system_is_a_sentence(error, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("retro.cli.app", fails)
+    assert main([]) == 2
+    told = capsys.readouterr().err
+    assert told in (
+        "retro: error: a/b: No such file or directory; give another path.\n",
+        "retro: error: a sentence\n",
+    )

@@ -222,7 +222,7 @@ REFUSED = {
     "no folder for JSON": (["x", "--no-retrieval", "--json", "{made}/no/a.json"], "no/a.json is not there"),
     "an empty prompt": (["", "--no-retrieval"], "the prompt has no tokens"),
     "one empty prompt of two": (["x", "", "--no-retrieval"], "prompt 2 has no tokens"),
-    "a prompt of bytes": (["x\udcff", "--no-retrieval"], "the prompt is no UTF-8 text"),
+    "a prompt of bytes": (["x\udcff", "--no-retrieval"], "is no UTF-8 text"),
     "a prompt of 10,000 tokens": (["fox " * 10_000, "--store", "{made}/store"], "the 256 positions"),
     "a text beyond the positions": (["x", "--no-retrieval", "--max-new-tokens", "9999"], "at most 254 new tokens"),
     "two sources of prompts": (["x", "--prompt-file", "a.txt", "--no-retrieval"], "--prompt-file is given beside"),
