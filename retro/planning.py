@@ -44,8 +44,8 @@ class PlanSettings(ChunkSettings):
         embedder: What turns a chunk into its key, as for `retro build`.
         index: The index of keys to build, as for `retro build`; "none" plans no index.
         tokens: Tokens of the corpus that the inputs are a part of, such as 1e12. Default: those of the inputs.
-        model: A model to train once on these tokens: 172m, 425m, 1.5b or 7.5b, each alone or with -modern behind it, or
-            a folder with config.json. Default: nothing is trained.
+        model: A RETRO to train once on these tokens: 172m, 425m, 1.5b or 7.5b, each alone or with -modern behind it, or
+            a folder with its config.json. Default: nothing is trained.
         tflops: TFLOP/s that all machines together reach. Default: what embedding reaches here, measured for ten
             seconds.
     """
@@ -209,13 +209,18 @@ def model_size(config: Any) -> tuple[int, float]:
 
 
 def _config(name: str, vocab_size: int) -> Any:
+    from transformers import AutoConfig
+
     from retro.model import RetroConfig
     from retro.model.config import MODERN, PRESETS
 
     if name.removesuffix(MODERN) in PRESETS:
         return RetroConfig.from_preset(name, vocab_size=vocab_size, num_neighbors=NUM_NEIGHBORS)
     if (Path(name) / "config.json").is_file():
-        return RetroConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        if not isinstance(config, RetroConfig):
+            raise ValueError(f"model is {name}, of the type {config.model_type}, which is not planned; give a RETRO")
+        return config
     known = f"one of {', '.join(PRESETS)}, alone or with {MODERN} behind it, or a folder with config.json"
     raise ValueError(f"model is {name!r}; give {known}")
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from retro.cli import main
 from retro.planning import SHARD_CHUNKS, PlanSettings, disk_bytes, flops_of_chunk, index_plan, make_plan, model_size
@@ -184,6 +185,7 @@ REFUSED = {
     "no such index": (["--index", "hnsw"], "hnsw"),
     "an index of words": (["--index", "bm25"], "bm25"),
     "no such model": (["--model", "3m"], "172m"),
+    "a model that is no RETRO": (["--model", "{llama}"], "of the type llama"),
     "no tokens": (["--tokens", "0"], "tokens"),
     "no rate": (["--tflops", "nan"], "tflops"),
 }
@@ -192,7 +194,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_in_one_line(case, given, capsys, tmp_path):
     argv, expected = REFUSED[case]
-    fill = lambda text: text.format(new=tmp_path / "new")  # noqa: E731
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    fill = lambda text: text.format(new=tmp_path / "new", llama=tmp_path / "llama")  # noqa: E731
     assert main(["plan", *given, *map(fill, argv)]) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("retro: error: ") and fill(expected) in error
