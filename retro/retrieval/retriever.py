@@ -31,7 +31,7 @@ class Retriever:
             have a Jaccard similarity above 0.8; the one of the best score stays.
         decontaminate: how a neighbor [N, F] is told to give the text being read away, one or several of
             "longest_run>=13" (words in a row), "jaccard>=0.8" and "overlap>=0.8" (of word 13-grams; see
-            retro.retrieval.filters.Measure). Such a neighbor is left out.
+            retro.retrieval.filters.decontamination). Such a neighbor is left out.
         against: texts that the neighbors of all queries must not resemble, as those of a test set. Without them, and
             unless a call names the text being read, that is the query itself.
         min_date, max_date, undated, quality, subsample: which documents may answer; see

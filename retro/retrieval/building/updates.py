@@ -106,7 +106,7 @@ FIXED = {
     *("store", "inputs", "tokenizer", "key_dtype", "chunk_len", "min_chunk_len", "shard_chunks", "index", "embedder"),
     *("pooling", "query_prefix", "passage_prefix", "max_length", "normalize", "similarity", "query_encoder"),
     *("attention", "pool_prefix", "recall"),
-}  # the fields of BuildSettings that a store has settled
+}  # the fields of BuildSettings that are the store's own
 
 
 def _embedder_for(store: Store, embedder: Embedder | None) -> Embedder:

@@ -1,6 +1,6 @@
 """The files of a datastore: names, types and checks of what its folder holds.
 
-See retro.retrieval.store.store.store for the folder as a whole.
+See retro.retrieval.store.store for the folder as a whole.
 """
 
 from __future__ import annotations
