@@ -53,6 +53,7 @@ def _app() -> App:
         default_parameter=Parameter(consume_multiple=(1, None), negative=(), show_default=shown_default),
         result_action="return_value",
         exit_on_error=False,
+        suppress_keyboard_interrupt=False,
         print_error=False,
     )
     for number, (name, verbs) in enumerate(_VERBS.items(), start=1):

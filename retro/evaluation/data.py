@@ -99,11 +99,13 @@ def prepare(
         raise ValueError(f"exclude is {exclude!r}; choose one of {', '.join(EXCLUDE)}.")
     pieces, ids, words, line_ends = [], [], [], []
     for number, document in enumerate(tqdm(documents, desc="reading", unit="document", disable=not progress)):
+        if not isinstance(document, Document):
+            raise ValueError(f"documents[{number}] is a {type(document).__name__}; give a Document(id=..., text=...)")
         pieces.append(_chunks_of(document, tokenizer, chunk_len, number))
         ids.append(document.id)
         words.append(len(document.text.split()))
         line_ends.append(document.text.count("\n"))
-    if not any(len(piece[0]) for piece in pieces):
+    if not any(piece[2].any() for piece in pieces):
         raise ValueError("there is no text to evaluate; give at least one document")
     tokens, lens, num_bytes, scored, numbers = (np.concatenate(part) for part in zip(*pieces, strict=True))
     data = EvaluationData(

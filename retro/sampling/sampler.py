@@ -61,12 +61,14 @@ def sample(
 
 def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """The tokens of prompts: those of a document that begins so. Raises ValueError for a prompt without any text."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of texts, not one text; write [text]")
     rows = []
     for number, prompt in enumerate(prompts, start=1):
         which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
         try:
             prompt.encode()
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, AttributeError):
             raise ValueError(f"{which} is no UTF-8 text; give it in UTF-8.") from None
         ids = tokenize_document(tokenizer, prompt).ids.tolist()
         if tokenizer.eos_token_id is not None:

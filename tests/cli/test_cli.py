@@ -232,3 +232,12 @@ def test_an_error_of_the_system_is_a_sentence(error, monkeypatch, capsys):
         "retro: error: a/b: No such file or directory; give another path.\n",
         "retro: error: a sentence\n",
     )
+
+
+def test_an_interrupt_is_told(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["retro.cli.configs"], "packaged_configs", interrupted)
+    assert main(["configs"]) == 130
+    assert capsys.readouterr().err == "retro: stopped\n"

@@ -194,6 +194,10 @@ def test_refusals(words_tokenizer, words_retriever, make_model):
         score(model, data, "sometimes")
     with pytest.raises(ValueError, match="no text to evaluate"):
         prepare([], words_tokenizer, 8)
+    with pytest.raises(ValueError, match="no text to evaluate"):
+        prepare([Document("a", "")], words_tokenizer, 8)
+    with pytest.raises(ValueError, match=r"documents\[1\] is a str; give a Document"):
+        prepare(iter([DOCUMENTS[0], "a text"]), words_tokenizer, 8)
     with pytest.raises(ValueError, match="num_neighbors is 3; the data was prepared with 2"):
         prepared = prepare(DOCUMENTS, words_tokenizer, 8, words_retriever, 2)
         score(model, prepared, "on", words_retriever.store, num_neighbors=3)

@@ -99,6 +99,8 @@ def test_datastore(pointer, make_lm, planted_store, planted_retriever):
     )
     assert empty["points"][0]["chunks"] == 0
     assert empty["points"][0]["bpb"] == pytest.approx(empty["references"]["retro_off"]["bpb"], abs=1e-6)
+    with pytest.raises(ValueError, match=r"the shares are \[nan\], draws 3"):
+        sweep_datastore(pointer, HELD_OUT, planted_store, (float("nan"),), embedder=HashingEmbedder())
     with pytest.raises(ValueError, match=r"the shares are \[0.0\], draws 3; give shares above 0"):
         sweep_datastore(pointer, HELD_OUT, planted_store, (0.0,))
 

@@ -287,6 +287,8 @@ def test_gains_without_neighbors_are_nothing(model):
 REFUSED = {
     "an empty prompt": (["w1", ""], {}, "prompt 2 has no tokens"),
     "a prompt without tokens": ([" "], {}, "the prompt has no tokens"),
+    "one text in the place of a list": ("w1 w2", {}, r"write \[text\]"),
+    "a prompt that is None": ([None], {}, "the prompt is no UTF-8 text"),
     "a prompt that is no text": (["w1 \udcff"], {}, "the prompt is no UTF-8 text"),
     "a prompt beyond the positions": (
         [f"{PROMPTS[4]} " * 4],
