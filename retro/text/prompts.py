@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from io import TextIOBase
 from pathlib import Path
+from typing import Any
 
 from retro.common.files import read_text
 
 STDIN = "-"
 
 
-def read_prompts(given: Sequence[str], file: str | None, stdin: TextIOBase) -> list[str]:
+def read_prompts(given: Sequence[str], file: str | None, stdin: Any) -> list[str]:
     """The prompts given, or those of a file, or the one that standard input holds.
 
     Arguments:
@@ -33,7 +33,7 @@ def read_prompts(given: Sequence[str], file: str | None, stdin: TextIOBase) -> l
     return [_from_stdin(stdin) if prompt == STDIN else prompt for prompt in given or [STDIN]]
 
 
-def _from_stdin(stdin: TextIOBase) -> str:
+def _from_stdin(stdin: Any) -> str:
     try:
         text = stdin.read().removesuffix("\n")
     except UnicodeDecodeError:
