@@ -41,4 +41,4 @@ def main(model: str, store: str, held_out: str, plot: str | None = None) -> None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 3 else print(__doc__)

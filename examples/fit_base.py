@@ -42,4 +42,4 @@ def main(base: str, texts: str, output: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 3 else print(__doc__)

@@ -70,4 +70,4 @@ def main(model: str, texts: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 2 else print(__doc__)

@@ -94,3 +94,8 @@ def test_neighbors_from_texts(words_tokenizer):
     assert found.scores[0].tolist() == [2.0, 1.0] and list(found.sources) == [[source, None], [None, None]]
     with pytest.raises(ValueError, match=r"scores must hold one for each text, \[1\]; give as many"):
         Neighbors.from_texts([["w1"]], words_tokenizer, 1, scores=[[1.0, 2.0]])
+
+
+@pytest.mark.parametrize("example", ["own_text", "fit_base", "own_retriever", "evaluate_datastore"])
+def test_an_example_says_what_it_takes(example):
+    assert f"python examples/{example}.py" in run(example, "--help")

@@ -206,7 +206,7 @@ def _leakage(result: dict[str, Any]) -> list[Table]:
     ]
     bits = [_of_point(COLUMNS[c], lambda p, c=c: [p["bpb"][c], *p["interval"][c]], figure) for c in points[0]["bpb"]]
     gains = [_of_point(f"below {COLUMNS[c]}", lambda p, c=c: p["gain"][c], percent) for c in points[0]["gain"]]
-    title = "Bits per byte over the chunks that overlap little with their neighbors"
+    title = "Bits per byte over the chunks that overlap with their neighbors by no more than r(C)"
     note = f"{result['documents']} documents, k = {result['num_neighbors']}; in brackets: 95% bootstrap over documents."
     tables = [Table(title, [*columns, *bits], points, note, list(_leakage_records(points)))]
     return tables + [Table("How far RETRO[ON] is below", [*columns, *gains], points)] * bool(gains)

@@ -104,7 +104,7 @@ def test_every_figure_stands_in_its_table(files, results):
     told = [f"RETRO[ON] below {title}" for title in ("RETRO[OFF]", "RETRO[ON], random")]
     assert [row[0] for row in gains] == told
     assert gains[0][1].startswith(f"{100 * results['evaluate']['gain']['retro_off'][0]:.1f} (")
-    curves = found["Bits per byte over the chunks that overlap little with their neighbors"][1:]
+    curves = found["Bits per byte over the chunks that overlap with their neighbors by no more than r(C)"][1:]
     for row, point in zip(curves, results["leakage"]["points"], strict=True):
         assert row[:2] == [f"{100 * point['alpha']:g}%", f"{point['chunks']:,}"]
         assert row[4].startswith(f"{point['bpb']['retro_on']:.4f} (")
