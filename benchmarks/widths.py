@@ -82,7 +82,7 @@ SPARE = 0.05  # of the time
 # Settings
 
 
-def settings_of(given: argparse.Namespace, width: int, start: str, retrieval: bool, output: str = "") -> TrainSettings:
+def settings_of(given: argparse.Namespace, width: int, start: str, retrieval: bool, output: str = ".") -> TrainSettings:
     """The recipe at a width and start. Raises ValueError for a setting that is none."""
     head_dim = 64 if width >= 256 else 32
     if width % head_dim:
