@@ -9,6 +9,7 @@ are the passages, then one of the answers and eos. Source: RETRO, section 4.3.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
@@ -35,4 +36,4 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 
 if __name__ == "__main__":
-    leave(run_script(main))
+    sys.exit(leave(run_script(main)))

@@ -9,6 +9,7 @@ accelerate starts several processes on GPUs only; on CPUs torchrun does, and the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from retro.common.settings import find_config, load_settings
@@ -34,4 +35,4 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 
 if __name__ == "__main__":
-    leave(run_script(main))
+    sys.exit(leave(run_script(main)))

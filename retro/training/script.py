@@ -26,8 +26,8 @@ def run_script(main: Callable[[str, Sequence[str]], bool]) -> int:
     return 0
 
 
-def leave(code: int) -> None:
-    """End the process with an exit code; one of several ends at once, without taking the interpreter down.
+def leave(code: int) -> int:
+    """The exit code of a process that has trained; one of several ends here, without taking the interpreter down.
 
     The threads of a process group free tensors whenever they get to it. One that does so while the interpreter goes
     down aborts a process whose work is done and saved (pytorch/pytorch#179291), and torchrun reports a failed run.
@@ -37,4 +37,4 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    return code

@@ -6,12 +6,9 @@ import math
 import pytest
 import torch
 
-from retro.common.settings import find_config, read_yaml
+from benchmarks.starts import RECIPE, train
 from retro.evaluation.copying import attention_on_copies, copying_text, logit_gain
 from retro.model import RetroConfig, RetroForCausalLM
-from retro.training.optimizer import parameter_groups
-
-RECIPE = read_yaml(find_config("train_small", "train"))
 
 
 def make(hidden_size: int, layers: int = 4, cca_layers=(2, 4), heads: int = 4, **overrides) -> RetroForCausalLM:
@@ -19,22 +16,6 @@ def make(hidden_size: int, layers: int = 4, cca_layers=(2, 4), heads: int = 4, *
     torch.manual_seed(0)
     size = dict(hidden_size=hidden_size, num_attention_heads=heads, num_hidden_layers=layers, cca_layers=cca_layers)
     return RetroForCausalLM(RetroConfig(vocab_size=8192, **{**RECIPE["model"], **size, **overrides})).eval()
-
-
-def train(model: RetroForCausalLM, steps: int) -> None:
-    """Steps of the recipe, at its full learning rate, on text that is new at each."""
-    ratio = RECIPE["lr_width"] / model.config.hidden_size
-    groups = parameter_groups(model, RECIPE["weight_decay"], RECIPE.get("lr_ratios", {}), width_ratio=ratio)
-    groups = [{**group, "lr": RECIPE["lr"] * group["lr_ratio"]} for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    model.train()
-    for step in range(steps):
-        ids, neighbors, _ = copying_text(model.config, seed=1 + step)
-        model(ids, neighbors, labels=ids).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
 
 
 @pytest.mark.parametrize(("d", "heads"), [(128, 4), (256, 4), (256, 8), (512, 8)])
