@@ -15,6 +15,8 @@ from retro.modules.loss import SLICE_TOKENS
 from retro.retrofit.anatomy import probe_tokens
 from retro.retrofit.forms import Mixture
 
+SLICE_LOGITS = 2**25  # that live at a time: 128 tokens of a vocabulary of 262,144
+
 
 def head_inputs(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
     """What the base's output embeddings are given, and its logits: with `shorten` those of the first token only."""
@@ -51,11 +53,11 @@ def plain_loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Fl
 
 
 def mixed_loss(
-    mixture: Mixture, labels: Int[Tensor, "b n"], logits_of: Callable[[slice], Float[Tensor, "b s v"]]
+    mixture: Mixture, labels: Int[Tensor, "b n"], vocab_size: int, logits_of: Callable[[slice], Float[Tensor, "b s v"]]
 ) -> Float[Tensor, ""]:
     """Mean over the kept labels, 0 where there is none; logits are asked for in slices of positions."""
     b, n = labels.shape
-    step, totals = max(1, SLICE_TOKENS // b), []
+    step, totals = max(1, min(SLICE_TOKENS, SLICE_LOGITS // vocab_size) // b), []
     for start in range(0, n - 1, step):
         logits = logits_of(slice(start, min(start + step, n - 1)))
         targets = labels[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)

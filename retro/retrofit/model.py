@@ -179,7 +179,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         if labels is not None and mixture is None:
             loss = plain_loss(logits, labels)
         elif labels is not None:
-            loss = mixed_loss(mixture, labels, lambda part: logits[:, part])
+            loss = mixed_loss(mixture, labels, logits.shape[-1], lambda part: logits[:, part])
         if not return_logits:
             return loss, None
         return loss, logits if mixture is None else mixture.edit(logits)
@@ -192,7 +192,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
     ) -> Float[Tensor, ""]:
         head, mixture = self.base.get_output_embeddings(), self._mixture(context)
         if mixture is not None:
-            return mixed_loss(mixture, labels, lambda part: head(hidden[:, part]))
+            return mixed_loss(mixture, labels, head.weight.shape[0], lambda part: head(hidden[:, part]))
         weight = head.weight
         targets = labels[:, 1:].to(hidden.device).flatten()
         return linear_cross_entropy(hidden[:, :-1].flatten(0, 1).to(weight), weight, targets)

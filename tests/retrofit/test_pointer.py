@@ -112,8 +112,9 @@ def test_the_loss_in_slices(name, opened, make_neighbors, monkeypatch):
     from retro.retrofit import pointer
 
     model, neighbors, results = opened(name), make_neighbors(2, 3), []
-    for tokens in (1000, 6):
+    for tokens, logits in ((1000, 2**25), (6, 2**25), (1000, 6 * model.config.vocab_size)):
         monkeypatch.setattr(loss_module, "SLICE_TOKENS", tokens)
+        monkeypatch.setattr(loss_module, "SLICE_LOGITS", logits)
         monkeypatch.setattr(pointer, "SLICE_TOKENS", tokens)
         for lean in (True, False):
             model.zero_grad()
