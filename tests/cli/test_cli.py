@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,11 +97,21 @@ def fitted(made):
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     for part in (base, tokenizer):
         part.save_pretrained(made["folder"] / "base")
-    folder = str(made["folder"] / "fitted")
+    return fit("retrofit_smollm2", made)
+
+
+def fit(recipe, made):
+    """The folder of a few steps."""
+    folder = str(made["folder"] / recipe)
     given = [f"base={made['folder'] / 'base'}", f"store={made['store']}", f"output={folder}"]
     given += ["index=null", "num_neighbors=2"]
-    run(["retrofit", "retrofit_smollm2", *given, "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1"])
+    run(["retrofit", recipe, *given, "window_len=128", "max_tokens=null", "max_steps=3", "log_every=1"])
     return folder
+
+
+def test_the_recipe_for_a_gpu_names_no_base(fitted, made):
+    lines = Path(fit("retrofit_gpu", made), "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["tokens"] == 3 * 16 * 128
 
 
 def test_a_fitted_model_is_evaluated_and_sampled_from(fitted, made, capsys, tmp_path):
