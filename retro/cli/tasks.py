@@ -101,17 +101,19 @@ def qa(
     max_new_tokens: int = 32,
     **settings: Unpack[QuestionOptions],
 ) -> None:
-    """Measure greedy answers to questions, by exact match and F1.
+    """Measure greedy answers to questions: exact match, F1, and whether they hold a right answer.
 
-    Passages are read as neighbors (RETRO[ON]), as neighbors of other questions, in the prompt, and not at all. They are
-    those of the file, or else what the store holds nearest to the question.
+    Passages are read as neighbors (RETRO[ON]), in the prompt, as both, and not at all; as a control the neighbors are
+    those of another question. They are those of the file, or else what the store holds nearest to the question. A
+    tokenizer with a chat template is asked in a chat.
 
     Arguments:
-        data: Files of records {"question", "answers", "ctxs"?} (FiD, DPR, NQ-open), as JSON Lines or a JSON array.
-        passages: Passages of each question.
+        data: Files of records {"question", "answers", "ctxs"?, "passage_id"?} (FiD, DPR, NQ-open), as JSON Lines or a
+            JSON array. Where "passage_id" names the right passage, intervals are over passages.
+        passages: Passages of each question, and neighbors: where there are fewer passages, long ones take several.
         search: Find the passages in the store even if the file has some.
-        columns: Columns of the table, of retro_off, retro_on, retro_on_random, lm and in_context. Default: all that can
-            run.
+        columns: Columns of the table, of retro_off, retro_on, retro_on_random, lm, in_context, in_context_on and
+            in_context_on_random. Default: all that can run.
         max_new_tokens: Tokens of the longest answer.
     """
     from retro.evaluation.tasks import find_passages, measure_answers, read_questions, without_overlap
@@ -207,7 +209,8 @@ def lm_eval(
 def finetune(config: Config, /, *settings: KeyValue) -> int:
     """Train a model to answer questions from passages; the loss is on answers only.
 
-    An example is `retro task finetune finetune_qa start=runs/fitted store=stores/docs questions=q.json output=runs/qa`.
+    A plain language model is fitted for neighbors; its own weights stay as they are, as those of a fitted base do. An
+    example is `retro task finetune finetune_qa start=runs/fitted store=stores/docs questions=q.json output=runs/qa`.
     The same command goes on from the last checkpoint in `output`.
     """
     from retro.training.finetune import main

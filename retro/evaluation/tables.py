@@ -14,7 +14,12 @@ from retro.common.files import finite
 from retro.evaluation.bits import COLUMNS
 
 NOTHING = "–"
-TITLES = COLUMNS | {"in_context": "passages in the prompt", "chunks": "chunks"}
+TITLES = COLUMNS | {
+    "in_context": "passages in the prompt",
+    "in_context_on": "in the prompt, RETRO[ON]",
+    "in_context_on_random": "in the prompt, RETRO[ON], random",
+    "chunks": "chunks",
+}
 MARKS = {  # fields that only this kind of result has
     "leakage": {"points", "examples"},
     "sweep": {"sweep", "curve"},
@@ -306,7 +311,8 @@ def _task(result: dict[str, Any]) -> list[Table]:
         for column in dict.fromkeys(column for name in names for column in result[name])
     ]
     counted = [name for name in ("examples", "questions", "bytes", "tokens") if isinstance(result.get(name), int)]
-    note = f"{', '.join(f'{result[name]:,} {name}' for name in counted)}; in brackets: 95% bootstrap over them."
+    over = f"their {result['right_passages']:,} passages" if result.get("right_passages") else "them"
+    note = f"{', '.join(f'{result[name]:,} {name}' for name in counted)}; in brackets: 95% bootstrap over {over}."
     if "retro_on" in result.get("accuracy", {}) and "read_neighbors" in result:
         note += f" {percent(result['read_neighbors'])} of the last words could read a neighbor."
     columns = [_names(""), *(_column(name.replace("_", " "), name, _task_cell) for name in names)]

@@ -1,7 +1,8 @@
 """Fine-tune a trained RETRO, or what a RETRO-fit added, to answer questions from passages: the loss is on answers only.
 
-A text is what `retro task qa` reads: the question, filled up in front so that "answer:" ends a chunk whose neighbors
-are the passages, then one of the answers and eos. Source: RETRO, section 4.3.
+A text is what `retro task qa` reads: the prompt, filled up in front so that it ends a chunk whose neighbors are the
+passages, then one of the answers and its end; a chat's turns where the tokenizer has a chat template. Source: RETRO,
+section 4.3.
 
 The script train/finetune.py is the same, step by step.
 """
@@ -15,17 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from retro.common.settings import find_config, load_settings
 from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.tasks.passages import Question, find_passages, passage_tokens, read_questions
-from retro.evaluation.tasks.question_answering import PROMPT
+from retro.evaluation.tasks.prompts import answer_ids, prompt_ids, prompt_of
 from retro.evaluation.tasks.reading import Reader
 from retro.loading import load
-from retro.provenance import check_store, own_index
+from retro.provenance import check_store, own_index, read_provenance
 from retro.retrieval import Store
+from retro.retrofit import open_base, retrofit
+from retro.retrofit.bases import stored_name
 from retro.training.loop import fit
+from retro.training.retrofit import check_tokenizer
 from retro.training.settings import FinetuneSettings
 from retro.training.setup import setup
 from retro.training.windows import IGNORED, Batch, Windows, check_window
@@ -43,20 +47,21 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 
 class FinetuneModelFactory:
-    """How the loop makes its model: from the folder it starts at, or from a checkpoint."""
+    """How the loop makes its model: from where it starts, or from a checkpoint. A plain LM is fitted for neighbors."""
 
     def __init__(self, settings: FinetuneSettings):
-        if not (Path(settings.start) / "config.json").is_file():
-            raise ValueError(f"start: {settings.start} holds no model; give the folder of a trained one")
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(settings.start)
+        self.model: PreTrainedModel = open_base(settings.start)
         if settings.retrieval and not reads_neighbors(self.model):
-            raise ValueError(
-                f"start: {settings.start} reads no neighbors; say retrieval=false to train without passages"
-            )
+            chunk_len = Store.open(settings.store).chunk_len
+            given = dict(chunk_len=chunk_len, num_neighbors=settings.num_neighbors)
+            self.model = retrofit(self.model, base_name_or_path=stored_name(settings.start), **given)
 
     def config(self, settings: FinetuneSettings, store: Store) -> PreTrainedConfig:
         """The model's configuration; ValueError for a store of another tokenizer."""
-        check_store(settings.start, store)
+        if read_provenance(settings.start) is None:
+            check_tokenizer(settings.start, self.model, store)
+        else:
+            check_store(settings.start, store)
         return self.model.config
 
     def __call__(self, config: PreTrainedConfig) -> PreTrainedModel:
@@ -134,9 +139,10 @@ class QuestionWindows(Windows):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _prompt(self, question: Question) -> np.ndarray:
-        return self.reader.place(self.reader.encode(PROMPT.format(question=question.question)))
+        return self.reader.place(prompt_ids(self.store.tokenizer, self._text(question)))
 
     def _answer(self, question: Question, answer: str) -> np.ndarray:
-        tokens = self.reader.pair(PROMPT.format(question=question.question), f" {answer}").continuation
-        eos = self.store.tokenizer.eos_token_id
-        return tokens if eos is None else np.append(tokens, eos)
+        return answer_ids(self.store.tokenizer, self._text(question), answer)
+
+    def _text(self, question: Question) -> str:
+        return prompt_of(self.store.tokenizer).format(question=question.question)

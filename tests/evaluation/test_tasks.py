@@ -1,8 +1,10 @@
 """LAMBADA, summaries, questions with passages: hand-made cases with known figures, and the commands end to end."""
 
+import copy
 import gzip
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,9 +23,11 @@ from retro.evaluation.tasks import (
     read_summaries,
     recall,
 )
+from retro.evaluation.tasks.examples import aligned
 from retro.evaluation.tasks.lambada import last_word
 from retro.evaluation.tasks.passages import passage_tokens
-from retro.evaluation.tasks.question_answering import aligned_prompt, in_context
+from retro.evaluation.tasks.prompts import CHAT_PROMPT, answer_ids, in_context, prompt_ids
+from retro.evaluation.tasks.question_answering import _of_others
 from retro.evaluation.tasks.summaries import Summary
 from retro.text.documents import Document
 from tests.stand_ins import make_store, words, write_jsonl
@@ -154,28 +158,93 @@ def test_answers_equal_a_loop_over_forward_passes(letters_model, letters_tokeniz
     passages = (Passage("one", "the moon is far"), Passage("", "two"), Passage("three", "x"))
     questions = [Question(str(i), f"is it {i}?", ("a",), passages[i:] + passages[:i]) for i in range(3)]
     result = measure_answers(reader, questions, num_passages=2, max_new_tokens=5)
-    assert list(result["exact_match"]) == ["retro_off", "retro_on", "retro_on_random", "in_context"]
+    own, within = ["retro_off", "retro_on", "retro_on_random"], ["in_context", "in_context_on", "in_context_on_random"]
+    assert list(result["exact_match"]) == own + within
     for question, answer in zip(questions, result["answers"], strict=True):
         text = f"question: {question.question} \n answer:"
         plain = letters_tokenizer.encode(text)
-        prompt = aligned_prompt(reader, text).tolist()
+        prompt = aligned(np.array(plain), 8, 1).tolist()
         assert len(prompt) % 8 == 0 and prompt[-len(plain) :] == plain and set(prompt[: -len(plain)]) <= {1}
         ids, mask = passage_tokens(letters_tokenizer, question.passages, 2, 24)
         first = str(f"title: {question.passages[0].title}, source: {question.passages[0].text}")
         assert letters_tokenizer.decode(ids[0][mask[0]]) == first[:24]
-        for column, on in (("retro_off", False), ("retro_on", True)):
-            own = list(prompt)
-            while len(own) < len(prompt) + 5 and own[-1] != 1:
+        both = aligned(np.array(letters_tokenizer.encode(in_context(text, question.passages[:2]))), 8, 1).tolist()
+        for column, on, start in (("retro_off", 0, prompt), ("retro_on", 1, prompt), ("in_context_on", 1, both)):
+            own = list(start)
+            while len(own) < len(start) + 5 and own[-1] != 1:
                 shape = (1, len(own) // 8, 2, 24)
                 given = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-                place = len(prompt) // 8 - 1
+                place = len(start) // 8 - 1
                 if on:
                     given[0][0, place], given[1][0, place] = torch.from_numpy(ids), torch.from_numpy(mask)
                 with torch.no_grad():
                     own.append(letters_model(torch.tensor([own]), *given).logits[0, -1].argmax().item())
-            written = letters_tokenizer.decode(own[len(prompt) :], skip_special_tokens=True)
+            written = letters_tokenizer.decode(own[len(start) :], skip_special_tokens=True)
             assert answer[column] == written.lstrip().split("\n")[0].strip()
     assert in_context("q", passages[:2]) == "two\n\none\nthe moon is far\n\nq"
+
+
+def test_a_chat_is_asked_in_its_template_and_ends_its_answer_as_the_template_does(
+    letters_model, letters_tokenizer, monkeypatch
+):
+    chat = copy.deepcopy(letters_tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}"
+    )
+    prompt = prompt_ids(chat, "who is it?")
+    assert chat.decode(prompt) == "u: who is it?</s>\na: " and prompt[13] == 1, "the end of a turn is one token"
+    assert answer_ids(chat, "who is it?", "the moon").tolist() == [*letters_tokenizer.encode("the moon"), 1]
+    assert answer_ids(letters_tokenizer, "who is it?", "me").tolist() == [*letters_tokenizer.encode(" me"), 1]
+
+    question = Question("0", "is it far?", ("yes",), (Passage("moon", "it is far"),))
+    asked, generate = [], letters_model.generate
+    monkeypatch.setattr(letters_model, "generate", lambda **given: asked.append(given) or generate(**given))
+    reader = Reader(model=letters_model, tokenizer=chat)
+    assert measure_answers(reader, [question], 1, 2, ["in_context"])["prompt"] == CHAT_PROMPT
+    assert (
+        asked[0]["input_ids"][0].tolist()
+        == chat.apply_chat_template(
+            [{"role": "user", "content": "moon\nit is far\n\n" + CHAT_PROMPT.format(question="is it far?")}],
+            add_generation_prompt=True,
+        )["input_ids"]
+    )
+    chat.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}a{% endif %}"
+    with pytest.raises(ValueError, match="begins the assistant's turn otherwise"):
+        answer_ids(chat, "who", "me")
+
+
+def test_neighbors_hold_a_long_passage_where_there_is_room(letters_tokenizer):
+    long, short = Passage("", "abcdefghijklmnopqrstuvwxyz"), Passage("a", "b")
+    texts = lambda k: [  # noqa: E731
+        letters_tokenizer.decode(own[real])
+        for own, real in zip(*passage_tokens(letters_tokenizer, [long, short], k, 20), strict=True)
+    ]
+    assert texts(1) == ["title: , source: abc"]
+    assert texts(2) == ["title: , source: abc", "title: a, source: b"]
+    assert texts(5) == [*texts(2), "defghijklmnopqrstuvw", "xyz", ""]
+
+
+def test_a_control_reads_another_passage():
+    asked = [Question(str(i), "?", ("a",), passage_id=f"p{i // 3}") for i in range(9)]
+    others = _of_others(asked, seed=0)
+    assert all(one.passage_id != other.passage_id for one, other in zip(asked, others, strict=True))
+    assert len({other.id for other in others}) > 4
+    alone = [replace(one, passage_id="p") for one in asked]
+    assert all(one.id != other.id for one, other in zip(alone, _of_others(alone, seed=0), strict=True))
+
+
+def test_intervals_are_over_right_passages(letters_model, letters_tokenizer):
+    """Questions of one passage are drawn together: two passages, one of them all right, give an interval of 0 to 1."""
+    reader = Reader(model=letters_model, tokenizer=letters_tokenizer)
+    asked = [Question(str(i), "what is it?", ("?",), passage_id=f"p{i // 40}") for i in range(80)]
+    written = measure_answers(reader, asked[:1], max_new_tokens=4)["answers"][0]["retro_off"]
+    known = [replace(one, answers=(written,)) if i < 40 else one for i, one in enumerate(asked)]
+    figures = measure_answers(reader, known, max_new_tokens=4)["exact_match"]["retro_off"]
+    assert figures == {"value": 0.5, "interval": [0, 1]}
+    figures = measure_answers(reader, [replace(one, passage_id=None) for one in known], max_new_tokens=4)
+    low, high = figures["exact_match"]["retro_off"]["interval"]
+    assert 0.35 < low < 0.5 < high < 0.65
 
 
 def test_exact_match_and_f1_of_known_answers(letters_model, letters_tokenizer):
@@ -323,7 +392,7 @@ def test_the_commands_for_texts(made, tmp_path, capsys):
 def test_the_commands_for_questions(made, tmp_path, capsys):
     asked = ["--max-new-tokens", "2", "--passages", "2", "--documents", "4"]
     result = run(made, tmp_path, "qa", "{model}", "--data", "{fid}", *asked)
-    assert result["questions"] == 4 and set(result["f1"]) == {"retro_off", "retro_on", "retro_on_random", "in_context"}
+    assert result["questions"] == 4 and len(result["f1"]) == 6
     assert "passages in the prompt" in capsys.readouterr().out
     found = ["--data", "{questions}", "--store", "{store}", "--decontaminate"]
     assert list(run(made, tmp_path, "qa", "{lm}", *found, *asked)["exact_match"]) == ["lm", "in_context"]

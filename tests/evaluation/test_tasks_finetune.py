@@ -1,11 +1,13 @@
 """Fine-tuning on questions: what a window holds, and that it teaches an answer, from the command on."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 
+import retro
 from retro.cli import main
 from retro.provenance import read_provenance, write_provenance
 from tests.stand_ins import words, write_jsonl
@@ -42,7 +44,7 @@ def overrides(made, name, questions, **more):
 def test_a_window_is_what_the_task_reads_and_an_answer(words_store, pointer, made):
     from retro.evaluation.tasks import Reader, read_questions
     from retro.evaluation.tasks.passages import passage_tokens
-    from retro.evaluation.tasks.question_answering import PROMPT, aligned_prompt
+    from retro.evaluation.tasks.prompts import PROMPT
     from retro.training.finetune import QuestionWindows
 
     questions = read_questions(made / "fid.jsonl")
@@ -51,7 +53,7 @@ def test_a_window_is_what_the_task_reads_and_an_answer(words_store, pointer, mad
     batch = windows.batch(np.array([2, 0]))
     assert set(windows.answers) == {"w11 w12", "w13"}, "drawn of all right answers"
     for row, number in enumerate([2, 0]):
-        prompt = aligned_prompt(reader, PROMPT.format(question=questions[number].question)).tolist()
+        prompt = reader.place(reader.encode(PROMPT.format(question=questions[number].question))).tolist()
         answer = [*words_store.tokenizer.encode(windows.answers[number]), 1]
         padding = 24 - len(prompt) - len(answer)
         assert batch["input_ids"][row].tolist() == prompt + answer + [0] * padding and len(prompt) % 8 == 0
@@ -91,14 +93,49 @@ def test_it_learns_an_answer_from_nothing_but_the_answer(made, words_store):
 
 REFUSED = {
     "data of another kind": (dict(valid_store="a"), "valid_store: a means nothing"),
-    "no model": (dict(start="no/such"), "no/such holds no model"),
-    "a plain LM": (dict(start="{made}/lm"), "reads no neighbors"),
+    "no model": (dict(start="no/such"), "no/such cannot be loaded"),
+    "a base of other tokens": (dict(start="{made}/other"), "another tokenizer than that of the base"),
     "no room": (dict(window_len=8), "fills window_len 8"),
 }
 
 
+def test_a_plain_lm_is_fitted_and_only_its_form_is_trained(made, words_store, words_tokenizer):
+    from retro.retrofit import RetrofitForCausalLM, open_base
+
+    words_tokenizer.save_pretrained(made / "lm")
+    base = open_base(made / "lm").state_dict()
+    given = overrides(made, "lm", "fid.jsonl", store=words_store.path, max_steps=8, lr="1e-1")
+    assert main(["task", "finetune", "finetune_qa", *given]) == 0
+    fitted = RetrofitForCausalLM.from_pretrained(made / "out")
+    assert fitted.config.base_name_or_path == str(made / "lm") and fitted.config.num_neighbors == 2
+    assert all(torch.equal(tensor, base[name]) for name, tensor in fitted.base.state_dict().items())
+    start = retro.retrofit(str(made / "lm"), chunk_len=8).form.state_dict()
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in fitted.form.state_dict().items())
+
+
+def test_a_window_of_a_chat_ends_with_the_turn(words_store, pointer, made, monkeypatch):
+    from retro.evaluation.tasks import Reader, read_questions
+    from retro.training.finetune import QuestionWindows
+
+    template = "{% for m in messages %}w5 {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
+    monkeypatch.setattr(words_store.tokenizer, "chat_template", template)
+    questions = read_questions(made / "fid.jsonl")
+    reader = Reader(model=pointer, tokenizer=words_store.tokenizer, align="end")
+    windows = QuestionWindows(words_store, reader, questions, 32, 2, 16)
+    labels = windows.batch(np.array([0]))["labels"][0]
+    place = int((labels != -100).nonzero()[0])
+    end = [*words_store.tokenizer.encode(windows.answers[0]), 1]
+    assert labels[labels != -100].tolist() == end and place % 8 == 0
+    ids = windows.batch(np.array([0]))["input_ids"][0]
+    assert ids[place - 2] == 1 and ids[place - 1] == words_store.tokenizer.encode("w5")[0], "the user's turn has ended"
+
+
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(case, made, words_store, capsys):
+def test_refuses(case, made, words_store, words_tokenizer, make_lm, capsys):
+    make_lm().save_pretrained(made / "other")
+    other = copy.deepcopy(words_tokenizer)
+    other.add_tokens(["another"])
+    other.save_pretrained(made / "other")
     given, said = REFUSED[case]
     given = {key: str(value).format(made=made) for key, value in given.items()}
     command = [

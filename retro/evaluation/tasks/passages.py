@@ -148,10 +148,14 @@ def _recall(hits: list[list[bool]], ks: Sequence[int], seed: int) -> dict[int, d
 def passage_tokens(
     tokenizer: Any, passages: Sequence[Passage], num_passages: int, retrieved_len: int
 ) -> tuple[Int64[np.ndarray, "k r"], Bool[np.ndarray, "k r"]]:
-    """The first k passages as neighbors, "title: {title}, source: {text}", cut to r tokens; a missing one is masked."""
+    """The first k passages as neighbors, "title: {title}, source: {text}", cut to r tokens; a missing one is masked.
+
+    Places that are left hold how the first passages go on, r tokens each.
+    """
     shape = (num_passages, retrieved_len)
     ids, mask = np.full(shape, pad_token_id(tokenizer), np.int64), np.zeros(shape, bool)
-    for row, real, passage in zip(ids, mask, passages, strict=False):
-        tokens = encode(tokenizer, str(passage))[:retrieved_len]
+    texts = [encode(tokenizer, str(passage)) for passage in passages[:num_passages]]
+    rest = [text[i : i + retrieved_len] for text in texts for i in range(retrieved_len, len(text), retrieved_len)]
+    for row, real, tokens in zip(ids, mask, [*(text[:retrieved_len] for text in texts), *rest], strict=False):
         row[: len(tokens)], real[: len(tokens)] = tokens, True
     return ids, mask
