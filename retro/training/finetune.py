@@ -86,7 +86,7 @@ class FinetuneModelFactory:
 
 
 class QuestionWindows(Windows):
-    """Questions as windows of a Loader: one a window, padded at its end.
+    """Questions as windows of a Loader: one a window, padded at its end to the longest of a batch.
 
     Raises ValueError for a question that leaves no room for an answer.
     """
@@ -119,22 +119,26 @@ class QuestionWindows(Windows):
         return len(self.questions)
 
     def batch(self, windows: Int[np.ndarray, " b"]) -> Batch:
-        """input_ids, labels [b, n], -100 outside of answers; with passages neighbor_ids, neighbor_mask [b, l, k, r]."""
-        b, n, m = len(windows), self.window_len, self.store.chunk_len
-        ids = np.full((b, n), self.store.pad_token_id, np.int64)
-        labels = np.full((b, n), IGNORED, np.int64)
-        shape = (b, n // m, self.num_passages, self.retrieved_len)
+        """input_ids, labels [b, n], -100 outside of answers; with passages neighbor_ids, neighbor_mask [b, l, k, r].
+
+        n is that of the longest of them, in whole chunks; an answer that would go beyond the window is cut.
+        """
+        m, asked = self.store.chunk_len, [self.questions[window] for window in windows]
+        prompts = [self._prompt(one) for one in asked]
+        answers = [self._answer(one, self.answers[window]) for one, window in zip(asked, windows, strict=True)]
+        answers = [answer[: self.window_len - len(prompt)] for prompt, answer in zip(prompts, answers, strict=True)]
+        num_chunks = max(-(-(len(prompt) + len(answer)) // m) for prompt, answer in zip(prompts, answers, strict=True))
+        ids = np.full((len(windows), num_chunks * m), self.store.pad_token_id, np.int64)
+        labels = np.full(ids.shape, IGNORED, np.int64)
+        shape = (len(windows), num_chunks, self.num_passages, self.retrieved_len)
         neighbors = {"neighbor_ids": np.zeros(shape, np.int64), "neighbor_mask": np.zeros(shape, bool)}
-        for row, window in enumerate(windows):
-            question = self.questions[window]
-            prompt, answer = self._prompt(question), self._answer(question, self.answers[window])
-            answer = answer[: n - len(prompt)]
-            ids[row, : len(prompt) + len(answer)] = np.concatenate([prompt, answer])
-            labels[row, len(prompt) : len(prompt) + len(answer)] = answer
+        for row, (question, prompt, answer) in enumerate(zip(asked, prompts, answers, strict=True)):
+            start, end = len(prompt), len(prompt) + len(answer)
+            ids[row, :start], ids[row, start:end], labels[row, start:end] = prompt, answer, answer
             if self.num_passages:
                 found = passage_tokens(self.store.tokenizer, question.passages, *shape[2:])
                 for array, value in zip(neighbors.values(), found, strict=True):
-                    array[row, len(prompt) // m - 1] = value
+                    array[row, start // m - 1] = value
         batch = {"input_ids": ids, "labels": labels} | (neighbors if self.num_passages else {})
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 

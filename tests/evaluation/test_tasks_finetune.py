@@ -49,20 +49,21 @@ def test_a_window_is_what_the_task_reads_and_an_answer(words_store, pointer, mad
 
     questions = read_questions(made / "fid.jsonl")
     reader = Reader(model=pointer, tokenizer=words_store.tokenizer, align="end")
-    windows = QuestionWindows(words_store, reader, questions, 24, 2, 16, seed=1)
+    windows = QuestionWindows(words_store, reader, questions, 40, 2, 16, seed=1)
     batch = windows.batch(np.array([2, 0]))
+    assert batch["input_ids"].shape == (2, 16), "as long as the longest of both, in whole chunks"
     assert set(windows.answers) == {"w11 w12", "w13"}, "drawn of all right answers"
     for row, number in enumerate([2, 0]):
         prompt = reader.place(reader.encode(PROMPT.format(question=questions[number].question))).tolist()
         answer = [*words_store.tokenizer.encode(windows.answers[number]), 1]
-        padding = 24 - len(prompt) - len(answer)
+        padding = batch["input_ids"].shape[1] - len(prompt) - len(answer)
         assert batch["input_ids"][row].tolist() == prompt + answer + [0] * padding and len(prompt) % 8 == 0
         assert batch["labels"][row].tolist() == [-100] * len(prompt) + answer + [-100] * padding
         ids, mask = passage_tokens(words_store.tokenizer, questions[number].passages, 2, 16)
         place = len(prompt) // 8 - 1
         assert (batch["neighbor_ids"][row, place].numpy() == ids).all()
         assert (batch["neighbor_mask"][row, place].numpy() == mask).all()
-        others = [i for i in range(3) if i != place]
+        others = [i for i in range(batch["neighbor_mask"].shape[1]) if i != place]
         assert not batch["neighbor_mask"][row, others].any() and mask.sum() > 8 and not mask[1].any()
     with pytest.raises(ValueError, match="question 0 fills window_len 8"):
         QuestionWindows(words_store, reader, questions, 8, 2, 16)
