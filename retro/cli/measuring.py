@@ -183,7 +183,7 @@ def sweep_tokens(folder: str, /, **given: Unpack[SweepOptions]) -> None:
 
 
 def baselines(
-    model: Annotated[str, Parameter(help="Folder of a trained model, or a plain language model.")],
+    models: list[str],
     /,
     *,
     store: StoreFolder,
@@ -194,23 +194,29 @@ def baselines(
     index: OwnIndex = None,
     **given: Unpack[BaselineOptions],
 ) -> None:
-    """Measure what else the same store is good for, over the same tokens.
+    """Compare models, and other uses of the same store, over the same tokens.
 
-    Bits per byte and cost of a plain language model, RETRO with several kinds of neighbors, text in front of the text,
-    REPLUG, RAG and kNN-LM.
+    Bits per byte, what is gained over the first row, and cost of a plain language model, of RETROs at several k with
+    true and random neighbors, and of text in front of the text; on request also of other neighbors, REPLUG, RAG and
+    kNN-LM.
 
     Arguments:
+        models: Folders of trained models or of checkpoints, or plain language models.
         validation: Other held-out documents, on which kNN-LM and REPLUG choose. Default: none, and they do not run.
         documents: Read so many documents. Default: all.
         reader: Folder or Hugging Face name of the plain language model of the first row, which reads prompts and whose
-            tokenizer is the store's. Default: the base of a RETRO-fitted model.
+            tokenizer is the store's. Default: the base of the RETRO-fitted models, else the first plain one.
     """
     from retro.evaluation.baselines import measure_baselines
     from retro.loading import load, load_model
     from retro.retrieval import Store
 
     files, settings = ResultFiles(**taken(given, ResultFiles)), BaselineSettings(**given)
-    opened, _, retriever = load(model, Store.open(store), index=index or "auto")
+    again = next((name for name in models if models.count(name) > 1), None)
+    if again is not None:
+        raise ValueError(f"{again} is given twice; name every model once.")
+    first, _, retriever = load(models[0], Store.open(store), index=index or "auto")
+    opened = {models[0]: first} | {name: load_model(name, retriever.store) for name in models[1:]}
     plain, others = reader and load_model(reader, retriever.store), validation and held_out(validation)
     texts = held_out(data, documents)
     result = measure_baselines(opened, texts, retriever, plain, others, settings, progress=True)

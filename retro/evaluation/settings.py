@@ -27,12 +27,14 @@ METHODS = {  # label, and what is needed
     "retro_on_tfidf": ("RETRO[ON], TF-IDF", {RETRO}),
     "retro_on_oracle": ("RETRO[ON], oracle (bound)", {RETRO}),
     "prepend": ("in-context, prepended", {READER, PROMPT}),
+    "prepend_random": ("in-context, random", {READER, PROMPT}),
     "replug": ("REPLUG", {READER, PROMPT}),
     "rag_token": ("RAG-token", {READER, PROMPT}),
     "rag_sequence": ("RAG-sequence", {READER, PROMPT}),
     "knn_lm": ("kNN-LM", {READER, VALIDATION}),
 }
 Method = Literal[tuple(METHODS)]
+PROTOCOL = ("lm", "retro_off", "retro_on", "retro_on_random", "prepend", "prepend_random")
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,12 @@ class BaselineSettings:
     """What is measured, and how.
 
     Arguments:
-        methods: The rows of the table; the first, LM or RETRO[OFF], is always there. Default: all that can run.
-        num_neighbors: Neighbors of a chunk, k in the paper. Default: the model's.
-        prompt_neighbors: Documents that are put in front together, at most k. Default: k, or as many as there is room
-            for.
+        methods: The rows of the table; the first, LM or RETRO[OFF], is always there. Default: those of
+            the protocol that can run, lm, retro_on, prepend and both with random neighbors, and retro_off of models
+            that are no fits of the reader.
+        num_neighbors: Neighbors of a chunk, k in the paper; each k is a row of every RETRO. Default: the first model's.
+        prompt_neighbors: Documents that in-context retrieval, REPLUG and RAG read; each number is a row. Default: those
+            of num_neighbors, or as many as there is room for.
         retrieval_stride: Tokens between two searches of in-context retrieval and REPLUG. Default: the chunk length,
             which RETRO and RAG always have.
         query_len: Tokens of a query of in-context retrieval and REPLUG. Default: the chunk length.
@@ -137,8 +141,8 @@ class BaselineSettings:
     """
 
     methods: tuple[Method, ...] | None = None
-    num_neighbors: int | None = None
-    prompt_neighbors: int | None = None
+    num_neighbors: tuple[int, ...] | None = None
+    prompt_neighbors: tuple[int, ...] | None = None
     retrieval_stride: int | None = None
     query_len: int | None = None
     windows_per_document: int = 4
@@ -157,9 +161,12 @@ class BaselineSettings:
         for name in self.methods or ():
             if name not in METHODS:
                 raise ValueError(unknown_name(name, METHODS, "method"))
-        for name in ("prompt_neighbors", "retrieval_stride", "query_len", "oracle_candidates", "knn_tokens"):
+        for name in ("retrieval_stride", "query_len", "oracle_candidates", "knn_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
+        for name in ("num_neighbors", "prompt_neighbors"):
+            if getattr(self, name) is not None and min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} are {list(getattr(self, name))}; give numbers of at least 1.")
         if self.windows_per_document < 0:
             raise ValueError(f"windows_per_document is {self.windows_per_document}; give 0 or more.")
         temperatures = (self.temperature, *self.replug_temperatures, *self.knn_temperatures)

@@ -257,34 +257,51 @@ def _sweep(result: dict[str, Any]) -> list[Table]:
 
 
 def _baselines(result: dict[str, Any]) -> list[Table]:
-    rows = result["rows"]
+    """All documents, and those that are no near copies where there are both."""
+    rows, of_two = result["rows"], lambda x: figure(x, 2)
     flops = lambda row: row["flops_per_1000_tokens"] + row["search_flops_per_1000_tokens"]  # noqa: E731
-    signed = lambda x: percent(x, "+")  # noqa: E731
     columns = [
         _column("", "label", str, label=True),
+        _column("model", "model", plain_cell, label=True),
+        _column("k", "k", plain_cell),
         _column("bits per byte", "bpb"),
-        _column("95%", "interval", ends),
-        Column(f"against {rows[0]['label']}", lambda row: with_ends(row["change"], *row["change_interval"], signed)),
-        _column(_LITTLE, "bpb_little_overlap"),
-        _column("seconds", "seconds_per_1000_tokens", lambda x: figure(x, 2)),
-        _column("of searching", "search_seconds_per_1000_tokens", lambda x: figure(x, 2)),
-        _column("searches", "searches_per_1000_tokens", lambda x: figure(x, 1)),
+        _column(f"below {rows[0]['label']}, in % (95%)", "gain", _in_percent),
+        _column(f"{_LITTLE}, bits per byte", "bpb_little_overlap"),
+        _column(f"{_LITTLE}, below", "gain_little_overlap", _in_percent),
+    ]
+    costs = [
         Column("GFLOPs", lambda row: figure(flops(row) / 1e9, 1)),
-        _column("store, MB", "store_bytes", lambda x: figure(x / 1e6, 1)),
+        _column("ms", "ms_per_token", of_two),
+        _column("of searching", "search_ms_per_token", of_two),
+        _column("weights trained", "trained_weights", plain_cell),
     ]
     note = (
         f"{result['windows']:,} windows of {result['documents']:,} documents, the same {result['tokens']:,} target "
-        "tokens in every row. Seconds, searches and GFLOPs are of 1,000 tokens, the store's MB those read at inference."
+        "tokens in every row. GFLOPs are of 1,000 of them; milliseconds of one, the median over documents, on "
+        f"{result['device']}, threads: {result['threads']}. {_ABOUT_LITTLE}."
     )
     note = " ".join([note, *(_chosen(row) for row in rows if row["chosen"])])
-    return [Table("Baselines on the same store", columns, rows, note, [_flat(row) for row in rows])]
+    data = [_flat(row) for row in rows]
+    tables = [Table("Baselines on the same store", [*columns, *costs], rows, note, data)]
+    if "without_near_copies" in rows[0]:
+        others = [row | row["without_near_copies"] for row in rows]
+        note = "A near copy shares half or more of its word 13-grams with a document of the store."
+        title = f"Without the {len(result['near_copies']):,} documents that are near copies"
+        tables.append(Table(title, columns, others, note))
+    return tables
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    names = ("low", "high", "change_low", "change_high")
-    kept = {name: value for name, value in row.items() if name not in ("interval", "change_interval", "chosen")}
-    kept |= dict(zip(names, (*row["interval"], *row["change_interval"]), strict=True))
-    return kept | {f"chosen_{name}": value for name, value in row["chosen"].items()}
+    """Its numbers with names for the ends of intervals and for what is in a field."""
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}_{own}": one for own, one in _flat(value).items()}
+        elif isinstance(value, list):
+            flat |= dict(zip((name, f"{name}_low", f"{name}_high")[-len(value) :], value, strict=True))
+        else:
+            flat[name] = value
+    return flat
 
 
 def _chosen(row: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ def results(model, planted_retriever, words_tokenizer, attributions):
         "evaluate": bits_per_byte(model, HELD_OUT, planted_retriever, 2, scoring=reading) | about,
         "leakage": measure_leakage(model, HELD_OUT, planted_retriever, 2, scoring=reading) | about,
         "sweep": sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 1, 3), scoring=reading) | about,
-        "baselines": measure_baselines(model, HELD_OUT, planted_retriever, settings=few) | about,
+        "baselines": measure_baselines({"run": model}, HELD_OUT, planted_retriever, settings=few) | about,
         "task": measure_lambada(reader, last_words) | about | {"data": ["last.jsonl"]},
         "generate": {"texts": [as_json(text) for text in attributions], "model": "run", "store": "store"},
     }
@@ -112,7 +112,7 @@ def test_every_figure_stands_in_its_table(files, results):
     curve = results["sweep"]["curve"]
     assert swept[:3] == [[str(p["num_neighbors"]), "RETRO[ON]", f"{p['bpb']:.4f}"] for p in curve]
     methods = found["Baselines on the same store"][1:]
-    assert [row[1] for row in methods] == [f"{row['bpb']:.4f}" for row in results["baselines"]["rows"]]
+    assert [row[3] for row in methods] == [f"{row['bpb']:.4f}" for row in results["baselines"]["rows"]]
     tasks = {row[0]: row for row in found["Task: lambada"][1:]}
     assert tasks["RETRO[ON]"][1].startswith(f"{results['task']['accuracy']['retro_on']['value']:.4f} (")
 

@@ -26,18 +26,12 @@ PLACE = {"column": "retro_on", "gain": 0.1, "gain_low": 0.05, "gain_high": 0.2}
 SWEEP = {"sweep": "neighbors", "x": "k", "xlabel": "neighbors", "band": "95%", "documents": 50}
 SWEEP |= {"curve": [{**PLACE, "k": 1, "bpb": 1.0}, {**PLACE, "k": 4, "bpb": 0.9}]}
 ROWS = [
-    {
-        "label": "LM",
-        "method": "lm",
-        "bpb": 1.0,
-        "change": 0.0,
-        "change_interval": [0.0, 0.0],
-        "bpb_little_overlap": 2.0,
-    },
-    {"label": "ON", "method": "retro_on", "bpb": 0.9, "change": -0.1, "change_interval": [-0.2, -0.05]}
-    | {"bpb_little_overlap": 1.9},
+    {"label": "LM", "method": "lm", "model": "lm", "k": None, "bpb": 1.0}
+    | {"gain": [0.0, 0.0, 0.0], "gain_little_overlap": [0.0, 0.0, 0.0]},
+    {"label": "ON", "method": "retro_on", "model": "a", "k": 2, "bpb": 0.9}
+    | {"gain": [0.1, 0.05, 0.2], "gain_little_overlap": [0.05, -0.1, 0.1]},
 ]
-BASELINES = {"rows": ROWS, "validation_tokens": 5, "documents": 50}
+BASELINES = {"rows": ROWS, "validation_tokens": 5, "documents": 50, "near_copies": []}
 FIGURE = {"value": 0.2, "interval": [0.1, 0.3]}
 TASK = {"task": "lambada", "examples": 500, "read_neighbors": 1.0, "accuracy_gain": {"lm": FIGURE}}
 TASK |= {"accuracy": {"retro_on": FIGURE}, "decontaminate": True}
@@ -100,14 +94,20 @@ CASES = {
     "a band of draws": ("sweep", SWEEP | {"sweep": "datastore", "band": "least and greatest"}, "no interval over"),
     "a method not told apart": (
         "baselines",
-        BASELINES | {"rows": [ROWS[0], ROWS[1] | {"change_interval": [-0.2, 0.01]}]},
-        "Not told apart from LM (the interval holds 0, or is not known): ON.",
+        BASELINES | {"rows": [ROWS[0], ROWS[1] | {"gain": [0.1, -0.01, 0.2]}]},
+        "Not told apart from LM (the interval holds 0, or is not known): ON, k = 2.",
     ),
     "a method that copies": (
         "baselines",
-        BASELINES | {"rows": [ROWS[0], ROWS[1] | {"bpb_little_overlap": 2.0}]},
-        "not over those with little overlap with their neighbors: ON.",
+        BASELINES | {"rows": [ROWS[0], ROWS[1] | {"gain_little_overlap": [0.0, -0.1, 0.1]}]},
+        "not over those with little overlap with their neighbors: ON, k = 2.",
     ),
+    "random neighbors of the same k as good": (
+        "baselines",
+        BASELINES | {"rows": [*ROWS, ROWS[1] | {"model": "b"}, ROWS[1] | {"model": "b", "method": "retro_on_random"}]},
+        "Random neighbors are as good",
+    ),
+    "near copies": ("baselines", BASELINES | {"near_copies": ["a", "b"]}, "2 of 50 documents are near copies"),
     "the oracle": ("baselines", BASELINES | {"rows": [*ROWS, ROWS[1] | {"method": "retro_on_oracle"}]}, "a bound"),
     "few examples": ("task", TASK | {"examples": 12}, "only 12 examples"),
     "an unsure task": ("task", TASK | {"accuracy_gain": {"lm": FIGURE | {"interval": [-0.1, 0.3]}}}, "over LM, task"),

@@ -45,8 +45,8 @@ def test_one_quantity_has_one_figure(model, planted_retriever, words_tokenizer):
     assert same({column: leakage["points"][0]["bpb"][column] for column in expected})
     swept = sweep_neighbors(model, HELD_OUT, planted_retriever, (0, 2), None, scoring)
     assert same(dict(zip(expected, (point["bpb"] for point in swept["points"]), strict=True)))
-    settings = BaselineSettings(tuple(expected), num_neighbors=2, windows_per_document=0, **window)
-    rows = measure_baselines(model, HELD_OUT, planted_retriever, settings=settings)["rows"]
+    settings = BaselineSettings(tuple(expected), num_neighbors=(2,), windows_per_document=0, **window)
+    rows = measure_baselines({"model": model}, HELD_OUT, planted_retriever, settings=settings)["rows"]
     assert same({row["method"]: row["bpb"] for row in rows if row["method"] in expected})
 
     data = prepare(HELD_OUT, words_tokenizer, 8)

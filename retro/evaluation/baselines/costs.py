@@ -1,24 +1,36 @@
-"""What a method costs: floating-point operations, counted from weights and lengths, and bytes of the store.
+"""What a method costs: floating-point operations, and bytes of the store.
+
+Operations are counted while a model reads (`counted_flops`), so that every model, form and prompt is counted alike: two
+for each multiplication of a matrix product, attention in full. Left out: norms, activations, biases, softmax, lookups
+of embeddings. For plans, where nothing is run, there is a formula for a RETRO:
 
     2 x weights of matrices x tokens that pass through them  +  4 x queries x keys x inner width, for each attention
 
-The input embeddings are looked up, not multiplied: they are left out; the output embeddings count for the positions
-whose logits are computed, tied or not. Causal attention counts in full, as it is computed; inner width = heads x head
-size. For RETRO the tokens of the encoder and of CCA's keys are the l k r retrieved ones. Padding is not counted.
-Left out: norms, activations, biases, softmax, relative positions. Of a mixture of experts every expert is counted.
+The output embeddings count for the positions whose logits are computed, tied or not; inner width = heads x head size.
+The tokens of the encoder and of CCA's keys are the l k r retrieved ones.
 
 Source: Kaplan et al. 2020, section 2.1, with the attention in full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from retro.retrieval.search.index import ExactIndex
 from retro.retrieval.search.searchers import DenseSearcher, FusedSearcher, RerankedSearcher
 from retro.retrieval.store.store import Store
+
+
+def counted_flops(run: Callable[[], Any]) -> int:
+    """Of whatever is run: of the matrix products, those of attention among them, whose fused kernels are not used."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
 
 
 def lm_flops(model: Any, length: int, num_logits: int) -> int:
@@ -30,21 +42,13 @@ def lm_flops(model: Any, length: int, num_logits: int) -> int:
 
 def retro_flops(model: Any, length: int, num_logits: int, num_neighbors: int) -> int:
     """Of RETRO[ON] with k neighbors for each whole chunk of `length` tokens."""
-    config = model.config
-    if config.model_type == "retrofit":
-        total = lm_flops(model.base, length, num_logits)
-        form = model.form
-    else:
-        total, form = lm_flops(model, length, num_logits), model.model
+    config, total = model.config, lm_flops(model, length, num_logits)
     num_chunks, k, r = length // config.chunk_len, num_neighbors, config.retrieved_len
     if not num_chunks or not k:
         return total
-    if getattr(config, "form", None) == "pointer":
-        return total + _pointer(model, length, num_chunks, k, r)
-    ccas = form.cca.values() if config.model_type == "retrofit" else _cross_attentions(form)
-    read = [getattr(cca, "cross_attention", cca).attention for cca in ccas]
+    read = [cca.attention for cca in _cross_attentions(model.model)]
     total += sum(_cross(attention, config.chunk_len, k * r, num_chunks) for attention in read)
-    return total + _encoder(form, config.chunk_len, num_chunks, k, r)
+    return total + _encoder(model.model, config.chunk_len, num_chunks, k, r)
 
 
 def _encoder(form: nn.Module, chunk_len: int, num_chunks: int, k: int, r: int) -> int:
@@ -64,16 +68,6 @@ def _cross(attention: nn.Module, num_queries: int, num_keys: int, times: int) ->
     inner = attention.num_heads * attention.head_dim
     each = 2 * of_queries * num_queries + 2 * of_keys * num_keys + 4 * num_queries * num_keys * inner
     return each * times
-
-
-def _pointer(model: Any, length: int, num_chunks: int, k: int, r: int) -> int:
-    """The base over each neighbor up to the key layer, the two maps, and every query by every key."""
-    config, layer = model.config, model.config.key_layer
-    layers, tokens = model.anatomy.layers(model.base), num_chunks * k * r
-    read = 2 * sum(_weights(one) for one in list(layers)[:layer]) * tokens
-    read += _self_attention(model.base, r) * layer // len(layers) * num_chunks * k
-    maps = 2 * _weights(model.form.query) * length + 2 * _weights(model.form.key) * tokens
-    return read + maps + 2 * (config.chunk_len + config.key_lags) * tokens * config.hidden_size
 
 
 def search_flops(searcher: Any, query_len: int) -> int:

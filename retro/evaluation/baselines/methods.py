@@ -1,15 +1,16 @@
-"""Which methods run, and the choices of a measurement."""
+"""Which rows there are, and the choices of a measurement."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from retro.evaluation.baselines.prompting import check_room
-from retro.evaluation.settings import BM25, METHODS, PROMPT, READER, RETRO, VALIDATION, BaselineSettings
+from retro.evaluation.scorer import reads_neighbors
+from retro.evaluation.settings import BM25, METHODS, PROMPT, PROTOCOL, READER, RETRO, VALIDATION, BaselineSettings
 from retro.text.documents import Document
 
 if TYPE_CHECKING:
@@ -18,48 +19,83 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """A row: a method, the model that it runs, by name (None: the reader), and its k, if it has any."""
+
+    method: str
+    model: str | None = None
+    k: int | None = None
+
+
 def resolved(settings: BaselineSettings, retriever: Retriever, reader: Any, k: int) -> BaselineSettings:
-    """The choices that were left open, made. ValueError for those that do not fit store or reader."""
-    m = retriever.store.chunk_len
-    if k > retriever.index.num_rows:
-        raise ValueError(f"num_neighbors is {k}; the store has {retriever.index.num_rows} chunks to retrieve.")
-    prompt, stride = settings.prompt_neighbors, settings.retrieval_stride or m
+    """The choices that were left open, made. ValueError for those that do not fit store or reader.
+
+    k: the number of neighbors where none is given.
+    """
+    m, ks = retriever.store.chunk_len, tuple(dict.fromkeys(settings.num_neighbors or (k,)))
+    prompt, stride = tuple(dict.fromkeys(settings.prompt_neighbors or ())), settings.retrieval_stride or m
+    for name, given in (("num_neighbors", ks), ("prompt_neighbors", prompt)):
+        if max(given, default=0) > retriever.index.num_rows:
+            raise ValueError(f"{name} is {max(given)}; the store has {retriever.index.num_rows} chunks to retrieve.")
     if m % stride:
         raise ValueError(f"retrieval_stride is {stride}; it must divide the chunk length {m}.")
-    if prompt is not None and prompt > k:
-        raise ValueError(f"prompt_neighbors is {prompt}, more than the {k} neighbors searched; give at most {k}.")
-    if prompt is None:
+    if not prompt:
         positions = None if reader is None else num_positions(reader)
-        prompt = k if positions is None else max(1, min(k, (positions - m - 1) // retriever.retrieved_len))
-    made = dict(num_neighbors=k, prompt_neighbors=prompt, retrieval_stride=stride, query_len=settings.query_len or m)
+        most = max(ks) if positions is None else max(1, (positions - m - 1) // retriever.retrieved_len)
+        prompt = tuple(dict.fromkeys(min(k, most) for k in ks))
+    made = dict(num_neighbors=ks, prompt_neighbors=prompt, retrieval_stride=stride, query_len=settings.query_len or m)
     return replace(settings, **made)
 
 
-def plan_methods(
-    settings: BaselineSettings, model: Any, reader: Any, retriever: Retriever, validation: Sequence[Document] | None
-) -> list[str]:
-    """The methods to run, the first row first; ValueError, in one sentence, for one that was asked for and cannot.
+def plan_rows(
+    settings: BaselineSettings,
+    models: Mapping[str, Any],
+    reader: Any,
+    retriever: Retriever,
+    validation: Sequence[Document] | None,
+) -> list[Contestant]:
+    """The rows, the one that the others are compared with first; ValueError, in one sentence, for a method that was
+    asked for and cannot run.
 
-    settings: `resolved`.
+    models: those beside the reader. settings: `resolved`.
     """
-    lacking = _lacking(model, reader, retriever, validation)
-    names, wanted = [], settings.methods
+    lacking = _lacking(models, reader, retriever, validation)
+    rows, wanted = [], settings.methods
     for name, (label, needs) in METHODS.items():
         lacks = [lacking[need] for need in sorted(needs) if need in lacking]
         first = name == ("retro_off" if reader is None else "lm")
         if lacks and wanted is not None and name in wanted:
             raise ValueError(f"{label} ({name}) needs {lacks[0]}.")
-        if lacks and wanted is None:
+        if lacks and wanted is None and name in PROTOCOL:
             log.warning("left out: %s needs %s", label, lacks[0])
-        if not lacks and (wanted is None or name in wanted or first):
-            names.append(name)
-    if any(PROMPT in METHODS[name][1] for name in names):
-        together = settings.prompt_neighbors if "prepend" in names else 1
+        if not lacks and (first or name in (PROTOCOL if wanted is None else wanted)):
+            rows += _rows_of(name, settings, models, reader)
+    if any(PROMPT in METHODS[row.method][1] for row in rows):
+        together = max((row.k for row in rows if row.method == "prepend"), default=1)
         check_room(together * retriever.retrieved_len, retriever.store.chunk_len, num_positions(reader))
-    return names
+    return rows
 
 
-def _lacking(model: Any, reader: Any, retriever: Retriever, validation: Any) -> dict[str, str]:
+def _rows_of(name: str, settings: BaselineSettings, models: Mapping[str, Any], reader: Any) -> Iterator[Contestant]:
+    """A row for each model and k that the method has."""
+    needs = METHODS[name][1]
+    if name == "lm":
+        yield from [Contestant(name)] * (reader is not None)
+        yield from (Contestant(name, model) for model, one in models.items() if not reads_neighbors(one))
+    elif PROMPT in needs:
+        yield from (Contestant(name, None, k) for k in settings.prompt_neighbors)
+    elif RETRO not in needs:
+        yield Contestant(name)
+    else:
+        for model, one in models.items():
+            is_the_reader = name == "retro_off" and settings.methods is None and getattr(one, "base", one) is reader
+            if reads_neighbors(one) and not is_the_reader:
+                ks = [None] if name == "retro_off" else settings.num_neighbors
+                yield from (Contestant(name, model, k) for k in ks)
+
+
+def _lacking(models: Mapping[str, Any], reader: Any, retriever: Retriever, validation: Any) -> dict[str, str]:
     """Needs that are not met, and how to meet them. ValueError for a reader that cannot read the store."""
     lacking = {}
     if reader is None:
@@ -71,7 +107,7 @@ def _lacking(model: Any, reader: Any, retriever: Retriever, validation: Any) -> 
                 f"the reader has {rows} embeddings, the store's tokenizer {tokens} tokens; "
                 "give a reader of the store's tokenizer."
             )
-    if model is None:
+    if not any(reads_neighbors(model) for model in models.values()):
         lacking[RETRO] = "a model that reads neighbors; give a RETRO"
     if validation is None:
         lacking[VALIDATION] = "validation documents, on which its lambda, T and k are chosen; give some"

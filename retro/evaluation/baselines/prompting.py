@@ -31,6 +31,7 @@ class Spans:
     """Spans of the windows of a sample: span s is tokens begins[s] .. ends[s] - 1 of windows[s].
 
     queries: what is searched for each; empty at the beginning of a document. of_target: the span of each scored token.
+    numbers: of the chunk before each, as the sample counts chunks, and for spans within a chunk of their places in it.
     """
 
     windows: Int[np.ndarray, " s"]
@@ -38,6 +39,7 @@ class Spans:
     ends: Int[np.ndarray, " s"]
     queries: list[list[int]]
     of_target: Int[np.ndarray, " t"]
+    numbers: Int[np.ndarray, " s"]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -59,6 +61,7 @@ class SpanHits:
 def spans_of(sample: Sample, stride: int, query_len: int) -> Spans:
     """Cut what is scored into spans. The stride divides the chunk length, so that a span lies in one chunk."""
     windows, begins, ends, queries, of_target = [], [], [], [], []
+    in_chunk, numbers = sample.data.chunk_len // stride, []
     for window, (text, places) in enumerate(zip(sample.texts, sample.places, strict=True)):
         for number in np.unique(places // stride):
             begin = int(number * stride)
@@ -67,7 +70,8 @@ def spans_of(sample: Sample, stride: int, query_len: int) -> Spans:
             begins.append(begin)
             ends.append(min(begin + stride, int(places[-1]) + 1))
             queries.append(text[max(0, begin - query_len) : begin].tolist())
-    return Spans(*map(np.asarray, (windows, begins, ends)), queries, np.asarray(of_target))
+            numbers.append(int(sample.numbers[sample.first_chunk[window]] - 1) * in_chunk + int(number))
+    return Spans(*map(np.asarray, (windows, begins, ends)), queries, *map(np.asarray, (of_target, numbers)))
 
 
 def search_spans(sample: Sample, spans: Spans, retriever: Retriever, k: int) -> SpanHits:

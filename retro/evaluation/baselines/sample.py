@@ -27,6 +27,7 @@ class Sample:
     data: their chunks, each window a document of its own; only what is new in a window is marked as scored, so that
         bytes and bits are those of the sample. texts, places: as `score_tokens` takes them, and chunks, of `data`, of
         the scored tokens; see `texts_of`. document_of_window: which document each came from, of `document_ids`.
+    numbers: of the chunks, in the sample that was drawn: a part of it keeps them.
     """
 
     data: EvaluationData
@@ -35,6 +36,7 @@ class Sample:
     chunks: Int[np.ndarray, " t"]
     document_of_window: Int[np.ndarray, " w"]
     document_ids: list[str]
+    numbers: Int[np.ndarray, " c"]
 
     @cached_property
     def targets(self) -> Int[np.ndarray, " t"]:
@@ -49,8 +51,31 @@ class Sample:
     @cached_property
     def by_document(self) -> EvaluationData:
         """`data` with the chunks of all windows of a document together under its id: what intervals are drawn over."""
-        numbers = self.document_of_window[self.data.documents]
-        return replace(self.data, documents=numbers, document_ids=self.document_ids)
+        present, numbers = np.unique(self.document_of_window, return_inverse=True)
+        names = [self.document_ids[document] for document in present]
+        return replace(self.data, documents=numbers[self.data.documents], document_ids=names)
+
+    def of_documents(self, chosen: Bool[np.ndarray, " d"]) -> Sample:
+        """The windows of the documents marked True."""
+        windows = np.flatnonzero(chosen[self.document_of_window])
+        kept = np.isin(self.data.documents, windows)
+        at = np.searchsorted(np.flatnonzero(kept), self.chunks[kept[self.chunks]])
+        by_chunk = ("tokens", "lens", "num_bytes", "scored")
+        data = replace(
+            self.data,
+            **{name: getattr(self.data, name)[kept] for name in by_chunk},
+            documents=np.searchsorted(windows, self.data.documents[kept]),
+            document_ids=[self.data.document_ids[window] for window in windows],
+            words=np.zeros(len(windows), np.int64),
+            line_ends=np.zeros(len(windows), np.int64),
+        )
+        texts, places = ([of[window] for window in windows] for of in (self.texts, self.places))
+        return Sample(data, texts, places, at, self.document_of_window[windows], self.document_ids, self.numbers[kept])
+
+    def parts(self) -> list[Sample]:
+        """Each document alone."""
+        every = np.arange(len(self.document_ids))
+        return [self.of_documents(every == document) for document in np.unique(self.document_of_window)]
 
     def search(self, retriever: Retriever, k: int, asks: Bool[np.ndarray, " c"]) -> Int[np.ndarray, "c k"]:
         """The k nearest rows of the chunks that ask, none from a document of the same id; -1 for the other chunks."""
@@ -118,7 +143,7 @@ def _cut(data: EvaluationData, windows: Int[np.ndarray, "w 3"]) -> Sample:
     borders = np.cumsum([0, *map(len, chunks)]).tolist()
     texts, places, scored = texts_of(cut, ((first, end, first) for first, end in pairwise(borders)))
     assert all(len(place) and place[0] > 0 for place in places), "every scored token has one before it"
-    return Sample(cut, texts, places, scored, sources, data.document_ids)
+    return Sample(cut, texts, places, scored, sources, data.document_ids, np.arange(len(flat)))
 
 
 def check_targets(sample: Sample, targets: Sequence[int] | np.ndarray) -> None:

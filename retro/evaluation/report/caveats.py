@@ -123,23 +123,31 @@ def _of_sweep(value: dict[str, Any]) -> Iterator[str]:
 
 def _of_baselines(value: dict[str, Any]) -> Iterator[str]:
     first, *others = value["rows"]
-    unsure = [row["label"] for row in others if not _excludes_0(row["change_interval"])]
+    several = len({row["model"] for row in others if row["method"].startswith("retro")}) > 1
+    name = lambda row: row["label"] + f" of {row['model']}" * several + f", k = {row['k']}" * bool(row["k"])  # noqa: E731
+    unsure = [name(row) for row in others if not _excludes_0(row["gain"][1:])]
     if unsure:
         yield f"Not told apart from {first['label']} (the interval holds 0, or is not known): {'; '.join(unsure)}."
-    little = {row["label"]: gain_over(row["bpb_little_overlap"], first["bpb_little_overlap"]) for row in others}
-    gone = [row["label"] for row in others if row["change"] < 0 and little[row["label"]] <= 0]
+    gone = [name(row) for row in others if row["gain"][0] > 0 and row["gain_little_overlap"][0] <= 0]
     if gone:
         yield (
             f"Better than {first['label']} over all chunks, but not over those with little overlap with their "
             f"neighbors: {'; '.join(gone)}."
         )
-    by_method = {row["method"]: row["bpb"] for row in value["rows"]}
-    if "retro_on" in by_method:
-        yield from _against_random(by_method)
-    if "retro_on_oracle" in by_method:
+    if value["near_copies"]:
+        yield f"{len(value['near_copies']):,} of {value['documents']:,} documents are near copies of one of the store."
+    methods = {row["method"] for row in value["rows"]}
+    for row in others:
+        if row["method"] == "retro_on":
+            yield from _against_random({one["method"]: one["bpb"] for one in others if _stand_beside(one, row)})
+    if "retro_on_oracle" in methods:
         yield "The oracle's neighbors are chosen by looking at the text that is scored: a bound, no method."
-    if "replug" in by_method and not value["validation_tokens"]:
+    if "replug" in methods and not value["validation_tokens"]:
         yield "REPLUG's temperature was not chosen on validation text."
+
+
+def _stand_beside(one: dict[str, Any], row: dict[str, Any]) -> bool:
+    return (one["model"], one["k"]) == (row["model"], row["k"])
 
 
 def _of_task(value: dict[str, Any]) -> Iterator[str]:

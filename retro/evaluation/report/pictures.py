@@ -40,7 +40,8 @@ def picture_of(result: Result) -> Picture | None:
         caption = f"Bits per byte against {value['xlabel']}; bars: {value['band']}"
         return _drawn(lambda file: plot_sweep(value, file), caption, data)
     if result.kind == "baselines":
-        bars = [_bar(row["label"], row["method"], row["bpb"], row["interval"]) for row in value["rows"]]
+        name = lambda row: f"{row['label']}, {_short(row['model'])}" + f", k = {row['k']}" * bool(row["k"])  # noqa: E731
+        bars = [_bar(name(row), row["method"], row["bpb"], row["interval"]) for row in value["rows"]]
         return _bars(bars, "bits per byte", data)
     if result.kind == "task" and figures_of(value):
         name = figures_of(value)[0]

@@ -108,9 +108,10 @@ _EXAMPLE = shape(
 )  # fmt: skip
 _BITS = {"bpb": Number, "low": Number, "high": Number}
 _CURVE = shape(_BITS, optional(gain=Number, gain_low=Number, gain_high=Number), column=Column)
+_OF_ROW = {"bpb": Number, "interval": Ends, "gain": Three, "bpb_little_overlap": Number, "gain_little_overlap": Three}
 _ROW = shape(
-    method=str, label=str, bpb=Number, interval=Ends, change=Number, change_interval=Ends, bpb_little_overlap=Number,
-    seconds_per_1000_tokens=Number, search_seconds_per_1000_tokens=Number, searches_per_1000_tokens=Number,
+    _OF_ROW, optional(without_near_copies=shape(_OF_ROW)), method=str, label=str, model=str | None, k=Count | None,
+    trained_weights=Count | None, ms_per_token=Number, search_ms_per_token=Number, searches_per_1000_tokens=Number,
     flops_per_1000_tokens=Number, search_flops_per_1000_tokens=Number, store_bytes=Number, chosen=dict[str, Any],
 )  # fmt: skip
 _NEIGHBOR = shape(
@@ -152,7 +153,10 @@ _SHAPES = {
         _MEASURED, check=_check_sweep, sweep=str, x=str, xlabel=str, band=str, points=some(_CURVE), curve=some(_CURVE),
         references=dict[Column, shape(_BITS)],
     ),
-    "baselines": shape(_MEASURED, rows=some(_ROW), windows=Count, validation_tokens=Count, settings=dict[str, Any]),
+    "baselines": shape(
+        _MEASURED, rows=some(_ROW), windows=Count, validation_tokens=Count, settings=dict[str, Any],
+        near_copies=list[str], threads=Count, device=str,
+    ),
     "task": shape(_ABOUT, _TASK_MAYBE, check=_check_task, task=str),
     "lm_eval": shape(
         optional(data=list[str] | None, store=str | None, **{"n-samples": dict[str, dict[str, Any]]}),

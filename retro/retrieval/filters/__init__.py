@@ -16,6 +16,7 @@ from retro.retrieval.filters.decontamination import (
     Decontaminator,
     NearCopy,
     OverlapMeasure,
+    largest_shares,
     near_copies,
     parse_measures,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "document_hashes",
     "drawn",
     "filters_of",
+    "largest_shares",
     "near_copies",
     "parse_measures",
     "parse_rule",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Float, Int, UInt64
 
 from retro.retrieval.filters.grams import NGRAM, jaccard, longest_run, ngrams, num_common, overlap, word_hashes
 from retro.retrieval.filters.records import removed
@@ -174,3 +174,13 @@ def near_copies(
     index = Decontaminator(held_out, [OverlapMeasure("jaccard", threshold, ngram)])
     records = (index.verdict(document) for document in documents)
     return [NearCopy(r["document_id"], r["held_out_id"], r["jaccard"]) for r in records if r is not None]
+
+
+def largest_shares(held_out: Iterable[str], texts: Iterable[str], ngram: int = NGRAM) -> Float[np.ndarray, " held_out"]:
+    """For each held-out text the largest share of its word n-grams that one of the texts holds."""
+    index = _NgramIndex([ngrams(word_hashes(text), ngram) for text in held_out])
+    largest = np.zeros(len(index.sizes))
+    for text in texts:
+        common = index.common(ngrams(word_hashes(text), ngram))
+        np.maximum(largest, common / np.maximum(index.sizes, 1), out=largest)
+    return largest
