@@ -5,6 +5,8 @@
     retro retrofit retrofit_smollm2 store=store output=fitted
     python benchmarks/lora.py fitted --store store --output lora
     retro baselines fitted lora --store store --index tfidf --data valid.jsonl --window 512 --windows-per-document 1
+
+LoRA changes queries and values. What is written is the base with it merged in.
 """
 
 import argparse

@@ -258,8 +258,7 @@ def _sweep(result: dict[str, Any]) -> list[Table]:
 
 def _baselines(result: dict[str, Any]) -> list[Table]:
     """All documents, and those that are no near copies where there are both."""
-    rows, of_two = result["rows"], lambda x: figure(x, 2)
-    flops = lambda row: row["flops_per_1000_tokens"] + row["search_flops_per_1000_tokens"]  # noqa: E731
+    rows = result["rows"]
     columns = [
         _column("", "label", str, label=True),
         _column("model", "model", plain_cell, label=True),
@@ -270,9 +269,9 @@ def _baselines(result: dict[str, Any]) -> list[Table]:
         _column(f"{_LITTLE}, below", "gain_little_overlap", _in_percent),
     ]
     costs = [
-        Column("GFLOPs", lambda row: figure(flops(row) / 1e9, 1)),
-        _column("ms", "ms_per_token", of_two),
-        _column("of searching", "search_ms_per_token", of_two),
+        Column("GFLOPs", lambda row: figure(sum(row[f"{of}flops_per_1000_tokens"] for of in ("", "search_")) / 1e9, 1)),
+        _column("ms", "ms_per_token", lambda x: figure(x, 2)),
+        _column("of searching", "search_ms_per_token", lambda x: figure(x, 2)),
         _column("weights trained", "trained_weights", plain_cell),
     ]
     note = (
@@ -281,26 +280,21 @@ def _baselines(result: dict[str, Any]) -> list[Table]:
         f"{result['device']}, threads: {result['threads']}. {_ABOUT_LITTLE}."
     )
     note = " ".join([note, *(_chosen(row) for row in rows if row["chosen"])])
-    data = [_flat(row) for row in rows]
-    tables = [Table("Baselines on the same store", [*columns, *costs], rows, note, data)]
-    if "without_near_copies" in rows[0]:
-        others = [row | row["without_near_copies"] for row in rows]
-        note = "A near copy shares half or more of its word 13-grams with a document of the store."
-        title = f"Without the {len(result['near_copies']):,} documents that are near copies"
-        tables.append(Table(title, columns, others, note))
-    return tables
+    tables = [Table("Baselines on the same store", [*columns, *costs], rows, note, list(map(_flat, rows)))]
+    if "without_near_copies" not in rows[0]:
+        return tables
+    title = f"Without near copies ({len(result['near_copies'])}), of whose 13-grams one document of the store has half"
+    return [*tables, Table(title, columns, [row | row["without_near_copies"] for row in rows])]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """Its numbers with names for the ends of intervals and for what is in a field."""
     flat = {}
     for name, value in row.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}_{own}": one for own, one in _flat(value).items()}
-        elif isinstance(value, list):
-            flat |= dict(zip((name, f"{name}_low", f"{name}_high")[-len(value) :], value, strict=True))
-        else:
-            flat[name] = value
+        if isinstance(value, list):
+            value = dict(zip(("", "low", "high")[-len(value) :], value, strict=True))
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}_{own}".rstrip("_"): one for own, one in inner.items()}
     return flat
 
 
