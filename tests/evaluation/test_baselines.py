@@ -14,7 +14,7 @@ from retro.cli import main
 from retro.evaluation import prepare, score
 from retro.evaluation.baselines import METHODS, BaselineSettings, measure_baselines
 from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
-from retro.evaluation.baselines.methods import Contestant, plan_rows, resolved
+from retro.evaluation.baselines.methods import PlannedRow, plan_rows, resolved
 from retro.evaluation.baselines.prompting import spans_of
 from retro.evaluation.baselines.sample import draw_sample
 from retro.evaluation.tables import table_text, tables_of
@@ -62,7 +62,7 @@ def run(bench, method, sample, tuning=None, k=None):
     """A method with the settings' last k."""
     is_retro = method.startswith("retro")
     ks = bench.settings.num_neighbors if is_retro else bench.settings.prompt_neighbors
-    row = Contestant(method, "fitted" if is_retro else None, None if method in WITHOUT_K else k or ks[-1])
+    row = PlannedRow(method, "fitted" if is_retro else None, None if method in WITHOUT_K else k or ks[-1])
     return bench.run(row, sample, tuning)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from retro.evaluation.baselines import costs, ensembles, knn
-from retro.evaluation.baselines.methods import Contestant, num_positions
+from retro.evaluation.baselines.methods import PlannedRow, num_positions
 from retro.evaluation.baselines.oracle import oracle_rows
 from retro.evaluation.baselines.prompting import (
     SpanHits,
@@ -97,7 +97,7 @@ class BaselineEvaluator:
         self.most = max(*settings.num_neighbors, *settings.prompt_neighbors)
         self._done: dict[tuple, Any] = {}
 
-    def run(self, row: Contestant, sample: Sample, tuning: Sample | None = None) -> MethodScores:
+    def run(self, row: PlannedRow, sample: Sample, tuning: Sample | None = None) -> MethodScores:
         """One row. tuning: a sample of validation documents."""
         k, model = row.k, self.reader if row.model is None else self.models[row.model]
         methods = {

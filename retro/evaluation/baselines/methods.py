@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Contestant:
+class PlannedRow:
     """A row: a method, the model that it runs, by name (None: the reader), and its k, if it has any."""
 
     method: str
@@ -54,7 +54,7 @@ def plan_rows(
     reader: Any,
     retriever: Retriever,
     validation: Sequence[Document] | None,
-) -> list[Contestant]:
+) -> list[PlannedRow]:
     """The rows, the one that the others are compared with first; ValueError, in one sentence, for a method that was
     asked for and cannot run.
 
@@ -77,22 +77,22 @@ def plan_rows(
     return rows
 
 
-def _rows_of(name: str, settings: BaselineSettings, models: Mapping[str, Any], reader: Any) -> Iterator[Contestant]:
+def _rows_of(name: str, settings: BaselineSettings, models: Mapping[str, Any], reader: Any) -> Iterator[PlannedRow]:
     """A row for each model and k that the method has."""
     needs = METHODS[name][1]
     if name == "lm":
-        yield from [Contestant(name)] * (reader is not None)
-        yield from (Contestant(name, model) for model, one in models.items() if not reads_neighbors(one))
+        yield from [PlannedRow(name)] * (reader is not None)
+        yield from (PlannedRow(name, model) for model, one in models.items() if not reads_neighbors(one))
     elif PROMPT in needs:
-        yield from (Contestant(name, None, k) for k in settings.prompt_neighbors)
+        yield from (PlannedRow(name, None, k) for k in settings.prompt_neighbors)
     elif RETRO not in needs:
-        yield Contestant(name)
+        yield PlannedRow(name)
     else:
         for model, one in models.items():
             is_the_reader = name == "retro_off" and settings.methods is None and getattr(one, "base", one) is reader
             if reads_neighbors(one) and not is_the_reader:
                 ks = [None] if name == "retro_off" else settings.num_neighbors
-                yield from (Contestant(name, model, k) for k in ks)
+                yield from (PlannedRow(name, model, k) for k in ks)
 
 
 def _lacking(models: Mapping[str, Any], reader: Any, retriever: Retriever, validation: Any) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from retro.common.settings import to_plain
 from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
-from retro.evaluation.baselines.methods import Contestant, plan_rows, resolved
+from retro.evaluation.baselines.methods import PlannedRow, plan_rows, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
 from retro.evaluation.bits import LITTLE_OVERLAP, bpb_interval, gain, measured_with, neighbors_of
 from retro.evaluation.data import LEAKAGE_NEIGHBORS, overlap_of, prepare, window_of
@@ -128,8 +128,8 @@ def _typical(parts: Sequence[Sample]) -> Sample:
 
 
 def _measured(
-    bench: BaselineEvaluator, rows: Sequence[Contestant], parts: Sequence[Sample], tuning: Sample | None
-) -> dict[Contestant, list[MethodScores]]:
+    bench: BaselineEvaluator, rows: Sequence[PlannedRow], parts: Sequence[Sample], tuning: Sample | None
+) -> dict[PlannedRow, list[MethodScores]]:
     """The scores of every row over every part, part after part."""
     found = {row: [] for row in rows}
     for part in tqdm(parts, desc="measuring", unit="document", disable=not bench.progress):
@@ -200,7 +200,7 @@ class Comparison:
         }
 
 
-def _about_row(row: Contestant, bench: BaselineEvaluator) -> dict[str, Any]:
+def _about_row(row: PlannedRow, bench: BaselineEvaluator) -> dict[str, Any]:
     """trained_weights: those of a model that reads neighbors which are not frozen."""
     model = bench.models.get(row.model)
     weights = None

@@ -20,6 +20,7 @@ from retro.retrieval.filters import (
     drawn,
     filters_of,
     grams,
+    largest_shares,
     parse_rule,
     shares_run,
 )
@@ -91,6 +92,17 @@ def test_a_changed_end_is_a_near_copy_and_another_text_is_not():
     held_out = [Document("h", words(200, 1))]
     near, far = Document("near", words(200, 1) + " and more"), Document("far", words(200, 2))
     assert [found.document_id for found in near_copies([near, far, Document("none", "...")], held_out)] == ["near"]
+
+
+def test_the_largest_share_of_a_held_out_text_in_any_one_text():
+    """By sets of strings: shares of two texts do not add up, and what a text has besides does not count."""
+    first, second = words(60, 1), words(40, 2)
+    held_out = [f"{first} {second}", second, words(50, 3), "too short", ""]
+    texts = [f"{words(80, 4)} {first}", f"{first[:100]} {second}", words(30, 5), "Too short!"]
+    grams = lambda text: {tuple(part) for part in zip(*(text.lower().split()[i:] for i in range(13)), strict=False)}  # noqa: E731
+    expected = [max(len(grams(one) & grams(text)) / len(grams(one)) for text in texts) for one in held_out[:3]]
+    np.testing.assert_allclose(largest_shares(held_out, texts), [*expected, 1, 0])
+    assert expected[2] == 0 < expected[0] < 1 == expected[1]
 
 
 def test_a_question_inside_a_long_text_is_found_by_run_and_overlap_only():
