@@ -415,9 +415,13 @@ def test_what_cannot_run_is_left_out_or_refused(make_model, make_lm, planted_ret
     assert names(retro, None) == ["retro_off", "retro_on", "retro_on_random"]
     assert names(None, make_lm()) == ["lm", *prompted] and names(retro, make_lm(), ("replug",)) == ["lm", "replug"]
     assert names(retro, make_lm()) == ["lm", "retro_off", "retro_on", "retro_on_random", *prompted]
+    short = make_lm()
+    short.config.max_position_embeddings = 24  # of which a neighbor and a chunk leave none
+    assert names(retro, short) == ["lm", "retro_off", "retro_on", "retro_on_random"]
     for model, reader, given, message in [
         (None, make_lm(), ("retro_on",), r"RETRO\[ON\] \(retro_on\) needs a model that reads neighbors; give a RETRO"),
         (retro, None, ("prepend",), r"in-context, prepended \(prepend\) needs a plain LM"),
+        (retro, short, ("prepend",), r"\(prepend\) needs a plain LM of more than 24 positions; the reader has 24"),
         (retro, make_lm(), ("knn_lm",), r"kNN-LM \(knn_lm\) needs validation documents"),
     ]:
         with pytest.raises(ValueError, match=message):

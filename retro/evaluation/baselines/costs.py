@@ -2,7 +2,8 @@
 
 Operations are counted while a model reads (`counted_flops`), so that every model, form and prompt is counted alike: two
 for each multiplication of a matrix product, attention in full. Left out: norms, activations, biases, softmax, lookups
-of embeddings. For plans, where nothing is run, there is a formula for a RETRO:
+of embeddings, and products that a kernel of its own makes of packed weights. For plans, where nothing is run, there is
+a formula for a RETRO:
 
     2 x weights of matrices x tokens that pass through them  +  4 x queries x keys x inner width, for each attention
 

@@ -107,6 +107,9 @@ def _lacking(models: Mapping[str, Any], reader: Any, retriever: Retriever, valid
                 f"the reader has {rows} embeddings, the store's tokenizer {tokens} tokens; "
                 "give a reader of the store's tokenizer."
             )
+        positions, least = num_positions(reader), retriever.retrieved_len + retriever.store.chunk_len
+        if positions is not None and positions <= least:
+            lacking[PROMPT] = f"a plain LM of more than {least} positions; the reader has {positions}"
     if not any(reads_neighbors(model) for model in models.values()):
         lacking[RETRO] = "a model that reads neighbors; give a RETRO"
     if validation is None:
