@@ -59,7 +59,8 @@ class FinetuneModelFactory:
     def config(self, settings: FinetuneSettings, store: Store) -> PreTrainedConfig:
         """The model's configuration; ValueError for a store of another tokenizer."""
         if read_provenance(settings.start) is None:
-            check_tokenizer(settings.start, self.model, store)
+            base = getattr(self.model.config, "base_name_or_path", None) or settings.start
+            check_tokenizer(base, self.model, store)
         else:
             check_store(settings.start, store)
         return self.model.config

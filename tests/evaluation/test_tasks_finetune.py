@@ -114,6 +114,16 @@ def test_a_plain_lm_is_fitted_and_only_its_form_is_trained(made, words_store, wo
     assert any(not torch.equal(tensor, start[name]) for name, tensor in fitted.form.state_dict().items())
 
 
+def test_a_fitted_folder_without_a_record_is_held_to_its_base(made, words_store, words_tokenizer, capsys):
+    other = copy.deepcopy(words_tokenizer)
+    other.add_tokens(["another"])
+    other.save_pretrained(made / "lm")
+    (made / "fitted" / "retro.json").unlink()
+    given = overrides(made, "fitted", "fid.jsonl", store=words_store.path)
+    assert main(["task", "finetune", "finetune_qa", *given]) == 2
+    assert f"another tokenizer than that of the base {made / 'lm'}" in capsys.readouterr().err
+
+
 def test_a_window_of_a_chat_ends_with_the_turn(words_store, pointer, made, monkeypatch):
     from retro.evaluation.tasks import Reader, read_questions
     from retro.training.finetune import QuestionWindows
