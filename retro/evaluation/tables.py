@@ -196,7 +196,7 @@ def gains_table(result: dict[str, Any]) -> Table:
 
 
 def _in_percent(gain: Sequence[float] | None) -> str:
-    return "" if gain is None else with_ends(*gain, lambda x: figure(100 * x, 1))
+    return "" if gain is None else with_ends(*gain, lambda x: figure(round(100 * x, 1) + 0.0, 1))
 
 
 # Leakage and sweeps
@@ -271,7 +271,7 @@ def _baselines(result: dict[str, Any]) -> list[Table]:
     costs = [
         Column("GFLOPs", lambda row: figure(sum(row[f"{of}flops_per_1000_tokens"] for of in ("", "search_")) / 1e9, 1)),
         _column("ms", "ms_per_token", lambda x: figure(x, 2)),
-        _column("of searching", "search_ms_per_token", lambda x: figure(x, 2)),
+        _column("searching, ms", "search_ms_per_token", lambda x: figure(x, 2)),
         _column("weights trained", "trained_weights", plain_cell),
     ]
     note = (

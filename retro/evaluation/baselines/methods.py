@@ -55,8 +55,8 @@ def plan_rows(
     retriever: Retriever,
     validation: Sequence[Document] | None,
 ) -> list[PlannedRow]:
-    """The rows, the one that the others are compared with first; ValueError, in one sentence, for a method that was
-    asked for and cannot run.
+    """The rows, the one that the others are compared with first, then plain LMs, each model with all of its rows, and
+    the other methods; ValueError, in one sentence, for a method that was asked for and cannot run.
 
     models: those beside the reader. settings: `resolved`.
     """
@@ -74,7 +74,9 @@ def plan_rows(
     if any(PROMPT in METHODS[row.method][1] for row in rows):
         together = max((row.k for row in rows if row.method == "prepend"), default=1)
         check_room(together * retriever.retrieved_len, retriever.store.chunk_len, num_positions(reader))
-    return rows
+    places = {name: place for place, name in enumerate(models)}
+    place_of = lambda row: places[row.model] if RETRO in METHODS[row.method][1] else len(places)  # noqa: E731
+    return sorted(rows, key=lambda row: -1 if row.method == "lm" else place_of(row))
 
 
 def _rows_of(name: str, settings: BaselineSettings, models: Mapping[str, Any], reader: Any) -> Iterator[PlannedRow]:
@@ -89,8 +91,8 @@ def _rows_of(name: str, settings: BaselineSettings, models: Mapping[str, Any], r
         yield PlannedRow(name)
     else:
         for model, one in models.items():
-            is_the_reader = name == "retro_off" and settings.methods is None and getattr(one, "base", one) is reader
-            if reads_neighbors(one) and not is_the_reader:
+            known = name == "retro_off" and settings.methods is None and model in fits_of(models, reader)
+            if reads_neighbors(one) and not known:
                 ks = [None] if name == "retro_off" else settings.num_neighbors
                 yield from (PlannedRow(name, model, k) for k in ks)
 
@@ -117,6 +119,13 @@ def _lacking(models: Mapping[str, Any], reader: Any, retriever: Retriever, valid
     if find_spec("bm25s") is None:
         lacking[BM25] = "bm25s, which is not installed; pip install retro-lm[bm25]"
     return lacking
+
+
+def fits_of(models: Mapping[str, Any], reader: Any) -> dict[str, str | None]:
+    """The models whose base is the reader, or is called as it is, and where that base is loaded from."""
+    bases = {name: model.config.base_name_or_path for name, model in models.items() if hasattr(model, "base")}
+    its = {bases[name] for name in bases if models[name].base is reader}
+    return {name: base for name, base in bases.items() if models[name].base is reader or (base and base in its)}
 
 
 def num_positions(reader: Any) -> int | None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from retro.common.settings import to_plain
 from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
-from retro.evaluation.baselines.methods import PlannedRow, plan_rows, resolved
+from retro.evaluation.baselines.methods import PlannedRow, fits_of, plan_rows, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
 from retro.evaluation.bits import LITTLE_OVERLAP, bpb_interval, gain, measured_with, neighbors_of
 from retro.evaluation.data import LEAKAGE_NEIGHBORS, overlap_of, prepare, window_of
@@ -76,7 +76,8 @@ def measure_baselines(
     figures = Comparison(sample, log_p[planned[0]], little, copies, settings.seed)
     about = _about(sample, settings, tuning) | {"near_copies": figures.near_copies, "device": str(present[0].device)}
     rows = [_about_row(row, bench) | figures.of(log_p[row]) | _costs(found[row]) for row in planned]
-    return about | {"rows": rows} | measured_with(None, retriever, reader) | {"model": list(models)}
+    names = {"model": list(models), "lm": _name_of_reader(models, reader)}
+    return about | {"rows": rows} | measured_with(None, retriever) | names
 
 
 def _roles(models: Mapping[str, Any], reader: Any, retriever: Retriever) -> tuple[dict[str, Any], Any]:
@@ -206,9 +207,14 @@ def _about_row(row: PlannedRow, bench: BaselineEvaluator) -> dict[str, Any]:
     weights = None
     if model is not None and reads_neighbors(model):
         weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    reader = bench.reader and (bench.reader.config.name_or_path or type(bench.reader).__name__)
-    about = {"method": row.method, "label": METHODS[row.method][0], "model": row.model or reader, "k": row.k}
+    name = row.model or _name_of_reader(bench.models, bench.reader)
+    about = {"method": row.method, "label": METHODS[row.method][0], "model": name, "k": row.k}
     return about | {"trained_weights": weights}
+
+
+def _name_of_reader(models: Mapping[str, Any], reader: Any) -> str | None:
+    base = next(iter(fits_of(models, reader).values()), None)
+    return base or (reader and (reader.config.name_or_path or type(reader).__name__))
 
 
 def _costs(found: Sequence[MethodScores]) -> dict[str, Any]:
