@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -151,11 +151,15 @@ def _little_overlap(sample: Sample, retriever: Retriever) -> Bool[np.ndarray, " 
 
 
 def _near_copies(documents: Sequence[Document], store: Store) -> Bool[np.ndarray, " d"]:
-    """Which documents share half or more of their word 13-grams with one of the store."""
-    spans = store.document_spans[store.document_spans[:, 1] > 0].tolist()
-    tokens = (np.concatenate(store.token_lists(np.arange(first, first + count))) for first, count in spans)
-    texts = (decode_chunks(store.tokenizer, [ids])[0] for ids in tokens)
-    return largest_shares((document.text for document in documents), texts) >= NEAR_COPY
+    """Which documents share half or more of their word 13-grams with one of the store, of another id."""
+
+    def stored() -> Iterator[Document]:
+        for name, (first, count) in zip(store.document_ids, store.document_spans.tolist(), strict=True):
+            if count:
+                tokens = np.concatenate(store.token_lists(np.arange(first, first + count)))
+                yield Document(name, decode_chunks(store.tokenizer, [tokens])[0])
+
+    return largest_shares(documents, stored()) >= NEAR_COPY
 
 
 @dataclass(frozen=True)

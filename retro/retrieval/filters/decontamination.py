@@ -176,11 +176,15 @@ def near_copies(
     return [NearCopy(r["document_id"], r["held_out_id"], r["jaccard"]) for r in records if r is not None]
 
 
-def largest_shares(held_out: Iterable[str], texts: Iterable[str], ngram: int = NGRAM) -> Float[np.ndarray, " held_out"]:
-    """For each held-out text the largest share of its word n-grams that one of the texts holds."""
-    index = _NgramIndex([ngrams(word_hashes(text), ngram) for text in held_out])
-    largest = np.zeros(len(index.sizes))
-    for text in texts:
-        common = index.common(ngrams(word_hashes(text), ngram))
-        np.maximum(largest, common / np.maximum(index.sizes, 1), out=largest)
+def largest_shares(
+    held_out: Iterable[Document], documents: Iterable[Document], ngram: int = NGRAM
+) -> Float[np.ndarray, " held_out"]:
+    """For each held-out document the largest share of its word n-grams in one of the documents, none of its own id."""
+    held_out = list(held_out)
+    index = _NgramIndex([ngrams(word_hashes(document.text), ngram) for document in held_out])
+    ids, largest = np.asarray([document.id for document in held_out]), np.zeros(len(held_out))
+    for document in documents:
+        common = index.common(ngrams(word_hashes(document.text), ngram))
+        shares = np.where(ids == document.id, 0, common / np.maximum(index.sizes, 1))
+        np.maximum(largest, shares, out=largest)
     return largest

@@ -101,7 +101,12 @@ def test_the_largest_share_of_a_held_out_text_in_any_one_text():
     texts = [f"{words(80, 4)} {first}", f"{first[:100]} {second}", words(30, 5), "Too short!"]
     grams = lambda text: {tuple(part) for part in zip(*(text.lower().split()[i:] for i in range(13)), strict=False)}  # noqa: E731
     expected = [max(len(grams(one) & grams(text)) / len(grams(one)) for text in texts) for one in held_out[:3]]
-    np.testing.assert_allclose(largest_shares(held_out, texts), [*expected, 1, 0])
+    held_out = [Document(f"h{i}", text) for i, text in enumerate(held_out)]
+    documents = [Document(f"d{i}", text) for i, text in enumerate(texts)]
+    np.testing.assert_allclose(largest_shares(held_out, documents), [*expected, 1, 0])
+    itself = Document("h1", held_out[1].text)
+    np.testing.assert_allclose(largest_shares(held_out[:2], [itself])[1], 0, err_msg="a document is no copy of itself")
+    assert largest_shares(held_out[:2], [itself])[0] > 0
     assert expected[2] == 0 < expected[0] < 1 == expected[1]
 
 
