@@ -81,7 +81,7 @@ def _file_of(model: str | Path) -> Path | None:
 
 
 def own_index(model: str | Path | None, store: Store, index: Any = "auto") -> Any:
-    """What "auto" means for a model: the kind of search it was trained with, if that is lexical.
+    """What "auto" means for a model: the kind of search it was trained with, if that is lexical, and its second stage.
 
     Kinds that go by keys find the same neighbors, each as far as it is tuned to: there the store's best stays "auto".
     In a store without keys only what is lexical is kept.
@@ -90,10 +90,15 @@ def own_index(model: str | Path | None, store: Store, index: Any = "auto") -> An
     from retro.retrieval.search.searchers import is_keyless
 
     trained = (read_provenance(model) or {}).get("index") if index == "auto" else None
-    kinds = (trained or "").split("+")
-    if not set(kinds) & set(KINDS):
+    first, separator, second = (trained or "").partition(">")
+    kinds = first.split("+")
+    if set(kinds) & set(KINDS):
+        first = "+".join(kind for kind in kinds if kind in KINDS or not is_keyless(store))
+    elif separator:
+        first = "auto"
+    else:
         return index
-    own = "+".join(kind for kind in kinds if kind in KINDS or not is_keyless(store))
+    own = f"{first}{separator}{second}"
     logger.info("%s is searched by %s, as in the training of %s", store.path, own, model)
     return own
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, load_json, save_json, write_lock
 from retro.retrieval.building.job import PARTS
+from retro.retrieval.search import continuation
 from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.index import build_index
 from retro.retrieval.search.lexical import build_lexical
@@ -96,5 +97,7 @@ def read_record(file: Path) -> dict[str, Any]:
 def _build_index(store: Store, kind: str, settings: dict[str, Any]) -> None:
     if kind in ENGINES:
         build_index(store, kind, **settings)
+    elif kind == continuation.KIND:
+        continuation.build_continuation(store)
     else:
         build_lexical(store, kind)

@@ -43,7 +43,8 @@ _HITS = np.dtype([("row", "<i8"), ("distance", "<f4")])
 
 
 def uses_keys(index: str) -> bool:
-    return any(kind not in lexical.KINDS for kind in index.split("+"))
+    """Whether a kind of search looks at keys; a second stage does not."""
+    return any(kind not in lexical.KINDS for kind in index.partition(">")[0].split("+"))
 
 
 # The job

@@ -64,7 +64,8 @@ def build_neighbors(
             id); "none" leaves out nothing, not even the chunk itself.
         index: what to search through (see retro.retrieval.search.searchers): "exact" is a blocked matrix product over
             the keys; of "auto", "scann" and "faiss" the over-fetch grows until k neighbors survive the exclusion or the
-            index is exhausted; "tfidf" and "bm25" are lexical; "exact+tfidf" fuses both.
+            index is exhausted; "tfidf" and "bm25" are lexical; "exact+tfidf" fuses both; "tfidf>continuation" has a
+            second stage.
         embedder: needed only if it embeds queries otherwise than keys; None loads the one the manifest names. One that
             is given keeps the search in this process.
         executor, workers: who does the work, see `retro.retrieval.executors.opening.open_executor`.
@@ -130,8 +131,9 @@ def open_neighbors(
 
 def _resolved(store: Store, index: str) -> str:
     """A kind of index with what "auto" stands for."""
-    kinds = parse_kind(index, is_keyless(store))
-    return "+".join(kind if kind in lexical.KINDS else resolve_kind(kind) for kind in kinds)
+    first, separator, second = index.partition(">")
+    kinds = parse_kind(first, is_keyless(store))
+    return "+".join(kind if kind in lexical.KINDS else resolve_kind(kind) for kind in kinds) + separator + second
 
 
 def _check(store: Store, queries: Store, k: int, exclude: str, uses_keys: bool) -> None:

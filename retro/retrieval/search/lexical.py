@@ -76,6 +76,10 @@ class LexicalIndex:
             found += matrix.scores(queries, rows)
         return found
 
+    def idf(self, terms: Int64[np.ndarray, " t"]) -> Float32[np.ndarray, " t"]:
+        """Of the buckets of tfidf; 0 for those that no chunk has."""
+        return np.max([matrix.idf(terms) for matrix in self._matrices], axis=0)
+
 
 class _Matrix:
     """The weights of one segment."""
@@ -123,6 +127,11 @@ class _Matrix:
                 at = np.minimum(np.searchsorted(chunks, places), len(chunks) - 1)
                 found[q, own] += np.where(chunks[at] == places, self._weights[start:stop][at], 0) * times
         return found
+
+    def idf(self, terms: Int64[np.ndarray, " t"]) -> Float32[np.ndarray, " t"]:
+        """As `LexicalIndex.idf`; 0 for terms of other segments."""
+        places = np.minimum(np.searchsorted(self.segment.terms, terms), len(self._idf) - 1)
+        return np.where(self.segment.terms[places] == terms, self._idf[places], np.float32(0))
 
     def _queried(self, queries: Queries) -> Any:
         """The weight of each term in each query, sparse [q, terms]; terms that say nothing are left out."""

@@ -5,7 +5,8 @@ or "tfidf" (lexical), or several joined by "+", as in "exact+tfidf": their lists
 sum over the lists of 1 / (60 + rank). Source of the fusion: Cormack et al. 2009.
 
 A second stage follows ">": "scann>bm25" orders the best candidates of ScaNN by BM25, "scann>e5-large-v2" by the keys
-that another embedder gives their texts. Source: Shao et al. 2025, CompactDS.
+that another embedder gives their texts (source: Shao et al. 2025, CompactDS), "tfidf>continuation" by how much they
+promise to hold of the text to come (see retro.retrieval.search.continuation).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, embedder_from, load_embedder
-from retro.retrieval.search import lexical
+from retro.retrieval.search import continuation, lexical
 from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.index import (
     ExactIndex,
@@ -84,11 +85,14 @@ def open_searcher(
 
 
 def open_reranker(store: Store, kind: str) -> Reranker:
-    """The second stage of a name: "bm25" or "tfidf", with the weights of the whole store, or an embedder's name."""
+    """The second stage of a name: "continuation", "bm25" or "tfidf", with the weights of the whole store, or an
+    embedder's name."""
+    if kind == continuation.KIND:
+        return continuation.build_continuation(store)
     if kind in lexical.KINDS:
         return lexical.build_lexical(store, kind)
     if not kind or ">" in kind or kind.partition(":")[0] in ("auto", "exact", *ENGINES):
-        raise ValueError(f"behind > there must be bm25, tfidf or the name of an embedder, not {kind!r}")
+        raise ValueError(f"behind > there must be continuation, bm25, tfidf or the name of an embedder, not {kind!r}")
     return EmbedderReranker(store, load_embedder(kind))
 
 

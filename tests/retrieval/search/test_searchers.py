@@ -80,7 +80,7 @@ def test_a_retriever_takes_a_second_stage_by_name(store, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["exact>", "exact>scann", "exact>bm25>tfidf", "exact>faiss:pq"])
 def test_second_stages_that_are_none(store, kind):
-    with pytest.raises(ValueError, match="behind > there must be bm25, tfidf or the name of an embedder"):
+    with pytest.raises(ValueError, match="behind > there must be continuation, bm25, tfidf or the name of an embedder"):
         open_searcher(store, kind, EMBEDDER)
     with pytest.raises(ValueError, match="has a second stage"):
         parse_kind(kind)
