@@ -39,7 +39,7 @@ def measure_baselines(
 ) -> dict[str, Any]:
     """Bits per byte and cost of every method over the same windows of held-out documents.
 
-    The documents are read one after another, each by every row in turn, so that whatever else the machine does slows
+    The documents are read one after another, each by every row in turn, so that other work on the machine falls on
     all of them. Documents that share half or more of their word 13-grams with one of the store count in the first
     figures of a row, and not in those without near copies.
 
