@@ -129,6 +129,16 @@ class RetroCache(Cache):
         positions = torch.tensor(ends, device=x.device)[:, None] + torch.arange(-kept, 0, device=x.device)
         ring[torch.arange(x.shape[0], device=x.device)[:, None], positions % size] = x[:, -kept:]
 
+    def before(self, name: str, x: Shaped[Tensor, "b s d"], step: CachedStep, count: int) -> Shaped[Tensor, "b c d"]:
+        """What `record` keeps of each row's last `count` tokens before this step; arbitrary before its first token."""
+        if name not in self.rows:
+            return x.new_zeros(x.shape[0], count, x.shape[2])
+        ring = self.rows[name]
+        for row, first in enumerate(step.first):
+            self._check_intact(row, first - count, ring.shape[1])
+        positions = torch.tensor(step.first, device=ring.device)[:, None] + torch.arange(-count, 0, device=ring.device)
+        return ring[torch.arange(x.shape[0], device=ring.device)[:, None], positions % ring.shape[1]].to(x)
+
     def tokens(self, step: CachedStep, input_ids: np.ndarray, row: int, start: int, stop: int) -> np.ndarray:
         """Tokens of a row by position: among the last 2m and the step's own `input_ids` [b, s]."""
         positions = np.arange(start, stop)

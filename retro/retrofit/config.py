@@ -8,14 +8,18 @@ from transformers import PreTrainedConfig
 
 from retro.model.config import CheckedFields
 
+MATCHING = ("key_layer", "key_lags")
+PAPER = (
+    "start", "cca_layers", "encoder_hidden_size", "encoder_intermediate_size", "encoder_num_layers", "encoder_num_attention_heads",
+    "encoder_head_dim", "encoder_cross_attention_layers", "initializer_range",
+)  # fmt: skip
+RANDOM_START = ("encoder_shares_embeddings", "gate")
 FORM_FIELDS = {
-    "pointer": ("key_layer", "key_lags"),
-    "paper": (
-        "cca_layers", "cca_init", "smeared_keys", "gate", "encoder_hidden_size", "encoder_intermediate_size",
-        "encoder_num_layers", "encoder_num_attention_heads", "encoder_head_dim", "encoder_cross_attention_layers",
-        "encoder_shares_embeddings", "encoder_init", "initializer_range",
-    ),
-}  # fmt: skip
+    "pointer": MATCHING,
+    "paper": (*MATCHING, *PAPER, *RANDOM_START),
+    "joint": (*MATCHING, *PAPER),
+}
+KEY_LAGS = 10
 
 
 @strict
@@ -28,31 +32,32 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             "package:NAME" (see `open_base`). None: the base must be given when loading.
         base_revision: The revision of that name.
         base_dtype: The base's type when it was fitted, in which it is loaded again.
-        form: What is added, and where: "pointer" or "paper", see retro.retrofit.forms. The fields below that name one
-            are refused beside the other.
+        form: What is added, and where: "joint", "pointer" or "paper", see retro.retrofit.forms. The fields below are
+            refused beside a form that does not have them.
         chunk_len, retrieved_len, num_neighbors: m, r and k, as in RetroConfig.
         rms_norm_eps: Epsilon of the added RMSNorms; default the base's, or 1e-6.
 
-    The pointer:
+    What both parts match with:
         key_layer: The layer whose output, of text and neighbors, is compared; default 8 of 30, and in proportion.
-        key_lags: How many tokens before the compared ones count too; fewer than chunk_len.
+        key_lags: How many tokens before the compared ones count too; fewer than chunk_len, default 10 if so.
 
     The paper form:
-        cca_layers: The layers P with chunked cross-attention, 1-based; or "middle", one layer halfway. Default: every
-            third layer from 6 in a base of 12 layers or more; in a shallower one every third from the middle.
-        cca_init: "random", or "self_attention" to copy CCA's projections and norm from its layer's self-attention.
-        smeared_keys: CCA's keys see the token before theirs (see ChunkedCrossAttention). Differs: not in the paper.
-        gate: CCA's output is scaled by tanh of one number ("scalar") or of one per channel, 0 at the start.
-        encoder_hidden_size: Encoder width d_enc; default the base's.
-        encoder_intermediate_size: Inner width of its feed-forward network; default 4 d_enc.
+        start: "reading", where CCA finds and reads what followed before it is trained, or "random": the paper's
+            encoder and CCA with random weights, of which the pointer knows nothing.
+        cca_layers: The layers P with chunked cross-attention, 1-based; or "middle", one layer halfway. Default with the
+            reading start: the last, and those at 4/5 and 9/10 of the depth; with the random one every third layer from
+            6 in a base of 12 layers or more, and in a shallower one every third from the middle.
         encoder_num_layers: Encoder layers.
+        encoder_intermediate_size: Inner width of their feed-forward networks; default 4 d_enc.
         encoder_num_attention_heads, encoder_head_dim: Heads of the encoder.
         encoder_cross_attention_layers: P_enc, the encoder layers that read H_u, 1-based.
+        initializer_range: Standard deviation of the random weights.
+
+    The random start:
+        encoder_hidden_size: Encoder width d_enc; default, and always with the reading start, the base's.
         encoder_shares_embeddings: The encoder reads the base's token embeddings, through a linear map where widths
             differ.
-        encoder_init: "random", or "base" to copy the base's first layers, which then read in both directions. It takes
-            the base's sizes, for bases built as Llama.
-        initializer_range: Standard deviation of the random weights.
+        gate: CCA's output is scaled by tanh of one number ("scalar") or of one per channel, 0 at the start.
     """
 
     model_type = "retrofit"
@@ -67,19 +72,17 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     num_neighbors: int = 2
     rms_norm_eps: float | None = None
     key_layer: int | None = None
-    key_lags: int = 3
+    key_lags: int | None = None
+    start: Literal["reading", "random"] = "reading"
     cca_layers: list[int] | tuple[int, ...] | str | None = None
-    cca_init: Literal["random", "self_attention"] = "random"
-    smeared_keys: bool = False
-    gate: Literal["scalar", "channel"] = "scalar"
-    encoder_hidden_size: int | None = None
-    encoder_intermediate_size: int | None = None
     encoder_num_layers: int = 2
+    encoder_intermediate_size: int | None = None
     encoder_num_attention_heads: int | None = None
     encoder_head_dim: int | None = None
     encoder_cross_attention_layers: list[int] | tuple[int, ...] = (1,)
+    encoder_hidden_size: int | None = None
     encoder_shares_embeddings: bool = True
-    encoder_init: Literal["random", "base"] = "random"
+    gate: Literal["scalar", "channel"] = "scalar"
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -95,9 +98,10 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         if isinstance(self.base_config, dict):
             self.base_config = config_of(self.base_config)
         text = self.base_config.get_text_config()
-        if self.form == "pointer":
+        if self.matches:
             self.key_layer = self.key_layer or max(1, round(text.num_hidden_layers * 8 / 30))
-        elif self.form == "paper":
+            self.key_lags = min(KEY_LAGS, self.chunk_len - 1) if self.key_lags is None else self.key_lags
+        if self.form in ("paper", "joint"):
             self._take_sizes(text)
         self.rms_norm_eps = self.rms_norm_eps or getattr(text, "rms_norm_eps", None) or 1e-6
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -106,7 +110,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
 
     def _take_sizes(self, text: PreTrainedConfig) -> None:
         """Layers and sizes of the paper's form."""
-        self.cca_layers = chosen_layers(self.cca_layers, text.num_hidden_layers)
+        self.cca_layers = chosen_layers(self.cca_layers, text.num_hidden_layers, self.start)
         own_size = self.encoder_hidden_size in (None, text.hidden_size)
         self.encoder_hidden_size = self.encoder_hidden_size or text.hidden_size
         if own_size:
@@ -117,15 +121,14 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         self.encoder_num_attention_heads = self.encoder_num_attention_heads or max(
             1, self.encoder_hidden_size // self.encoder_head_dim
         )
-        inner = getattr(text, "intermediate_size", None) if self.encoder_init == "base" else None
-        self.encoder_intermediate_size = self.encoder_intermediate_size or inner or 4 * self.encoder_hidden_size
+        self.encoder_intermediate_size = self.encoder_intermediate_size or 4 * self.encoder_hidden_size
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
         self._refuse_fields_of_other_forms()
-        if self.form == "pointer":
-            self._check_pointer()
-        elif self.form == "paper":
+        if self.matches:
+            self._check_matching()
+        if self.form in ("paper", "joint"):
             self._check_paper()
         if self.retrieved_len < self.chunk_len:
             raise ValueError(
@@ -138,13 +141,13 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             for name in fields:
                 default, value = getattr(type(self), name, None), getattr(self, name)
                 default = list(default) if isinstance(default, tuple) else default
-                if form != self.form and value != default:
+                if name not in FORM_FIELDS.get(self.form, name) and value != default:
                     raise ValueError(f"{name} is {value!r}, but form is {self.form!r}; it belongs to form={form!r}.")
 
-    def _check_pointer(self) -> None:
+    def _check_matching(self) -> None:
         if self.base_config is not None:
             _require_layers("key_layer", [self.key_layer], self.num_hidden_layers)
-        if not 0 <= self.key_lags < self.chunk_len:
+        if self.key_lags is not None and not 0 <= self.key_lags < self.chunk_len:
             raise ValueError(
                 f"key_lags is {self.key_lags}; it must be 0 or more, and less than chunk_len {self.chunk_len}."
             )
@@ -153,8 +156,18 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         _require_layers("encoder_cross_attention_layers", self.encoder_cross_attention_layers, self.encoder_num_layers)
         if self.base_config is not None:
             _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
+            if self.start == "reading" and self.encoder_hidden_size != self.hidden_size:
+                raise ValueError(
+                    f"encoder_hidden_size is {self.encoder_hidden_size}, but start is 'reading', which needs the "
+                    f"base's {self.hidden_size}; leave it out, or take start='random'."
+                )
             if not self.cca_layers:
                 raise ValueError("cca_layers is empty, so that nothing could read the neighbors; name a layer.")
+
+    @property
+    def matches(self) -> bool:
+        """Whether the base's own features are compared; all but the random start do."""
+        return self.form in FORM_FIELDS and (self.form != "paper" or self.start == "reading")
 
     @property
     def vocab_size(self) -> int:
@@ -183,8 +196,10 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         return self.base_config.get_text_config()
 
 
-def chosen_layers(wanted: Sequence[int] | str | None, num_layers: int) -> list[int]:
-    """The layers of P: as given, "middle", or by default every third from 6, scaled to shallow bases."""
+def chosen_layers(wanted: Sequence[int] | str | None, num_layers: int, start: str) -> list[int]:
+    """The layers of P: as given, "middle", or by default those of the start."""
+    if wanted is None and start == "reading":
+        return sorted({max(1, round(num_layers * share)) for share in (0.8, 0.9, 1.0)})
     if wanted is None:
         return list(range(6 if num_layers >= 12 else (num_layers + 1) // 2, num_layers + 1, 3))
     if isinstance(wanted, str):

@@ -29,6 +29,7 @@ from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.hooks import RetrofitContext, active, add_hooks, bind_checkpoints
 from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
+from retro.retrofit.starts import observe
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ BASE_PREFIX = "base."
 class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin):
     """A base and a form (see retro.retrofit.forms), which holds every new weight.
 
-    `RetrofitForCausalLM(config)` makes a base of random weights; see `retrofit` and `from_pretrained`.
+    `RetrofitForCausalLM(config)` makes a base of random weights; see `retrofit` and `from_pretrained`. Without
+    `start` the new weights are left as memory holds them, for others to be loaded.
 
     Source: RETRO, section B.2.
     """
@@ -47,7 +49,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, config: RetrofitConfig, base: PreTrainedModel | None = None):
+    def __init__(self, config: RetrofitConfig, base: PreTrainedModel | None = None, start: bool = True):
         super().__init__(config)
         if config.base_config is None:
             raise ValueError("base_config is None; make a RetrofitForCausalLM with retrofit(base, ...).")
@@ -55,7 +57,6 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         self.base.requires_grad_(False)
         self.anatomy = find_anatomy(self.base, config.cca_layers or [])
         self.form = form_class(config.form)(config, self.base, self.anatomy)
-        self.form.start(self.base, self.anatomy)
         self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
         self._no_split_modules = self.base._no_split_modules
         self.post_init()
@@ -63,10 +64,20 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             self.generation_config = copy.deepcopy(self.base.generation_config)
         self._key = _HookKey()
         add_hooks(self.base, self.anatomy, self.form.hook_points, self._key)
+        if start:
+            self.start()
         self._packing_way = packing_way(self.base)
         self._head_is_plain = head_is_plain(self.base)
         self.training = self.base.training
         self.form.train(self.training)
+
+    def start(self, text: Int[Tensor, "q n"] | None = None) -> None:
+        """Give the new weights their start, from what the base makes of a text of its own kind.
+
+        Without a text random tokens serve. Maps between the base's layers are far better from text: of some 16,000
+        tokens they are good, of four times fewer noticeably less so.
+        """
+        self.form.start(observe(self.base, self.anatomy, self.config, self._key, text))
 
     def forward(
         self,
@@ -349,7 +360,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             options = {"dtype": dtype or config.base_dtype or "auto", **hub, **options}
             base = open_base(base or config.base_name_or_path, **options)
         check_base(config, base)
-        model = cls(config, base=base)
+        model = cls(config, base=base, start=False)
         load_new_weights(model, folder, hub)
         return model.eval()
 

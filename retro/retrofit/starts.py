@@ -1,169 +1,109 @@
-"""Starts that are copied from the base: CCA from its layer's self-attention, the encoder from the first layers."""
+"""What the starts of a form are taken from: what the frozen base makes of a text."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from retro.modules import NeighborEncoder
-from retro.modules.feed_forward import ACTIVATIONS
-from retro.retrofit.anatomy import Anatomy
-from retro.retrofit.config import RetrofitConfig, attention_sizes
+from retro.common.modes import evaluating
+from retro.retrofit.anatomy import Anatomy, hidden_after
+from retro.retrofit.config import RetrofitConfig
+from retro.retrofit.hooks import HookPoint, RetrofitContext, active
 
-OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
-# names of one matrix for queries, keys and values, and how its rows are laid out; model types laid out in other ways
-FUSED = {"qkv_proj": "parts", "c_attn": "parts", "Wqkv": "parts", "query_key_value": "heads"}
-OTHER_LAYOUTS = ("codegen", "falcon")
-NORMS_BEFORE_ATTENTION = (
-    "input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "operator_norm", "attention_layernorm", "attn_norm",
-)  # fmt: skip
-LLAMA_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+PROBE_SHAPE = (8, 64)  # rows and tokens of the text where none is given: random tokens
+RIDGE = 1e-2  # of the mean square of a channel
+ROWS_AT_ONCE = 4
 
 
-def start_cca_from_self_attention(
-    cca: nn.Module, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy, number: int
-) -> None:
-    """Copy W_q, W_k, W_v, W_o and the norm before them into CCA. Biases are left behind: CCA has none.
+@dataclass
+class Observed:
+    """Of q rows of n tokens, the first of each row left out, whose features are unlike all others'.
 
-    Raises ValueError, naming the base, where they cannot be read or have other sizes.
+    tokens: [q (n - 1)]. features: the stream after `key_layer`, of square 1, None without such a layer. streams: those
+    at each hook point. embeddings: what the base's logits are a product with, None where it is not a matrix.
     """
-    name = f"cca_init is 'self_attention', but layer {number} of {type(base).__name__}"
-    if config.encoder_hidden_size != config.hidden_size:
-        raise ValueError(
-            f"cca_init is 'self_attention', but encoder_hidden_size is {config.encoder_hidden_size}; "
-            f"it must be the base's {config.hidden_size}."
-        )
-    layer = anatomy.layer(base, number)
-    matrices = projections(getattr(layer, anatomy.attention_name), config.base_config.get_text_config())
-    if matrices is None:
-        raise ValueError(f"{name} has no projections that can be told apart; take cca_init='random'.")
-    for part, matrix in matrices.items():
-        weight = getattr(cca.cross_attention.attention, f"{part}_proj").weight
-        if weight.shape != matrix.shape:
-            sizes = f"{list(matrix.shape)}, not {list(weight.shape)}"
-            raise ValueError(f"{name} has a {part} projection of {sizes}; take cca_init='random'.")
-        weight.copy_(matrix)
-    norm = next((getattr(layer, n) for n in NORMS_BEFORE_ATTENTION if hasattr(layer, n)), None)
-    if norm is not None:
-        cca.norm.weight.copy_(norm_scale(norm, config.hidden_size))
+
+    tokens: Int[Tensor, " t"]
+    features: Float[Tensor, "t d"] | None
+    streams: dict[HookPoint, Float[Tensor, "t d"]]
+    embeddings: Float[Tensor, "v d"] | None
+
+    @property
+    def center(self) -> Float[Tensor, " d"]:
+        """The mean feature."""
+        return self.features.mean(0)
 
 
-def projections(attention: nn.Module, base_config: PreTrainedConfig) -> dict[str, Float[Tensor, "o i"]] | None:
-    """The matrices q, k, v, o of a self-attention as nn.Linear holds them; None where they cannot be told apart."""
-    parts = {name.rpartition(".")[2]: module for name, module in attention.named_modules()}
-    out = next((_matrix(parts[name]) for name in OUTPUTS if name in parts), None)
-    found = [_matrix(parts.get(f"{name}_proj")) for name in "qkv"]
-    if any(matrix is None for matrix in found):
-        found = _split(parts, base_config)
-    return None if found is None or out is None else dict(zip("qkvo", (*found, out), strict=True))
+@dataclass
+class _Recorder:
+    """Takes the place of a form in a run: keeps the stream at the hook points."""
 
+    streams: dict[HookPoint, list[Tensor]] = field(default_factory=dict)
 
-def _split(parts: dict[str, nn.Module], base_config: PreTrainedConfig) -> list[Tensor] | None:
-    name = next((name for name in FUSED if name in parts), None)
-    whole = None if name is None else _matrix(parts[name])
-    heads, kv_heads, head_dim = attention_sizes(base_config)
-    if whole is None or base_config.model_type in OTHER_LAYOUTS:
-        return None
-    if whole.shape[0] != (heads + 2 * kv_heads) * head_dim:
-        return None
-    if FUSED[name] == "heads":
-        return list(rearrange(whole, "(h three dh) d -> three (h dh) d", three=3, dh=head_dim))
-    return list(whole.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]))
-
-
-def _matrix(module: nn.Module | None) -> Tensor | None:
-    """The weight [out, in] of a linear map that is not quantised."""
-    weight = getattr(module, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.ndim != 2:
-        return None
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    def update(self, point: HookPoint, h: Tensor, context: RetrofitContext) -> None:
+        self.streams.setdefault(point, []).append(h[:, 1:].float().flatten(0, 1).cpu())
 
 
 @torch.no_grad()
-def norm_scale(norm: nn.Module, dim: int) -> Float[Tensor, " d"]:
-    """By what a norm scales each channel, whatever it calls its weight: read off numbers of mean 0 and square 1."""
-    like = next(norm.parameters(), torch.zeros(1))
-    ones = torch.ones(dim, device=like.device, dtype=like.dtype)
-    ones[1::2] = -1
-    return (norm(ones[None])[0] - norm(-ones[None])[0]) / 2 * ones
+def observe(
+    base: nn.Module, anatomy: Anatomy, config: RetrofitConfig, key: object, text: Int[Tensor, "q n"] | None
+) -> Observed:
+    """What the base makes of a text, or without one of random tokens, the same every time; without neighbors.
 
-
-def start_encoder_from_base(
-    encoder: NeighborEncoder, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy
-) -> None:
-    """Copy the base's first layers into the encoder's, whose self-attention then sees both sides.
-
-    What reads H_u, which the base does not have, keeps its random start. The base has been through `require_llama`.
+    `key` is that of the model's hooks. Raises ValueError for a base whose layers do not give one stream of its width.
     """
-    for number, block in enumerate(encoder.layers, start=1):
-        layer = anatomy.layer(base, number)
-        block.attention_norm.weight.copy_(norm_scale(layer.input_layernorm, config.hidden_size))
-        block.feed_forward_norm.weight.copy_(norm_scale(layer.post_attention_layernorm, config.hidden_size))
-        for part in "qkvo":
-            _copy(block.attention, layer.self_attn, f"{part}_proj")
-        for part in ("gate", "up", "down"):
-            _copy(block.feed_forward, layer.mlp, f"{part}_proj")
+    device = base.get_input_embeddings().weight.device
+    text = (_random_tokens(config) if text is None else text).to(device)
+    recorder, features, mask = _Recorder(), [], torch.ones_like(text[:ROWS_AT_ONCE], dtype=torch.bool)
+    for rows in text.split(ROWS_AT_ONCE):
+        if config.key_layer is not None:
+            features.append(_features(base, anatomy, config, rows, mask[: len(rows)]))
+        with evaluating(base), active(RetrofitContext(form=recorder, key=key)):
+            base(input_ids=rows, use_cache=False)
+    return Observed(
+        tokens=text[:, 1:].flatten().cpu(),
+        features=torch.cat(features) if features else None,
+        streams={point: torch.cat(parts) for point, parts in recorder.streams.items()},
+        embeddings=_matrix(base.get_output_embeddings()),
+    )
 
 
-def _copy(target: nn.Module, source: nn.Module, name: str) -> None:
-    weight, matrix = getattr(target, name).weight, getattr(source, name).weight
-    if weight.shape != matrix.shape:
+def _features(base, anatomy: Anatomy, config: RetrofitConfig, rows: Tensor, mask: Tensor) -> Float[Tensor, "t d"]:
+    read = hidden_after(base, anatomy, rows, mask, config.key_layer)
+    if read.shape != (*rows.shape, config.hidden_size):
         raise ValueError(
-            f"encoder_init is 'base', whose {name} is {list(matrix.shape)}, but the encoder's is {list(weight.shape)}; "
-            "leave the encoder's sizes out."
+            f"{type(base).__name__} cannot be fitted: layer {config.key_layer} gives {list(read.shape)}, not one "
+            f"stream of its width {config.hidden_size}."
         )
-    weight.copy_(matrix)
+    return normed(read[:, 1:].float().flatten(0, 1).cpu(), config.rms_norm_eps)
 
 
-def require_llama(config: RetrofitConfig, base: nn.Module, anatomy: Anatomy) -> None:
-    """Raise ValueError, naming what differs, unless the base's first layers can become the encoder's."""
-    reason = _unlike_llama(config, base, anatomy)
-    if reason is not None:
-        raise ValueError(
-            f"encoder_init is 'base', but {type(base).__name__} {reason}, so that its layers cannot become an "
-            "encoder's; take encoder_init='random'."
-        )
+def _random_tokens(config: RetrofitConfig) -> Int[Tensor, "q n"]:
+    rows, length = PROBE_SHAPE
+    shape = (rows, min(length, config.max_position_embeddings or length))
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def _unlike_llama(config: RetrofitConfig, base: nn.Module, anatomy: Anatomy) -> str | None:
-    """What keeps the first layers from becoming encoder layers; None if nothing does."""
-    if config.encoder_num_layers > anatomy.num_layers:
-        return f"has {anatomy.num_layers} layers and encoder_num_layers is {config.encoder_num_layers}"
-    if not config.encoder_shares_embeddings or config.encoder_hidden_size != config.hidden_size:
-        return "needs an encoder of its own width that shares its embeddings"
-    layers = [anatomy.layer(base, number + 1) for number in range(config.encoder_num_layers)]
-    missing = [name for name in LLAMA_PARTS if any(not hasattr(layer, name) for layer in layers)]
-    if missing:
-        return f"has no {missing[0]} in its layers"
-    if any(writer.kind != "between" or writer.scale != 1 for writer in anatomy.writers.values()):
-        return "has a scaled or parallel residual"
-    extra = [name for name, _ in layers[0].self_attn.named_children() if name[1:] != "_proj"]
-    if extra:
-        return f"has {extra[0]} in its self-attention"
-    return _unlike_matrices(layers) or _unlike_activation(config)
+def _matrix(module: Any) -> Float[Tensor, "v d"] | None:
+    """The weight [out, in] of a linear map that is not quantized."""
+    weight = getattr(module, "weight", None)
+    return weight.detach() if weight is not None and weight.is_floating_point() and weight.ndim == 2 else None
 
 
-def _unlike_matrices(layers: list[nn.Module]) -> str | None:
-    for layer in layers:
-        for part, names in ((layer.self_attn, "q k v o"), (layer.mlp, "gate up down")):
-            for name in names.split():
-                linear = getattr(part, f"{name}_proj", None)
-                if _matrix(linear) is None:
-                    return f"has no {name}_proj in its {type(part).__name__}"
-                if linear.bias is not None:
-                    return f"has a bias in {name}_proj"
-    return None
+def normed(x: Float[Tensor, "*s d"], eps: float) -> Float[Tensor, "*s d"]:
+    """RMSNorm without weights."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=eps)
 
 
-def _unlike_activation(config: RetrofitConfig) -> str | None:
-    name = getattr(config.base_config.get_text_config(), "hidden_act", None)
-    return None if name in ACTIVATIONS else f"has the activation {name}"
-
-
-def encoder_rope_theta(base_config: PreTrainedConfig) -> float:
-    """The base's rotary base; 10,000 where it has none."""
-    rope = getattr(base_config, "rope_parameters", None) or {}
-    return float(rope.get("rope_theta", 10_000.0))
+def ridge(x: Float[Tensor, "t i"], y: Float[Tensor, "t o"]) -> tuple[Float[Tensor, "o i"], Float[Tensor, " o"]]:
+    """Weight and bias of the linear map from x to y with the least squared error, and a small penalty."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    square = x.T @ x
+    penalty = RIDGE * square.diagonal().mean().clamp(min=1e-12) * torch.eye(len(square))
+    weight = torch.linalg.solve(square + penalty, x.T @ y).T
+    return weight, mean_y - weight @ mean_x

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from retro.common.settings import find_config, load_settings
@@ -19,6 +22,9 @@ from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, 
 from retro.training.loop import fit
 from retro.training.settings import RetrofitSettings
 from retro.training.setup import TrainingRun, setup
+from retro.training.windows import Windows
+
+START_TOKENS = 16_384
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ class RetrofitModelFactory:
         self.settings = settings
         self.base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype), **revision)
         self.fitted: RetrofitForCausalLM | None = None
+        self.store: Store | None = None
 
     def config(self, settings: RetrofitSettings, store: Store) -> RetrofitConfig:
         """The configuration of the fitted base: `settings.model` over what store and settings say.
@@ -57,6 +64,7 @@ class RetrofitModelFactory:
         Raises ValueError for fields that are unknown or refused, and for a store of another tokenizer.
         """
         check_tokenizer(settings.base, self.base, store)
+        self.store = store
         implied = {"chunk_len": store.chunk_len, "num_neighbors": settings.num_neighbors}
         fields = {**implied, **settings.model}
         if fields["chunk_len"] != store.chunk_len:
@@ -68,7 +76,7 @@ class RetrofitModelFactory:
 
     def __call__(self, config: RetrofitConfig) -> PreTrainedModel:
         """A model at the start of its training, drawn again with the loop's seed."""
-        self.fitted.form.start(self.base, self.fitted.anatomy)
+        self.fitted.start(start_text(self.store, self.settings.window_len))
         return self.fitted
 
     def from_pretrained(self, folder: str | Path, dtype: Any = None) -> PreTrainedModel:
@@ -80,6 +88,14 @@ class RetrofitModelFactory:
 
         origin = {"base_name_or_path": stored_name(self.settings.base)}
         return origin if self.settings.revision is None else {**origin, "base_revision": self.settings.revision}
+
+
+def start_text(store: Store, window_len: int) -> Int[Tensor, "q n"]:
+    """Some windows from all over a store, from which the new weights take their start."""
+    windows = Windows(store, window_len=window_len)
+    last = max(1, len(windows) - 1)  # what is left over stands at the end, padded
+    wanted = min(last, max(1, START_TOKENS // window_len))
+    return windows.batch(np.arange(wanted) * last // wanted)["input_ids"]
 
 
 def check_tokenizer(base_name: str, base: PreTrainedModel, store: Store) -> None:
