@@ -10,8 +10,8 @@ from retro.model.config import CheckedFields
 
 MATCHING = ("key_layer", "key_lags")
 PAPER = (
-    "start", "cca_layers", "encoder_hidden_size", "encoder_intermediate_size", "encoder_num_layers", "encoder_num_attention_heads",
-    "encoder_head_dim", "encoder_cross_attention_layers", "initializer_range",
+    "start", "cca_layers", "encoder_hidden_size", "encoder_intermediate_size", "encoder_num_layers",
+    "encoder_num_attention_heads", "encoder_head_dim", "encoder_cross_attention_layers", "initializer_range",
 )  # fmt: skip
 RANDOM_START = ("encoder_shares_embeddings", "gate")
 FORM_FIELDS = {
