@@ -14,11 +14,6 @@ PAPER = (
     "encoder_num_attention_heads", "encoder_head_dim", "encoder_cross_attention_layers", "initializer_range",
 )  # fmt: skip
 RANDOM_START = ("encoder_shares_embeddings", "gate")
-FORM_FIELDS = {
-    "pointer": MATCHING,
-    "paper": (*MATCHING, *PAPER, *RANDOM_START),
-    "joint": (*MATCHING, *PAPER),
-}
 KEY_LAGS = 10
 
 
@@ -33,7 +28,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         base_revision: The revision of that name.
         base_dtype: The base's type when it was fitted, in which it is loaded again.
         form: What is added, and where: "joint", "pointer" or "paper", see retro.retrofit.forms. The fields below are
-            refused beside a form that does not have them.
+            refused beside a form, or a start, that does not have them.
         chunk_len, retrieved_len, num_neighbors: m, r and k, as in RetroConfig.
         rms_norm_eps: Epsilon of the added RMSNorms; default the base's, or 1e-6.
 
@@ -125,7 +120,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
-        self._refuse_fields_of_other_forms()
+        self._refuse_idle_fields()
         if self.matches:
             self._check_matching()
         if self.form in ("paper", "joint"):
@@ -136,13 +131,20 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
                 "a retrieved value starts with a whole neighbor chunk."
             )
 
-    def _refuse_fields_of_other_forms(self) -> None:
-        for form, fields in FORM_FIELDS.items():
-            for name in fields:
-                default, value = getattr(type(self), name, None), getattr(self, name)
-                default = list(default) if isinstance(default, tuple) else default
-                if name not in FORM_FIELDS.get(self.form, name) and value != default:
-                    raise ValueError(f"{name} is {value!r}, but form is {self.form!r}; it belongs to form={form!r}.")
+    def _refuse_idle_fields(self) -> None:
+        """Fields of another form, or of another start of the paper's."""
+        if self.form == "pointer":
+            self._require_defaults((*PAPER, *RANDOM_START), "form is 'pointer'; it belongs to form='paper'")
+        elif self.form in ("paper", "joint") and self.start == "reading":
+            self._require_defaults(RANDOM_START, "start is 'reading'; it belongs to start='random'")
+        elif self.form == "paper":
+            self._require_defaults(MATCHING, "start is 'random'; it belongs to start='reading'")
+
+    def _require_defaults(self, names: Sequence[str], reason: str) -> None:
+        for name in names:
+            default, value = getattr(type(self), name), getattr(self, name)
+            if value != (list(default) if isinstance(default, tuple) else default):
+                raise ValueError(f"{name} is {value!r}, but {reason}.")
 
     def _check_matching(self) -> None:
         if self.base_config is not None:
@@ -167,7 +169,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     @property
     def matches(self) -> bool:
         """Whether the base's own features are compared; all but the random start do."""
-        return self.form in FORM_FIELDS and (self.form != "paper" or self.start == "reading")
+        return self.form in ("pointer", "joint") or (self.form == "paper" and self.start == "reading")
 
     @property
     def vocab_size(self) -> int:
