@@ -67,6 +67,8 @@ class PaperForm(nn.Module):
                 nn.init.normal_(module.weight, std=0.0 if reading else std / (2 * self.config.num_hidden_layers) ** 0.5)
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
         for layer, cca in self.cca.items():
             cca.gate.zero_()
             if reading:
