@@ -135,7 +135,7 @@ class RetroCache(Cache):
             return x.new_zeros(x.shape[0], count, x.shape[2])
         ring = self.rows[name]
         for row, first in enumerate(step.first):
-            self._check_intact(row, first - count, ring.shape[1])
+            self._check_intact(row, max(first - count, 0), ring.shape[1])
         positions = torch.tensor(step.first, device=ring.device)[:, None] + torch.arange(-count, 0, device=ring.device)
         return ring[torch.arange(x.shape[0], device=ring.device)[:, None], positions % ring.shape[1]].to(x)
 
