@@ -81,6 +81,15 @@ ARCHITECTURES = {
     "lfm2": ("lfm2", dict(SIZES, layer_types=["conv", "full_attention", "full_attention"]), "between"),
     "nemotron": ("nemotron", SIZES, "between"),
 }
+# name -> the options that make it: each form, and both starts of the paper's
+FORMS = {
+    "pointer": {"form": "pointer"},
+    "paper": {"form": "paper", "encoder_num_layers": 1},
+    "random": {"form": "paper", "start": "random", "encoder_num_layers": 1},
+    "joint": {"form": "joint", "encoder_num_layers": 1},
+}
+forms = pytest.mark.parametrize("form", FORMS)
+most_forms = pytest.mark.parametrize("form", ["random", "joint"])  # which holds both other parts
 
 
 @pytest.fixture
@@ -102,14 +111,14 @@ def make_base():
 
 @pytest.fixture
 def make_fitted(make_base):
-    """make_fitted(name, base=None, **options): a base fitted for chunks of 4 and values of 8; CCA in layers 2 and 3."""
+    """make_fitted(name, base, form, **options): a base fitted for chunks of 4, values of 8; CCA in layers 2 and 3."""
     from retro.retrofit import retrofit
 
     def make(name: str = "llama", base=None, form: str = "paper", **options):
         torch.manual_seed(1)
-        sizes = dict(chunk_len=4, retrieved_len=8)
-        sizes |= dict(cca_layers=[2, 3], encoder_num_layers=1) if form == "paper" else {}
-        return retrofit(make_base(name) if base is None else base, form=form, **{**sizes, **options})
+        fit = FORMS.get(form, {"form": form}) | dict(chunk_len=4, retrieved_len=8)
+        fit |= dict(cca_layers=[2, 3]) if form in ("paper", "random", "joint") else {}
+        return retrofit(make_base(name) if base is None else base, **{**fit, **options})
 
     return make
 
@@ -140,8 +149,10 @@ def open_gates():
             for name, parameter in model.form.named_parameters():
                 if name.endswith(("gate", "opening")):
                     parameter.fill_(to)
-                elif name.endswith("gate.bias"):
+                elif name.endswith(("gate.bias", "sink")):
                     parameter.fill_(0.0)
+                elif name.endswith("prior"):
+                    parameter.fill_(0.5)
                 elif parameter.ndim > 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
 

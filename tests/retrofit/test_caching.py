@@ -8,10 +8,9 @@ from transformers import DynamicCache, StaticCache
 
 from retro.model import RetrievalError, RetroCache
 from tests.model.test_cache import assert_same, in_pieces, left_padded, random_pieces
-from tests.retrofit.conftest import ARCHITECTURES
+from tests.retrofit.conftest import ARCHITECTURES, FORMS, forms, most_forms
 from tests.searches import Failing, RandomNeighbors
 
-forms = pytest.mark.parametrize("form", ["paper", "pointer"])
 LATE = "does not continue rows of different lengths given with padding in several calls"
 
 
@@ -27,7 +26,7 @@ def text(n: int, b: int = 3, k: int = 2, seed: int = 0) -> dict[str, torch.Tenso
     }
 
 
-@forms
+@most_forms
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cached_logits_are_those_of_the_whole_run(name, form, make_fitted, open_gates):
     """A prompt, single tokens, several tokens over a border; windows of 8 tokens slide; then rows of all lengths."""
@@ -41,11 +40,17 @@ def test_cached_logits_are_those_of_the_whole_run(name, form, make_fitted, open_
         assert_same(cached, whole, batch["attention_mask"])
 
 
-@forms
-@pytest.mark.parametrize("options", [{}, {"key_lags": 0}, {"smeared_keys": True, "gate": "channel"}], ids=str)
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        *((form, {}) for form in FORMS),
+        *((form, {"key_lags": 0}) for form in FORMS if form != "random"),
+        ("random", {"gate": "channel"}),
+        ("joint", {"key_layer": 3, "cca_layers": [1, 3]}),
+    ],
+    ids=str,
+)
 def test_any_pieces(options, form, make_fitted, open_gates):
-    if form == ("paper" if "key_lags" in options else "pointer" if options else None):
-        pytest.skip("options of the other form")
     model, generator = make_fitted(form=form, **options), torch.Generator().manual_seed(0)
     open_gates(model)
     for seed, (n, longest) in enumerate([(3, 2), (13, 1), (21, 9), (30, 30), (17, 4), (26, 5)]):
@@ -74,6 +79,24 @@ def test_logits_to_keep_and_the_loss(form, make_fitted, open_gates):
     out, expected = (model(**batch, labels=batch["input_ids"], use_cache=cached) for cached in (True, False))
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
     assert model(**batch, use_cache=True, return_logits=False).logits is None
+
+
+@forms
+def test_tokens_are_taken_back(form, make_fitted, open_gates):
+    """Other tokens in their place, in rows that stand at different places of their chunks."""
+    model = make_fitted(form=form)
+    open_gates(model)
+    batch = left_padded(text(18), [0, 1, 4])
+    first = batch | {"input_ids": batch["input_ids"].clone()}
+    first["input_ids"][:, 9:11] = first["input_ids"][:, 9:11] % 61 + 3
+    with torch.no_grad():
+        whole = model(**batch).logits
+    for pieces in ([11], [6, 1, 4], [9, 1, 1]):
+        cache = RetroCache(4)
+        in_pieces(model, first, pieces, cache)
+        cache.crop(-2)
+        cached = in_pieces(model, batch, [1, 1, 3, 4], cache)
+        assert_same(cached, whole[:, 9:], batch["attention_mask"][:, 9:])
 
 
 def test_the_pointer_reads_few_neighbors_of_a_long_prompt(make_fitted, open_gates, monkeypatch):
@@ -114,7 +137,7 @@ WAYS = {
 }
 
 
-@forms
+@most_forms
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "opt", "mistral", "bloom", "lfm2"])
 def test_texts_are_those_of_the_whole_run(name, form, make_fitted, open_gates):
     model, search, lens = make_fitted(name, form=form), RandomNeighbors(64), [1, 4, 5, 11]
@@ -223,8 +246,8 @@ def test_smollm2_writes_the_same_with_and_without_a_cache():
     prompts = tokenizer(
         ["The capital of France is", "Once upon a time there was a king who"], padding=True, return_tensors="pt"
     )
-    for form in ("pointer", "paper"):
-        model = retrofit(base, form=form, chunk_len=8, retrieved_len=16)
+    for options in FORMS.values():
+        model = retrofit(base, **options, chunk_len=8, retrieved_len=16)
         with torch.no_grad():
             for name, parameter in model.form.named_parameters():
                 if name.endswith(("gate", "opening")):

@@ -65,7 +65,7 @@ def gpt2_by_hand(model, ids, neighbors):
 
 @pytest.mark.parametrize(("name", "by_hand"), [("llama", llama_by_hand), ("gpt2", gpt2_by_hand)])
 def test_the_block_is_the_papers(name, by_hand, make_fitted, make_neighbors, open_gates):
-    model, neighbors = make_fitted(name), make_neighbors(2, 3)
+    model, neighbors = make_fitted(name, form="random"), make_neighbors(2, 3)
     open_gates(model)
     with torch.no_grad():
         ours, written_out = model(IDS, **neighbors).logits, by_hand(model, IDS, neighbors)

