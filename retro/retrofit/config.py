@@ -42,10 +42,11 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         cca_layers: The layers P with chunked cross-attention, 1-based; or "middle", one layer halfway. Default with the
             reading start: the last, and those at 4/5 and 9/10 of the depth; with the random one every third layer from
             6 in a base of 12 layers or more, and in a shallower one every third from the middle.
-        encoder_num_layers: Encoder layers.
+        encoder_num_layers: Encoder layers, over the base's own up to `key_layer` with the reading start. Default: 2 with
+            the random start, 1 with the reading one, and none in the joint form, where one more gains too little.
         encoder_intermediate_size: Inner width of their feed-forward networks; default 4 d_enc.
         encoder_num_attention_heads, encoder_head_dim: Heads of the encoder.
-        encoder_cross_attention_layers: P_enc, the encoder layers that read H_u, 1-based.
+        encoder_cross_attention_layers: P_enc, the encoder layers that read H_u, 1-based; default the first.
         initializer_range: Standard deviation of the random weights.
 
     The random start:
@@ -61,7 +62,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     base_name_or_path: str | None = None
     base_revision: str | None = None
     base_dtype: str | None = None
-    form: str = "pointer"
+    form: str = "joint"
     chunk_len: int = 64
     retrieved_len: int = 128
     num_neighbors: int = 2
@@ -70,11 +71,11 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     key_lags: int | None = None
     start: Literal["reading", "random"] = "reading"
     cca_layers: list[int] | tuple[int, ...] | str | None = None
-    encoder_num_layers: int = 2
+    encoder_num_layers: int | None = None
     encoder_intermediate_size: int | None = None
     encoder_num_attention_heads: int | None = None
     encoder_head_dim: int | None = None
-    encoder_cross_attention_layers: list[int] | tuple[int, ...] = (1,)
+    encoder_cross_attention_layers: list[int] | tuple[int, ...] | None = None
     encoder_hidden_size: int | None = None
     encoder_shares_embeddings: bool = True
     gate: Literal["scalar", "channel"] = "scalar"
@@ -86,7 +87,6 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.base_config is not None:
             self._take_from_base()
-        self.encoder_cross_attention_layers = sorted(self.encoder_cross_attention_layers)
         super().__post_init__(**kwargs)
 
     def _take_from_base(self) -> None:
@@ -117,6 +117,11 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             1, self.encoder_hidden_size // self.encoder_head_dim
         )
         self.encoder_intermediate_size = self.encoder_intermediate_size or 4 * self.encoder_hidden_size
+        if self.encoder_num_layers is None:
+            self.encoder_num_layers = 0 if self.form == "joint" else 1 if self.start == "reading" else 2
+        if self.encoder_cross_attention_layers is None:
+            self.encoder_cross_attention_layers = [1] if self.encoder_num_layers else []
+        self.encoder_cross_attention_layers = sorted(self.encoder_cross_attention_layers)
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
@@ -155,8 +160,11 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             )
 
     def _check_paper(self) -> None:
-        _require_layers("encoder_cross_attention_layers", self.encoder_cross_attention_layers, self.encoder_num_layers)
+        if self.form == "joint" and self.start != "reading":
+            raise ValueError(f"start is {self.start!r}, but form is 'joint'; it belongs to form='paper'.")
         if self.base_config is not None:
+            conditioned = self.encoder_cross_attention_layers
+            _require_layers("encoder_cross_attention_layers", conditioned, self.encoder_num_layers)
             _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
             if self.start == "reading" and self.encoder_hidden_size != self.hidden_size:
                 raise ValueError(

@@ -22,8 +22,8 @@ def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **opt
         base: A Hugging Face name, a folder, a GGUF file, "package:NAME" or a model in memory, which is taken over: its
             weights stop asking for gradients, and hooks are put in that do nothing without neighbors.
         dtype, revision: As in from_pretrained, for a base that is loaded here.
-        options: Fields of RetrofitConfig: form, chunk_len, retrieved_len ... The default form is "pointer", which
-            copies from the neighbors by the base's own features; "paper" adds the paper's encoder and CCA.
+        options: Fields of RetrofitConfig: form, chunk_len, retrieved_len ... "paper" adds the paper's encoder and
+            CCA, "pointer" copies from the neighbors by the base's own features, and "joint", the default, does both.
 
     Raises ValueError, in one sentence, for a base that cannot be loaded or fitted and for unknown options.
     """
