@@ -42,8 +42,8 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         cca_layers: The layers P with chunked cross-attention, 1-based; or "middle", one layer halfway. Default with the
             reading start: the last, and those at 4/5 and 9/10 of the depth; with the random one every third layer from
             6 in a base of 12 layers or more, and in a shallower one every third from the middle.
-        encoder_num_layers: Encoder layers, over the base's own up to `key_layer` with the reading start. Default: 2 with
-            the random start, 1 with the reading one, and none in the joint form, where one more gains too little.
+        encoder_num_layers: Encoder layers; with the reading start they stand on the base's own up to `key_layer`.
+            Default: 2 with the random start, 1 with the reading one, none in the joint form.
         encoder_intermediate_size: Inner width of their feed-forward networks; default 4 d_enc.
         encoder_num_attention_heads, encoder_head_dim: Heads of the encoder.
         encoder_cross_attention_layers: P_enc, the encoder layers that read H_u, 1-based; default the first.
