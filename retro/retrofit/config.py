@@ -33,7 +33,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         rms_norm_eps: Epsilon of the added RMSNorms; default the base's, or 1e-6.
 
     What both parts match with:
-        key_layer: The layer whose output, of text and neighbors, is compared; default 8 of 30, and in proportion.
+        key_layer: The layer whose output, of text and neighbors, is compared; default a fifth of the layers.
         key_lags: How many tokens before the compared ones count too; fewer than chunk_len, default 10 if so.
 
     The paper form:
@@ -94,7 +94,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             self.base_config = config_of(self.base_config)
         text = self.base_config.get_text_config()
         if self.matches:
-            self.key_layer = self.key_layer or max(1, round(text.num_hidden_layers * 8 / 30))
+            self.key_layer = self.key_layer or max(1, round(text.num_hidden_layers / 5))
             self.key_lags = min(KEY_LAGS, self.chunk_len - 1) if self.key_lags is None else self.key_lags
         if self.form in ("paper", "joint"):
             self._take_sizes(text)
