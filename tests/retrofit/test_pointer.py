@@ -31,7 +31,8 @@ def probabilities_by_loops(model, row, neighbor_ids, neighbor_mask, documents):
     """p' of every position of one row, written out from the formulas."""
     form, base = model.form, model.base
     gate, layer = form.gate, model.config.key_layer
-    p = base(row[None]).logits[0].softmax(-1)
+    log_p = base(row[None]).logits[0].log_softmax(-1)
+    p = log_p.exp()
     h, last = stream(base, row[None], layer)[0], stream(base, row[None], 3)[0]
     result = p.clone()
     for t in range(len(row)):
@@ -42,7 +43,7 @@ def probabilities_by_loops(model, row, neighbor_ids, neighbor_mask, documents):
         if not scores:
             continue
         scores, best = torch.cat(scores), max(scores) / form.matching.log_sharpness.exp()
-        weights = (scores + form.prior * p[t, tokens].log().clamp(min=-15.0)).softmax(0)
+        weights = (scores + form.prior * log_p[t, tokens].clamp(min=-15.0)).softmax(0)
         copied = torch.zeros_like(p[t])
         for weight, token in zip(weights, tokens, strict=True):
             copied[token] += weight
@@ -60,7 +61,7 @@ def test_logits_and_loss_are_the_formulas(prior, documents, opened, make_neighbo
     model, neighbors = opened(rms_norm_eps=1e-6), make_neighbors(2, 3)
     with torch.no_grad():
         model.form.prior.fill_(prior)
-        model.base.lm_head.weight.mul_(4.0)  # some log p(y_j) are below what counts
+        model.base.lm_head.weight.mul_(12.0)  # some log p(y_j) are below what counts
     assert (model.form.gate.opening.abs() > 0.5).all() and model.config.key_lags == 3
     documents_ids = torch.tensor([documents, [0] * 14])
     packed = len(set(documents)) > 1
