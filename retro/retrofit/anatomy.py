@@ -97,7 +97,7 @@ def _attention_name(kind: str, number: int, blocks: nn.ModuleList) -> str:
         return found[number - 1]
     parts = ", ".join(type(part).__name__ for part in blocks[number - 1].children())
     others = ", ".join(str(i) for i, name in enumerate(found, start=1) if name is not None)
-    remedy = f"name some of {others} in cca_layers" if others else "no layer has one"
+    remedy = f"name some of {others} in cca_layers" if others else "no layer has one: fit it with form='pointer'"
     raise ValueError(f"{kind} cannot be fitted: layer {number} has no self-attention (it has {parts}); {remedy}.")
 
 
@@ -215,7 +215,7 @@ def _find_writer(kind: str, number: int, attention: str, trace: Trace) -> Writer
         return Writer(attention, "between", holds_residual=True)
     raise ValueError(
         f"{kind} cannot be fitted: in layer {number} no output of {attention}, nor of a norm after it, joins the "
-        "residual stream in a known way."
+        "residual stream in a known way; fit it with form='pointer'."
     )
 
 

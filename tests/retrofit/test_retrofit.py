@@ -26,7 +26,7 @@ def test_public_names():
 
 def test_the_package_is_the_function(make_base):
     model = retro.retrofit(make_base(), chunk_len=4, retrieved_len=8)
-    assert model.config.form == "pointer" and model.config.key_layer == 1 and model.config.chunk_len == 4
+    assert model.config.form == "joint" and model.config.key_layer == 1 and model.config.chunk_len == 4
     model = retro.retrofit(make_base(), form="paper", chunk_len=4, retrieved_len=8)
     assert model.config.start == "reading" and model.config.cca_layers == [2, 3] and model.config.key_layer == 1
 
@@ -270,10 +270,16 @@ def test_trainer(form, make_fitted, make_neighbors, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("mamba", "MambaForCausalLM cannot be fitted: layer 2 has no self-attention .* no layer has one"),
+        (
+            "mamba",
+            "MambaForCausalLM cannot be fitted: layer 2 has no self-attention .*: fit it with form='pointer'",
+        ),
         ("t5", "T5ForConditionalGeneration cannot be fitted: it is an encoder-decoder"),
         ("recurrent_gemma", "layer 2 has no self-attention .* name some of 3 in cca_layers"),
-        ("falcon_h1", "FalconH1ForCausalLM cannot be fitted: in layer 2 no output of self_attn, .* known way"),
+        (
+            "falcon_h1",
+            "FalconH1ForCausalLM cannot be fitted: in layer 2 no output of self_attn, .*; fit it with form='pointer'",
+        ),
     ],
 )
 def test_architectures_that_cannot_be_fitted(model_type, words, make_base):
