@@ -9,10 +9,11 @@ from transformers import PreTrainedConfig
 from retro.model.config import CheckedFields
 
 MATCHING = ("key_layer", "key_lags")
-PAPER = (
-    "start", "cca_layers", "encoder_hidden_size", "encoder_intermediate_size", "encoder_num_layers",
-    "encoder_num_attention_heads", "encoder_head_dim", "encoder_cross_attention_layers", "initializer_range",
-)  # fmt: skip
+OF_LAYERS = (
+    *("encoder_intermediate_size", "encoder_num_attention_heads", "encoder_head_dim"),
+    "encoder_cross_attention_layers",
+)
+PAPER = ("start", "cca_layers", "encoder_hidden_size", "encoder_num_layers", *OF_LAYERS, "initializer_range")
 RANDOM_START = ("encoder_shares_embeddings", "gate")
 KEY_LAGS = 10
 
@@ -108,6 +109,10 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         self.cca_layers = chosen_layers(self.cca_layers, text.num_hidden_layers, self.start)
         own_size = self.encoder_hidden_size in (None, text.hidden_size)
         self.encoder_hidden_size = self.encoder_hidden_size or text.hidden_size
+        if self.encoder_num_layers is None:
+            self.encoder_num_layers = 0 if self.form == "joint" else 1 if self.start == "reading" else 2
+        if self.encoder_num_layers == 0:
+            return
         if own_size:
             heads, head_dim = attention_sizes(text)[::2]
             self.encoder_num_attention_heads = self.encoder_num_attention_heads or heads
@@ -117,11 +122,8 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             1, self.encoder_hidden_size // self.encoder_head_dim
         )
         self.encoder_intermediate_size = self.encoder_intermediate_size or 4 * self.encoder_hidden_size
-        if self.encoder_num_layers is None:
-            self.encoder_num_layers = 0 if self.form == "joint" else 1 if self.start == "reading" else 2
-        if self.encoder_cross_attention_layers is None:
-            self.encoder_cross_attention_layers = [1] if self.encoder_num_layers else []
-        self.encoder_cross_attention_layers = sorted(self.encoder_cross_attention_layers)
+        conditioned = self.encoder_cross_attention_layers
+        self.encoder_cross_attention_layers = [1] if conditioned is None else sorted(conditioned)
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
@@ -137,18 +139,23 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             )
 
     def _refuse_idle_fields(self) -> None:
-        """Fields of another form, or of another start of the paper's."""
+        """Fields of another form, of another start of the paper's, or of layers that are not there."""
         if self.form == "pointer":
             self._require_defaults((*PAPER, *RANDOM_START), "form is 'pointer'; it belongs to form='paper'")
-        elif self.form in ("paper", "joint") and self.start == "reading":
+        elif self.form == "joint":
+            self._require_defaults(("start",), "form is 'joint'; it belongs to form='paper'")
+            self._require_defaults(RANDOM_START, "form is 'joint'; it belongs to form='paper' with start='random'")
+        elif self.form == "paper" and self.start == "reading":
             self._require_defaults(RANDOM_START, "start is 'reading'; it belongs to start='random'")
         elif self.form == "paper":
             self._require_defaults(MATCHING, "start is 'random'; it belongs to start='reading'")
+        if self.encoder_num_layers == 0:
+            self._require_defaults(OF_LAYERS, "the encoder has no layers; it needs encoder_num_layers")
 
     def _require_defaults(self, names: Sequence[str], reason: str) -> None:
         for name in names:
             default, value = getattr(type(self), name), getattr(self, name)
-            if value != (list(default) if isinstance(default, tuple) else default):
+            if value != default:
                 raise ValueError(f"{name} is {value!r}, but {reason}.")
 
     def _check_matching(self) -> None:
@@ -160,16 +167,14 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             )
 
     def _check_paper(self) -> None:
-        if self.form == "joint" and self.start != "reading":
-            raise ValueError(f"start is {self.start!r}, but form is 'joint'; it belongs to form='paper'.")
         if self.base_config is not None:
-            conditioned = self.encoder_cross_attention_layers
+            conditioned = self.encoder_cross_attention_layers or ()
             _require_layers("encoder_cross_attention_layers", conditioned, self.encoder_num_layers)
             _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
             if self.start == "reading" and self.encoder_hidden_size != self.hidden_size:
                 raise ValueError(
                     f"encoder_hidden_size is {self.encoder_hidden_size}, but start is 'reading', which needs the "
-                    f"base's {self.hidden_size}; leave it out, or take start='random'."
+                    f"base's {self.hidden_size}; leave it out, or take form='paper' with start='random'."
                 )
             if not self.cca_layers:
                 raise ValueError("cca_layers is empty, so that nothing could read the neighbors; name a layer.")
