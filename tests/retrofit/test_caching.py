@@ -46,7 +46,7 @@ def test_cached_logits_are_those_of_the_whole_run(name, form, make_fitted, open_
         *((form, {}) for form in FORMS),
         *((form, {"key_lags": 0}) for form in FORMS if form != "random"),
         ("random", {"gate": "channel"}),
-        ("joint", {"key_layer": 3, "cca_layers": [1, 3]}),
+        ("joint", {"key_layer": 3, "cca_layers": [1, 3], "encoder_num_layers": 0}),
     ],
     ids=str,
 )

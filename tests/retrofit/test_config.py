@@ -21,24 +21,26 @@ def make(num_layers: int = 30, **options) -> RetrofitConfig:
     [
         (1, 1, [1], [1]),
         (2, 1, [2], [1]),
-        (6, 2, [5, 6], [3, 6]),
-        (12, 3, [10, 11, 12], [6, 9, 12]),
-        (30, 8, [24, 27, 30], [6, 9, 12, 15, 18, 21, 24, 27, 30]),
+        (6, 1, [5, 6], [3, 6]),
+        (12, 2, [10, 11, 12], [6, 9, 12]),
+        (30, 6, [24, 27, 30], [6, 9, 12, 15, 18, 21, 24, 27, 30]),
     ],
 )
 def test_defaults_by_depth(num_layers, key_layer, reading, random):
-    pointer = make(num_layers)
-    assert (pointer.form, pointer.key_layer, pointer.key_lags, pointer.cca_layers) == ("pointer", key_layer, 10, None)
-    for form in ("paper", "joint"):
-        config = make(num_layers, form=form)
+    pointer = make(num_layers, form="pointer")
+    assert (pointer.key_layer, pointer.key_lags, pointer.cca_layers) == (key_layer, 10, None)
+    for config, encoder in ((make(num_layers), (0, None)), (make(num_layers, form="paper"), (1, [1]))):
+        assert config.form == ("paper" if encoder[0] else "joint")
+        assert (config.encoder_num_layers, config.encoder_cross_attention_layers) == encoder
         assert (config.start, config.key_layer, config.key_lags) == ("reading", key_layer, 10)
         assert config.cca_layers == reading
-        sizes = ("encoder_hidden_size", "encoder_intermediate_size", "encoder_num_attention_heads", "encoder_head_dim")
-        assert [getattr(config, name) for name in sizes] == [576, 2304, 9, 64]
+        sizes = [
+            getattr(config, f"encoder_{name}") for name in ("intermediate_size", "num_attention_heads", "head_dim")
+        ]
+        assert config.encoder_hidden_size == 576 and sizes == ([2304, 9, 64] if encoder[0] else [None] * 3)
     config = make(num_layers, form="paper", start="random")
     assert (config.key_layer, config.key_lags, config.cca_layers) == (None, None, random)
-    config = make(num_layers, form="joint", start="random")
-    assert (config.key_layer, config.cca_layers) == (key_layer, random)
+    assert (config.encoder_num_layers, config.encoder_cross_attention_layers) == (2, [1])
 
 
 def test_default_lags_are_fewer_than_the_tokens_of_a_chunk():
@@ -108,7 +110,8 @@ MATCHING = {"key_layer": 2, "key_lags": 1}
 REFUSED = [
     ("pointer", PAPER | RANDOM_START, "but form is 'pointer'; it belongs to form='paper'"),
     ("paper", RANDOM_START, "but start is 'reading'; it belongs to start='random'"),
-    ("joint", RANDOM_START, "but start is 'reading'; it belongs to start='random'"),
+    ("joint", RANDOM_START, "but form is 'joint'; it belongs to form='paper' with start='random'"),
+    ("joint", {"start": "random"}, "start is 'random', but form is 'joint'; it belongs to form='paper'"),
     ("random", MATCHING, "but start is 'random'; it belongs to start='reading'"),
     ("pointer paper joint", {"key_layer": 4}, "key_layer has 4; layers are counted from 1 to 3"),
     ("pointer paper joint", {"key_lags": 4}, "key_lags is 4; it must be 0 or more, and less than chunk_len 4"),
@@ -118,7 +121,7 @@ REFUSED = [
     ("paper random joint", {"cca_layers": "last"}, "cca_layers is 'last'; give layers from 1 to 3, or 'middle'"),
     ("paper random joint", {"encoder_cross_attention_layers": [2]}, "has 2; layers are counted from 1 to 1"),
     ("paper joint", {"encoder_hidden_size": 24}, "is 24, but start is 'reading', which needs the base's 16; leave it"),
-    ("paper joint", {"start": "now"}, "start"),
+    ("paper", {"start": "now"}, "start"),
     ("random", {"gate": "wide"}, "gate"),
     ("pointer joint", {"retrieved_len": 2}, "retrieved_len is 2, below chunk_len 4"),
     ("new", {}, "form is 'new'; choose one of pointer, paper, joint"),
@@ -129,6 +132,14 @@ CASES = [
     for form in kinds.split()
     for name, x in (given or {"chunk_len": 4}).items()
 ]
+
+
+def test_sizes_of_encoder_layers_that_are_not_there_are_refused(make_fitted):
+    for name, value in (("encoder_head_dim", 8), ("encoder_cross_attention_layers", [1])):
+        with pytest.raises(
+            ValueError, match=f"{name} is .*, but the encoder has no layers; it needs encoder_num_layers"
+        ):
+            make_fitted(form="joint", encoder_num_layers=0, **{name: value})
 
 
 @pytest.mark.parametrize(("form", "options", "words"), CASES, ids=str)

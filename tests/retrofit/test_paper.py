@@ -116,6 +116,17 @@ def test_one_neighbor_token_gives_nothing_to_read(make_fitted, make_neighbors, o
     torch.testing.assert_close(model(IDS, **neighbors).logits, model(IDS).logits)
 
 
+def test_the_encoder_adds_nothing_at_first(make_fitted, make_neighbors):
+    """E is what the base makes of the neighbors; the conditions count as soon as anything is learned."""
+    model, neighbors = make_fitted(encoder_num_layers=2), make_neighbors(2, 3)
+    features, mask = torch.randn(2, 3, 2, 8, 16), neighbors["neighbor_mask"]
+    encode = lambda: model.form.encoder(normed(features), mask, 10 * torch.randn(2, 3, 4, 16))  # noqa: E731
+    torch.testing.assert_close(encode(), normed(features))
+    with torch.no_grad():
+        model.form.encoder.layers[0].cross_attention.o_proj.weight.add_(0.1)
+    assert not torch.allclose(encode(), normed(features), atol=0.01)
+
+
 @forms
 def test_a_second_start_is_the_first(form, make_fitted):
     """Whatever has been learned in between; and a start of a text is another one."""
@@ -155,12 +166,13 @@ def test_ridge_is_least_squares_with_a_penalty():
     assert not constant.any() and kept.item() == 3.0
 
 
-def test_observe_gives_what_the_base_makes_of_a_text(make_fitted, around_cca):
-    """More rows than are run at once, of a model in training mode, which stays in it."""
-    model = make_fitted(form="joint").train()
+def test_observe_gives_what_the_base_makes_of_a_text(make_base, make_fitted, around_cca):
+    """More rows than are run at once, of a model in training mode, which stays in it, and without its dropout."""
+    model = make_fitted(base=make_base(attention_dropout=0.5), form="joint").train()
     text = torch.randint(3, 64, (6, 9), generator=torch.Generator().manual_seed(0))
     seen = observe(model.base, model.anatomy, model.config, model._key, text)
     assert model.base.training
+    model.eval()
     before, after = around_cca(model, text)
     assert torch.equal(seen.tokens, text[:, 1:].flatten())
     torch.testing.assert_close(seen.features, normed(stream(model.base, text, 1))[:, 1:].flatten(0, 1))

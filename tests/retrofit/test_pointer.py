@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, retrofit
+from retro.retrofit import RetrofitForCausalLM, retrofit
 from retro.retrofit.hooks import HookPoint
 from tests.retrofit.by_loops import chunk_read, matches, normed, real_parts, stream
 
@@ -152,7 +152,7 @@ def test_the_gate_is_alive_on_both_sides_of_0(make_fitted, make_neighbors):
 
 def test_the_start_is_the_same_every_time(make_base):
     base = make_base()
-    one, two = (retrofit(base, chunk_len=4, retrieved_len=8).form.state_dict() for _ in range(2))
+    one, two = (retrofit(base, form="pointer", chunk_len=4, retrieved_len=8).form.state_dict() for _ in range(2))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
     assert torch.equal(one["matching.key.weight"], torch.eye(16)) and one["matching.key.bias"].abs().sum() > 0
 
@@ -168,7 +168,7 @@ def test_the_start_is_the_same_every_time(make_base):
 def test_bases_without_a_place_for_cca(name, changes, make_base, make_neighbors, open_gates):
     """Nothing is written inside a layer, so that no self-attention is needed there."""
     base = make_base(name, **changes)
-    model, neighbors = retrofit(base, chunk_len=4, retrieved_len=8), make_neighbors(2, 3)
+    model, neighbors = retrofit(base, form="pointer", chunk_len=4, retrieved_len=8), make_neighbors(2, 3)
     expected = base(IDS).logits
     assert torch.equal(model(IDS, **neighbors).logits, expected)
     open_gates(model)
@@ -180,8 +180,6 @@ def test_bases_without_a_place_for_cca(name, changes, make_base, make_neighbors,
 
 
 def test_options(make_base, make_fitted, make_neighbors, open_gates, tmp_path):
-    for num_layers, layer in ((1, 1), (3, 1), (12, 3), (30, 8), (32, 9)):
-        assert RetrofitConfig(base_config=make_base(num_hidden_layers=num_layers).config).key_layer == layer
     model = make_fitted(form="pointer", key_layer=3, key_lags=0)
     assert model.form.hook_points == [HookPoint(3, "end")] and model.form.matching.lags.tolist() == [1.0]
     open_gates(model)
