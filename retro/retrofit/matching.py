@@ -92,9 +92,19 @@ def neighbor_features(context: RetrofitContext, layer: int) -> Float[Tensor, "c 
         ids, mask = context.neighbor_ids, context.neighbor_mask
         if context.step is not None:
             ids, mask = context.step.neighbor_ids[None], context.step.neighbor_mask[None]
-        read = context.hidden_after(ids.flatten(0, 2), mask.flatten(0, 2), layer)
+        read = _read_real(context, ids.flatten(0, 2), mask.flatten(0, 2), layer)
         context.state["features"] = rearrange(read, "(c k) r d -> c k r d", k=ids.shape[2])
     return context.state["features"]
+
+
+def _read_real(context: RetrofitContext, ids: Tensor, mask: Tensor, layer: int) -> Float[Tensor, "q r d"]:
+    """The stream over the texts that have a real token; 0 for the others, which are not run."""
+    real = mask.any(-1).nonzero()[:, 0]
+    if len(real) == len(ids):
+        return context.hidden_after(ids, mask, layer)
+    real = real if len(real) else real.new_zeros(1)
+    some = context.hidden_after(ids[real], mask[real], layer)
+    return some.new_zeros(len(ids), *some.shape[1:]).index_copy(0, real.to(some.device), some)
 
 
 @dataclass
