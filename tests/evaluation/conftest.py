@@ -44,7 +44,7 @@ def pointer(make_lm):
     """That LM RETRO-fitted, its gate opened as training would: it copies where a neighbor reads like the text."""
     from retro.retrofit import retrofit
 
-    model = retrofit(make_lm(), chunk_len=8, retrieved_len=16).eval()
+    model = retrofit(make_lm(), form="pointer", chunk_len=8, retrieved_len=16).eval()
     with torch.no_grad():
         model.form.gate.opening.fill_(2.0)
     return model

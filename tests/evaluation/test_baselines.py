@@ -39,7 +39,7 @@ def pointer(make_lm):
     with torch.no_grad():
         for parameter in lm.model.layers.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    model = retrofit(lm, chunk_len=8, retrieved_len=16).eval()
+    model = retrofit(lm, form="pointer", chunk_len=8, retrieved_len=16).eval()
     with torch.no_grad():
         model.form.gate.opening.fill_(2.0)
     return model
@@ -377,14 +377,12 @@ def test_operations_of_base_and_prompt_by_hand(make_bench, words_tokenizer):
     assert run(bench, "lm", whole).flops == 0, "only one sample is counted"
 
 
-@pytest.mark.parametrize(
-    "form", [{"form": "pointer"}, {"form": "paper", "cca_layers": [1, 2]}], ids=["pointer", "paper"]
-)
+@pytest.mark.parametrize("form", ["pointer", "paper", "joint"])
 def test_operations_of_a_form_are_those_of_its_matrices(form, make_lm, make_bench, sample):
     """Whatever a form is: the products of all linear maps that ran, and, besides them, only attention."""
     from retro.retrofit import retrofit
 
-    model, products = retrofit(make_lm(), chunk_len=8, retrieved_len=16, **form).eval(), []
+    model, products = retrofit(make_lm(), form=form, chunk_len=8, retrieved_len=16).eval(), []
     bench = make_bench(2)
     bench.models, bench.counted = {"fitted": model}, sample
 

@@ -16,7 +16,7 @@ from retro.sampling import token_gains
 from tests.evaluation.conftest import HELD_OUT
 
 
-@pytest.fixture(params=["retro", "pointer", "paper"])
+@pytest.fixture(params=["retro", "pointer", "paper", "joint"])
 def model(request, make_model, make_lm, pointer, words_tokenizer):
     from retro.retrofit import retrofit
 
@@ -25,11 +25,12 @@ def model(request, make_model, make_lm, pointer, words_tokenizer):
     if request.param == "pointer":
         return pointer
     torch.manual_seed(1)
-    paper = retrofit(make_lm(), form="paper", chunk_len=8, retrieved_len=16).eval()
+    fitted = retrofit(make_lm(), form=request.param, chunk_len=8, retrieved_len=16).eval()
     with torch.no_grad():
-        for name, parameter in paper.form.named_parameters():
-            parameter.copy_(torch.ones(()) if name.endswith("gate") else 0.3 * torch.randn_like(parameter))
-    return paper
+        for name, parameter in fitted.form.named_parameters():
+            is_open = name.endswith(("gate", "opening"))
+            parameter.copy_(torch.ones(()) if is_open else 0.3 * torch.randn_like(parameter))
+    return fitted
 
 
 def test_one_quantity_has_one_figure(model, planted_retriever, words_tokenizer):

@@ -45,9 +45,9 @@ def model(words_tokenizer, make_model):
     return make_model(vocab_size=len(words_tokenizer), chunk_len=8, retrieved_len=16, eos_token_id=1, pad_token_id=0)
 
 
-@pytest.fixture(params=["retro", "pointer", "paper"])
+@pytest.fixture(params=["retro", "pointer", "paper", "joint"])
 def reader(request, model, words_tokenizer):
-    """A RETRO, or a fitted base of either form whose new weights are no longer at their start."""
+    """A RETRO, or a fitted base of each form whose new weights are no longer at their start."""
     if request.param == "retro":
         return model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,9 +63,9 @@ def reader(request, model, words_tokenizer):
     with torch.no_grad():
         for parameter in fitted.form.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
-        if request.param == "pointer":
-            fitted.form.gate.bias.fill_(2.0)  # the gate is all but closed at its start
-            fitted.form.gate.opening.fill_(1.0)
+        for name, parameter in fitted.form.named_parameters():
+            if name.endswith(("gate.bias", "opening")):  # the gate is all but closed at its start
+                parameter.fill_(2.0)
     return fitted
 
 
