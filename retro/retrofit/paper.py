@@ -221,10 +221,10 @@ def _encoder_embedding(config: RetrofitConfig, base: nn.Module) -> nn.Module | N
 def _encoder(config: RetrofitConfig) -> NeighborEncoder:
     return NeighborEncoder(
         dim=config.encoder_hidden_size,
-        inner_dim=config.encoder_intermediate_size,
+        inner_dim=config.encoder_intermediate_size or 0,
         num_layers=config.encoder_num_layers,
         condition_dim=config.hidden_size,
-        cross_attention_layers=config.encoder_cross_attention_layers,
+        cross_attention_layers=config.encoder_cross_attention_layers or [],
         attention=dict(num_heads=config.encoder_num_attention_heads, head_dim=config.encoder_head_dim),
         feed_forward=dict(activation="gelu", gated=False),
         norm_eps=config.rms_norm_eps,
