@@ -29,7 +29,7 @@ from retro.retrieval import Store
 from retro.retrofit import open_base, retrofit
 from retro.retrofit.bases import stored_name
 from retro.training.loop import fit
-from retro.training.retrofit import check_tokenizer
+from retro.training.retrofit import check_tokenizer, start_text
 from retro.training.settings import FinetuneSettings
 from retro.training.setup import setup
 from retro.training.windows import IGNORED, Batch, Windows, check_window
@@ -50,11 +50,13 @@ class FinetuneModelFactory:
     """How the loop makes its model: from where it starts, or from a checkpoint. A plain LM is fitted for neighbors."""
 
     def __init__(self, settings: FinetuneSettings):
-        self.model: PreTrainedModel = open_base(settings.start)
+        dtype = {} if settings.base_dtype is None else {"dtype": getattr(torch, settings.base_dtype)}
+        self.model: PreTrainedModel = open_base(settings.start, **dtype)
         if settings.retrieval and not reads_neighbors(self.model):
-            chunk_len = Store.open(settings.store).chunk_len
-            given = dict(chunk_len=chunk_len, num_neighbors=settings.num_neighbors)
+            store = Store.open(settings.store)
+            given = dict(chunk_len=store.chunk_len, num_neighbors=settings.num_neighbors)
             self.model = retrofit(self.model, base_name_or_path=stored_name(settings.start), **given)
+            self.model.start(start_text(store))
 
     def config(self, settings: FinetuneSettings, store: Store) -> PreTrainedConfig:
         """The model's configuration; ValueError for a store of another tokenizer."""

@@ -24,7 +24,7 @@ from retro.training.settings import RetrofitSettings
 from retro.training.setup import TrainingRun, setup
 from retro.training.windows import Windows
 
-START_TOKENS = 16_384
+START_TOKENS, START_CHUNKS = 16_384, 8
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class RetrofitModelFactory:
 
     def __call__(self, config: RetrofitConfig) -> PreTrainedModel:
         """A model at the start of its training, drawn again with the loop's seed."""
-        self.fitted.start(start_text(self.store, self.settings.window_len))
+        self.fitted.start(start_text(self.store))
         return self.fitted
 
     def from_pretrained(self, folder: str | Path, dtype: Any = None) -> PreTrainedModel:
@@ -90,8 +90,9 @@ class RetrofitModelFactory:
         return origin if self.settings.revision is None else {**origin, "base_revision": self.settings.revision}
 
 
-def start_text(store: Store, window_len: int) -> Int[Tensor, "q n"]:
+def start_text(store: Store) -> Int[Tensor, "q n"]:
     """Some windows from all over a store, from which the new weights take their start."""
+    window_len = START_CHUNKS * store.chunk_len
     windows = Windows(store, window_len=window_len)
     last = max(1, len(windows) - 1)  # what is left over stands at the end, padded
     wanted = min(last, max(1, START_TOKENS // window_len))

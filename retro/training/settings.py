@@ -205,7 +205,8 @@ class FinetuneSettings(TrainSettings):
 
     Arguments:
         start: Folder of a trained RETRO, all of whose weights are trained, or of a RETRO-fitted model, whose base
-            stays as it is.
+            stays as it is; or a base, by name, folder or GGUF file, which is fitted first.
+        base_dtype: Type of a frozen base: "float32", "bfloat16" or "float16". Default: that of its folder.
         questions: File of questions and answers, as for `retro task qa`.
         store: Folder of a datastore of the model's tokenizer, where passages are searched if the file has none.
         index: The index that finds passages, if the file has none. Default: the one of the model's training.
@@ -218,6 +219,7 @@ class FinetuneSettings(TrainSettings):
 
     start: str
     questions: str
+    base_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
         super().__post_init__()
