@@ -1,6 +1,7 @@
 """Where a neighbor reads most like the text so far: what the pointer and CCA's reading start look with.
 
-h(t) is the base's residual stream, of the text after some layer and of each neighbor, read alone, after `key_layer`:
+h(t) is the base's residual stream, brought to square 1 (RMSNorm without weights): of the text after some layer, and of
+each neighbor, read alone, after `key_layer`, or what an encoder makes of that:
 
     q_t = norm(W_q h(t) + b_q),  k_j = norm(W_k h(j) + b_k)
     c(t, j) = sum_i w_i q_{t-i} . k_{j-i},  i = 0..key_lags       a run of matches counts
