@@ -116,6 +116,21 @@ def test_one_neighbor_token_gives_nothing_to_read(make_fitted, make_neighbors, o
     torch.testing.assert_close(model(IDS, **neighbors).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("form", ["pointer", "paper", "joint"])
+def test_the_base_reads_each_neighbor_once_and_none_that_is_missing(form, make_fitted, make_neighbors, monkeypatch):
+    model, neighbors, read = make_fitted(form=form), make_neighbors(2, 3), []
+    plain = model.hidden_after
+
+    def hidden_after(ids, mask, layer):
+        read.append(mask.any(-1).tolist())
+        return plain(ids, mask, layer)
+
+    monkeypatch.setattr(model, "hidden_after", hidden_after)
+    neighbors["neighbor_mask"][1, 1] = False
+    model(IDS, **neighbors)
+    assert read == [[True] * 9]
+
+
 def test_the_encoder_adds_nothing_at_first(make_fitted, make_neighbors):
     """E is what the base makes of the neighbors; the conditions count as soon as anything is learned."""
     model, neighbors = make_fitted(encoder_num_layers=2), make_neighbors(2, 3)
