@@ -54,10 +54,12 @@ def observe(
 ) -> Observed:
     """What the base makes of a text, or without one of random tokens, the same every time; without neighbors.
 
+    Of rows longer than the base's positions only the beginning is read.
+
     `key` is that of the model's hooks. Raises ValueError for a base whose layers do not give one stream of its width.
     """
     device = base.get_input_embeddings().weight.device
-    text = (_random_tokens(config) if text is None else text).to(device)
+    text = (_random_tokens(config) if text is None else text[:, : config.max_position_embeddings]).to(device)
     recorder, features, mask = _Recorder(), [], torch.ones_like(text[:ROWS_AT_ONCE], dtype=torch.bool)
     for rows in text.split(ROWS_AT_ONCE):
         if config.key_layer is not None:

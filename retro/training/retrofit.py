@@ -91,12 +91,13 @@ class RetrofitModelFactory:
 
 
 def start_text(store: Store) -> Int[Tensor, "q n"]:
-    """Some windows from all over a store, from which the new weights take their start."""
-    window_len = START_CHUNKS * store.chunk_len
-    windows = Windows(store, window_len=window_len)
-    last = max(1, len(windows) - 1)  # what is left over stands at the end, padded
-    wanted = min(last, max(1, START_TOKENS // window_len))
-    return windows.batch(np.arange(wanted) * last // wanted)["input_ids"]
+    """Some windows from all over a store, without padding, from which the new weights take their start."""
+    windows = Windows(store, window_len=START_CHUNKS * store.chunk_len)
+    wanted = min(len(windows), max(1, START_TOKENS // windows.window_len))
+    ids = windows.batch(np.arange(wanted) * len(windows) // wanted)["input_ids"]
+    text = ids[ids != store.pad_token_id]
+    length = min(len(text), windows.window_len)
+    return text[: len(text) // length * length].view(-1, length)
 
 
 def check_tokenizer(base_name: str, base: PreTrainedModel, store: Store) -> None:

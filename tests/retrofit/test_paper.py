@@ -201,6 +201,13 @@ def test_observe_gives_what_the_base_makes_of_a_text(make_base, make_fitted, aro
     assert torch.equal(seen.embeddings, model.base.lm_head.weight)
 
 
+def test_a_text_longer_than_the_bases_positions(make_fitted):
+    model, text = make_fitted("gpt2"), torch.randint(3, 64, (3, 80), generator=torch.Generator().manual_seed(0))
+    seen = observe(model.base, model.anatomy, model.config, model._key, text)
+    assert torch.equal(seen.tokens, text[:, 1:64].flatten()) and len(seen.features) == 3 * 63
+    model.start(text)
+
+
 class Positions(torch.nn.Module):
     """In the place of W_v: the value of token j of neighbor i is the unit vector of r i + j."""
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -88,6 +89,25 @@ class RunWeights:
         return self.weights.keys() == other.weights.keys() and all(
             torch.allclose(w, other.weights[n], atol=1e-3) for n, w in self.weights.items()
         )
+
+
+def test_the_start_is_of_text_from_all_over_the_store(stores, monkeypatch):  # noqa: F811
+    from retro.retrieval import Store
+    from retro.training import retrofit
+
+    store = Store.open(stores["train"])
+    rows = store.live_rows(np.arange(store.num_live_chunks))
+    text = np.concatenate([chunk[:n] for chunk, n in zip(store.chunks(rows), store.chunk_lens(rows), strict=True)])
+    assert len(text) < store.num_live_chunks * store.chunk_len  # some chunks are padded
+    whole = retrofit.start_text(store)
+    assert whole.shape[1] == 64 and whole.flatten().tolist() == text[: len(text) // 64 * 64].tolist()
+    monkeypatch.setattr(retrofit, "START_TOKENS", 3 * 64)
+    some = retrofit.start_text(store)
+    assert 2 <= len(some) <= 3 and some.flatten()[:40].tolist() == text[:40].tolist()
+    last, second_half = (" ".join(map(str, part.tolist())) for part in (some.flatten()[-20:], text[len(text) // 2 :]))
+    assert last in second_half
+    monkeypatch.setattr(retrofit, "START_CHUNKS", 10_000)
+    assert retrofit.start_text(store).tolist() == [text.tolist()]
 
 
 def test_refusals(make_settings, stores, make_base, tmp_path):  # noqa: F811
