@@ -44,7 +44,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             reading start: the last, and those at 4/5 and 9/10 of the depth; with the random one every third layer from
             6 in a base of 12 layers or more, and in a shallower one every third from the middle.
         encoder_num_layers: Encoder layers; with the reading start they stand on the base's own up to `key_layer`.
-            Default: 2 with the random start, 1 with the reading one, none in the joint form.
+            Default: 2 with the random start, with the reading one none: the base's own are then the encoder.
         encoder_intermediate_size: Inner width of their feed-forward networks; default 4 d_enc.
         encoder_num_attention_heads, encoder_head_dim: Heads of the encoder.
         encoder_cross_attention_layers: P_enc, the encoder layers that read H_u, 1-based; default the first.
@@ -110,7 +110,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         own_size = self.encoder_hidden_size in (None, text.hidden_size)
         self.encoder_hidden_size = self.encoder_hidden_size or text.hidden_size
         if self.encoder_num_layers is None:
-            self.encoder_num_layers = 0 if self.form == "joint" else 1 if self.start == "reading" else 2
+            self.encoder_num_layers = 0 if self.start == "reading" else 2
         if self.encoder_num_layers == 0:
             return
         if own_size:
