@@ -55,7 +55,7 @@ def train_lora(settings: RetrofitSettings, store: Store, num_weights: int) -> tu
 
 def _batches(settings: RetrofitSettings, store: Store) -> Iterator[dict[str, Tensor]]:
     """The windows of the run, without neighbors."""
-    windows = Windows(store, window_len=settings.window_len)
+    windows = Windows(store, window_len=settings.window_len, bos=store.bos_token_id)
     for step in Loader(windows, settings.batch_size * settings.gradient_accumulation_steps, seed=settings.seed):
         yield from step
 

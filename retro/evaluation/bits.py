@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from retro.evaluation.data import EvaluationData, texts_of, window_of, windows_of
+from retro.evaluation.data import EvaluationData, texts_of, window_of, window_start, windows_of
 from retro.evaluation.intervals import quotient
 from retro.evaluation.neighbors import random_neighbors
 from retro.evaluation.scorer import joined, reads_neighbors, score_tokens
@@ -80,7 +80,8 @@ def score(
     texts, places, chunks = texts_of(data, windows)
     rows = None if rows is None else [rows[start:stop] for start, stop, _ in windows]
     label = f"scoring, retrieval {retrieval}" if progress else None
-    log_p = joined(score_tokens(model, texts, places, rows, store, progress=label))
+    bos = window_start(model, data.bos)
+    log_p = joined(score_tokens(model, texts, places, rows, store, bos=bos, progress=label))
     return ChunkScores(bits_of_chunks(log_p, chunks, data), time.perf_counter() - started)
 
 

@@ -34,7 +34,7 @@ class EvaluationData:
 
     `rows` are the neighbors in the store, nearest first, -1 = none; `overlap` is s, the longest token run that a chunk
     shares with any of `leak_rows`, its 10 nearest neighbors with what follows them (2 m tokens each). `words` and
-    `line_ends` are counted per document.
+    `line_ends` are counted per document. `bos` is what the tokenizer itself puts before a text.
     """
 
     tokens: Int[np.ndarray, "c m"]
@@ -48,6 +48,7 @@ class EvaluationData:
     document_ids: list[str]
     words: Int[np.ndarray, " d"]
     line_ends: Int[np.ndarray, " d"]
+    bos: int | None = None
 
     @property
     def chunk_len(self) -> int:
@@ -95,6 +96,8 @@ def prepare(
 
     Raises ValueError if there is no document, or no text in them.
     """
+    from retro.text.chunks import bos_of
+
     if exclude not in EXCLUDE:
         raise ValueError(f"exclude is {exclude!r}; choose one of {', '.join(EXCLUDE)}.")
     pieces, ids, words, line_ends = [], [], [], []
@@ -109,8 +112,9 @@ def prepare(
         raise ValueError("there is no text to evaluate; give at least one document")
     tokens, lens, num_bytes, scored, numbers = (np.concatenate(part) for part in zip(*pieces, strict=True))
     data = EvaluationData(
-        tokens, lens, num_bytes, scored, numbers, None, None, None, ids, np.array(words), np.array(line_ends)
-    )
+        tokens, lens, num_bytes, scored, numbers, None, None, None, ids, np.array(words), np.array(line_ends),
+        bos_of(tokenizer),
+    )  # fmt: skip
     if retriever is None:
         return data
     found = find_neighbors(data, retriever, max(num_neighbors, LEAKAGE_NEIGHBORS), exclude, cache, progress)
@@ -185,6 +189,17 @@ def window_of(
             "give a longer window."
         )
     return window_len, stride
+
+
+def window_start(model: Any, bos: int | None) -> int | None:
+    """What each window begins with, wherever in its document: the bos that the tokenizer puts before a text.
+
+    Pretrained models know no window without it, and some read badly so (Gemma). None for a RETRO from scratch, which
+    was trained on windows cut as they are.
+    """
+    from retro.model import RetroConfig
+
+    return None if isinstance(model.config, RetroConfig) else bos
 
 
 def windows_of(data: EvaluationData, window_chunks: int, stride_chunks: int) -> Iterator[tuple[int, int, int]]:

@@ -40,6 +40,7 @@ def score_tokens(
     store: Any = None,
     *,
     batch_size: int | None = None,
+    bos: int | None = None,
     states: bool = False,
     logits: bool = True,
     progress: str | None = None,
@@ -52,6 +53,7 @@ def score_tokens(
         places: Of the tokens to score in each text, ascending, 1 or more; there may be none.
         rows: The neighbors of the first whole chunks of each text as rows of `store`, -1 = none. None: no retrieval.
         batch_size: At most so many texts together.
+        bos: What stands in the place of each text's first token. None: that token itself.
         states: Whether to give the states, too; a model that reads neighbors may have none.
         logits: False computes the states alone, and scores nothing.
         progress: What a progress bar is called; None shows none.
@@ -59,6 +61,8 @@ def score_tokens(
     nothing = TokenScores(np.zeros(0, np.float32), np.zeros(0, bool))
     scores, chosen = [nothing] * len(texts), [i for i, at in enumerate(places) if len(at)]
     read = {i: texts[i][: places[i][-1]] for i in chosen}
+    if bos is not None:
+        read = {i: np.concatenate([[bos], text[1:]]) for i, text in read.items()}
     k, m, r = (0, 1, 0) if rows is None else (rows[0].shape[1], model.config.chunk_len, model.config.retrieved_len)
     num_logits = {i: logits * len(read[i] if needs_all_logits(model, rows is not None) else places[i]) for i in chosen}
     with evaluating(model), tqdm(total=len(chosen), desc=progress, unit="text", disable=progress is None) as bar:

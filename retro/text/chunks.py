@@ -75,6 +75,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     )
 
 
+def bos_of(tokenizer: Any) -> int | None:
+    """The id that the tokenizer itself puts before a text; None where it puts none."""
+    return next(iter(_frame(tokenizer)[0]), None)
+
+
 def pad_token_id(tokenizer: Any) -> int:
     """The id that fills padded positions: the tokenizer's pad, else its eos, else 0."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

@@ -23,7 +23,7 @@ from retro.retrieval import NeighborTable, Store, open_neighbors
 from retro.training.checkpoint import TrainState, check_identity, last_checkpoint, load_checkpoint
 from retro.training.memory import keep_freed_memory
 from retro.training.optimizer import make_optimizer
-from retro.training.settings import FREE_FIELDS, TrainSettings
+from retro.training.settings import FREE_FIELDS, RetrofitSettings, TrainSettings
 from retro.training.sharding import shard
 from retro.training.windows import Loader, Windows, check_window
 
@@ -197,6 +197,7 @@ def _windows(
         retrieved_len=retrieved_len,
         neighbor_store=neighbor_store,
         random_seed=settings.seed if settings.random_neighbors else None,
+        bos=store.bos_token_id if isinstance(settings, RetrofitSettings) else None,  # see window_start
     )
 
 

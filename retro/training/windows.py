@@ -45,6 +45,7 @@ class Windows(Dataset):
     num_neighbors: k, at most the table's; all of the table's if None.
     random_seed: if given, each neighbor found is replaced by a random chunk of another document, the same at every
         reading: the control that shows whether a gain comes from what was retrieved.
+    bos: what stands in the place of each window's first token, which is not predicted; None: that token itself.
 
     Raises ValueError if m does not divide the window, if k exceeds the table's, if the table is of another store.
     """
@@ -59,8 +60,10 @@ class Windows(Dataset):
         retrieved_len: int = 128,
         neighbor_store: Store | None = None,
         random_seed: int | None = None,
+        bos: int | None = None,
     ):
         check_window(window_len, store.chunk_len)
+        self.bos = bos
         self.store, self.neighbors, self.neighbor_store = store, neighbors, neighbor_store or store
         self.window_len, self.retrieved_len, self.random_seed = window_len, retrieved_len, random_seed
         if neighbors is not None:
@@ -114,6 +117,8 @@ class Windows(Dataset):
         lens = np.where(present, self.store.chunk_lens(rows), 0)
         real = np.arange(chunk_len) < lens[..., None]  # [b, l, m]
         ids = np.where(real, self.store.chunks(rows), self.store.pad_token_id)
+        if self.bos is not None:
+            ids[:, 0, 0] = self.bos
         documents = np.where(present, self.store.document_rows(rows), -1)
         predicted = real.copy()
         predicted[..., 0] &= (rows > 0) & (self.store.document_rows(np.maximum(rows - 1, 0)) == documents)

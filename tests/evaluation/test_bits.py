@@ -1,6 +1,7 @@
 """Bits per byte: hand-computed cases, windows against a naive reading, and neighbors where they belong."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,23 @@ def test_gain_by_hand(words_tokenizer):
     few, many = score(Uniform(64), data), score(Uniform(128), data)
     many.bits[0] *= 100  # of a chunk that does not count
     assert gain(few, many, data, chunks=np.arange(len(few.bits)) > 0) == pytest.approx([1 / 7] * 3)
+
+
+def test_windows_begin_with_the_bos_unless_the_model_is_a_retro_from_scratch(make_lm, make_model, words_tokenizer):
+    data, lm, window = prepare(HELD_OUT, words_tokenizer, 8), make_lm(), dict(window_len=16, stride=8)
+    with_bos, expected = replace(data, bos=2), np.zeros(len(data.tokens))
+    for start, stop, first_new in windows_of(data, 2, 1):
+        ids = torch.from_numpy(data.tokens[start:stop].flatten())
+        ids[0] = 2
+        with torch.no_grad():
+            log_p = lm(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        bits = np.r_[0.0, -log_p.numpy() / math.log(2)].reshape(-1, 8)
+        for chunk in range(first_new, stop):
+            expected[chunk] = bits[chunk - start][data.scored[chunk]].sum()
+    np.testing.assert_allclose(score(lm, with_bos, **window).bits, expected, rtol=1e-5)
+    retro = make_model(vocab_size=len(words_tokenizer), chunk_len=8)
+    assert np.array_equal(score(retro, with_bos, **window).bits, score(retro, data, **window).bits)
+    assert not np.allclose(score(lm, data, **window).bits, expected)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (3, 2), (4, 4), (99, 50)])

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from retro.retrieval.building.build import token_dtype
-from retro.text.chunks import decode_chunks, pad_token_id, tokenize_document, tokenize_ids, tokenizer_fingerprint
+from retro.text.chunks import (
+    bos_of,
+    decode_chunks,
+    pad_token_id,
+    tokenize_document,
+    tokenize_ids,
+    tokenizer_fingerprint,
+)
 
 
 def byte_level(**special):
@@ -48,6 +55,7 @@ def test_special_tokens_in_the_text_are_text():
 
 def test_bos_only_where_the_tokenizer_puts_one():
     assert tokenize_document(byte_level(bos_token="<|end|>"), "a").ids[0] != 0
+    assert bos_of(byte_level(bos_token="<|end|>")) is None
     assert decode_chunks(byte_level(), []) == []
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from retro.text.chunks import decode_chunks, tokenize_document, tokenizer_fingerprint
+from retro.text.chunks import bos_of, decode_chunks, tokenize_document, tokenizer_fingerprint
 from retro.text.documents import Document
 from retro.text.tokenizer import train_tokenizer
 
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
 def test_loads_as_a_fast_tokenizer_with_special_tokens(trained):
     assert trained.is_fast and len(trained) == 400
     assert [trained.unk_token_id, trained.bos_token_id, trained.eos_token_id, trained.pad_token_id] == [0, 1, 2, 3]
-    assert trained("a")["input_ids"][0] == trained.bos_token_id
+    assert trained("a")["input_ids"][0] == trained.bos_token_id == bos_of(trained)
     assert len(trained("The quick brown fox", add_special_tokens=False)["input_ids"]) <= 6
 
 

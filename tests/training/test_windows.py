@@ -134,6 +134,13 @@ def test_each_token_is_predicted_once_an_epoch_but_the_first_of_windows_and_docu
     assert len(predicted) == store.chunk_lens(rows).sum() - (first_of_document | first_of_window).sum()
 
 
+def test_a_bos_stands_in_the_place_of_the_first_token_of_each_window():
+    store = make_store([9, 3, 14, 5])
+    plain, begun = (Windows(store, window_len=2 * M, bos=bos).batch(np.arange(4)) for bos in (None, 7))
+    assert (begun["input_ids"][:, 0] == 7).all() and torch.equal(begun["input_ids"][:, 1:], plain["input_ids"][:, 1:])
+    assert torch.equal(begun["labels"], plain["labels"])
+
+
 def test_single_windows_and_a_data_loader_give_the_same_as_a_batch():
     store = make_store([9, 3, 14, 5])
     windows = Windows(store, make_table(store), window_len=2 * M, retrieved_len=8)

@@ -22,6 +22,7 @@ from retro.evaluation.baselines.prompting import (
     texts_with_documents,
 )
 from retro.evaluation.baselines.sample import Sample
+from retro.evaluation.data import window_start
 from retro.evaluation.scorer import TokenScores, joined, score_tokens
 from retro.evaluation.settings import BaselineSettings
 from retro.retrieval import Retriever
@@ -143,7 +144,8 @@ class BaselineEvaluator:
         self, sample: Sample, model: Any, texts: Sequence, places: Sequence, rows: Sequence | None = None, **given: Any
     ) -> tuple[list[TokenScores], float, int]:
         """Scores, seconds and operations, of one text at a time: nobody pays for padding."""
-        score = lambda: score_tokens(model, texts, places, rows, self.store, batch_size=1, **given)  # noqa: E731
+        given |= {"batch_size": 1, "bos": window_start(model, sample.data.bos)}
+        score = lambda: score_tokens(model, texts, places, rows, self.store, **given)  # noqa: E731
         found, seconds = _timed(score)
         return found, seconds, costs.counted_flops(score) if sample is self.counted else 0
 

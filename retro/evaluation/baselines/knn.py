@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from scipy.special import logsumexp
 from tqdm.auto import tqdm
 
+from retro.evaluation.data import window_start
 from retro.evaluation.scorer import Ids, score_tokens
 from retro.retrieval.search.index import FAISS_FLAT_ROWS
 
@@ -116,7 +117,8 @@ def build_token_store(
         raise ValueError(f"{store.path} has no text outside the evaluated documents; kNN-LM has nothing to search.")
     places = [np.arange(1, len(text)) for text in texts]
     bar = "keys" if progress else None
-    read = score_tokens(reader, texts, places, states=True, logits=False, progress=bar)
+    bos = window_start(reader, store.bos_token_id)
+    read = score_tokens(reader, texts, places, bos=bos, states=True, logits=False, progress=bar)
     keys = np.concatenate([one.states for one in read])
     values = np.concatenate([text[1:] for text in texts])
     center = keys.mean(0, dtype=np.float64).astype(np.float32)

@@ -139,6 +139,7 @@ def _cut(data: EvaluationData, windows: Int[np.ndarray, "w 3"]) -> Sample:
         document_ids=[data.document_ids[source] for source in sources],
         words=zeros,
         line_ends=zeros,
+        bos=data.bos,
     )
     borders = np.cumsum([0, *map(len, chunks)]).tolist()
     texts, places, scored = texts_of(cut, ((first, end, first) for first, end in pairwise(borders)))
