@@ -80,6 +80,14 @@ def bos_of(tokenizer: Any) -> int | None:
     return next(iter(_frame(tokenizer)[0]), None)
 
 
+def num_embeddings(tokenizer: Any) -> int:
+    """How many embeddings the tokens of documents need. Special tokens spelled in a text are ordinary text, so that
+    those which come last may have none, such as the image token of a text-only Gemma 3."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    head, tail = _frame(tokenizer)
+    return 1 + max(set(tokenizer.get_vocab().values()) - special | {*head, *tail, pad_token_id(tokenizer)})
+
+
 def pad_token_id(tokenizer: Any) -> int:
     """The id that fills padded positions: the tokenizer's pad, else its eos, else 0."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from retro.common.settings import find_config, load_settings
 from retro.retrieval import Store
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, open_base, retrofit
+from retro.text.chunks import num_embeddings
 from retro.training.loop import fit
 from retro.training.settings import RetrofitSettings
 from retro.training.setup import TrainingRun, setup
@@ -102,10 +103,10 @@ def start_text(store: Store) -> Int[Tensor, "q n"]:
 
 def check_tokenizer(base_name: str, base: PreTrainedModel, store: Store) -> None:
     """Raise ValueError unless the store's tokens are the base's; a base without a tokenizer passes with a warning."""
-    vocab_size = base.config.get_text_config().vocab_size
-    if len(store.tokenizer) > vocab_size:
+    vocab_size, tokens = base.config.get_text_config().vocab_size, num_embeddings(store.tokenizer)
+    if tokens > vocab_size:
         raise ValueError(
-            f"the store {store.path} has {len(store.tokenizer)} tokens, the base {base_name} {vocab_size}; "
+            f"the store {store.path} has {tokens} tokens, the base {base_name} {vocab_size}; "
             "build a store with the base's tokenizer"
         )
     try:

@@ -7,6 +7,7 @@ from retro.retrieval.building.build import token_dtype
 from retro.text.chunks import (
     bos_of,
     decode_chunks,
+    num_embeddings,
     pad_token_id,
     tokenize_document,
     tokenize_ids,
@@ -57,6 +58,15 @@ def test_bos_only_where_the_tokenizer_puts_one():
     assert tokenize_document(byte_level(bos_token="<|end|>"), "a").ids[0] != 0
     assert bos_of(byte_level(bos_token="<|end|>")) is None
     assert decode_chunks(byte_level(), []) == []
+
+
+def test_special_tokens_that_come_last_need_no_embedding():
+    kind = byte_level()
+    kind.add_tokens(["<|image|>"], special_tokens=True)
+    assert num_embeddings(kind) == len(kind) - 1 > tokenize_document(kind, "a<|image|>b").ids.max()
+    kind.add_tokens(["fox trot"])
+    assert num_embeddings(kind) == len(kind) == tokenize_document(kind, "fox trot").ids.max() + 1
+    assert num_embeddings(byte_level(pad_token="<|image|>")) == len(byte_level()) + 1
 
 
 def test_fingerprint_survives_saving_and_use(tmp_path, tokenizer):
