@@ -16,6 +16,11 @@ def make(num_layers: int = 30, **options) -> RetrofitConfig:
     return RetrofitConfig(base_config=base, **options)
 
 
+def sizes(config: RetrofitConfig) -> list:
+    names = ("intermediate_size", "num_attention_heads", "head_dim", "cross_attention_layers")
+    return [getattr(config, f"encoder_{name}") for name in names]
+
+
 @pytest.mark.parametrize(
     ("num_layers", "key_layer", "reading", "random"),
     [
@@ -29,18 +34,16 @@ def make(num_layers: int = 30, **options) -> RetrofitConfig:
 def test_defaults_by_depth(num_layers, key_layer, reading, random):
     pointer = make(num_layers, form="pointer")
     assert (pointer.key_layer, pointer.key_lags, pointer.cca_layers) == (key_layer, 10, None)
-    for config, encoder in ((make(num_layers), (0, None)), (make(num_layers, form="paper"), (1, [1]))):
-        assert config.form == ("paper" if encoder[0] else "joint")
-        assert (config.encoder_num_layers, config.encoder_cross_attention_layers) == encoder
+    assert make(num_layers).form == "joint"
+    for form in ("paper", "joint"):
+        config = make(num_layers, form=form)
         assert (config.start, config.key_layer, config.key_lags) == ("reading", key_layer, 10)
-        assert config.cca_layers == reading
-        sizes = [
-            getattr(config, f"encoder_{name}") for name in ("intermediate_size", "num_attention_heads", "head_dim")
-        ]
-        assert config.encoder_hidden_size == 576 and sizes == ([2304, 9, 64] if encoder[0] else [None] * 3)
+        assert (config.cca_layers, config.encoder_hidden_size) == (reading, 576)
+        assert config.encoder_num_layers == 0 and sizes(config) == [None, None, None, None]
+        assert sizes(make(num_layers, form=form, encoder_num_layers=3)) == [2304, 9, 64, [1]]
     config = make(num_layers, form="paper", start="random")
     assert (config.key_layer, config.key_lags, config.cca_layers) == (None, None, random)
-    assert (config.encoder_num_layers, config.encoder_cross_attention_layers) == (2, [1])
+    assert config.encoder_num_layers == 2 and sizes(config) == [2304, 9, 64, [1]]
 
 
 def test_default_lags_are_fewer_than_the_tokens_of_a_chunk():
