@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from retro.common.settings import find_config, load_settings
 from retro.retrieval import Store
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, open_base, retrofit
-from retro.text.chunks import num_embeddings
 from retro.training.loop import fit
 from retro.training.settings import RetrofitSettings
 from retro.training.setup import TrainingRun, setup
@@ -103,7 +102,7 @@ def start_text(store: Store) -> Int[Tensor, "q n"]:
 
 def check_tokenizer(base_name: str, base: PreTrainedModel, store: Store) -> None:
     """Raise ValueError unless the store's tokens are the base's; a base without a tokenizer passes with a warning."""
-    vocab_size, tokens = base.config.get_text_config().vocab_size, num_embeddings(store.tokenizer)
+    vocab_size, tokens = base.config.get_text_config().vocab_size, store.num_embeddings
     if tokens > vocab_size:
         raise ValueError(
             f"the store {store.path} has {tokens} tokens, the base {base_name} {vocab_size}; "

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from retro.evaluation.baselines.prompting import check_room
 from retro.evaluation.scorer import reads_neighbors
 from retro.evaluation.settings import BM25, METHODS, PROMPT, PROTOCOL, READER, RETRO, VALIDATION, BaselineSettings
-from retro.text.chunks import num_embeddings
 from retro.text.documents import Document
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _lacking(models: Mapping[str, Any], reader: Any, retriever: Retriever, valid
     if reader is None:
         lacking |= dict.fromkeys((READER, PROMPT), "a plain LM of the store's tokenizer; give one as reader")
     else:
-        rows, tokens = reader.get_input_embeddings().weight.shape[0], num_embeddings(retriever.store.tokenizer)
+        rows, tokens = reader.get_input_embeddings().weight.shape[0], retriever.store.num_embeddings
         if rows < tokens:
             raise ValueError(
                 f"the reader has {rows} embeddings, the store's tokenizer {tokens} tokens; "

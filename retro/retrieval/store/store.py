@@ -43,7 +43,7 @@ from retro.retrieval.store.format import (
     read_manifest,
     widen_keys,
 )
-from retro.text.chunks import bos_of, decode_chunks, tokenizer_fingerprint
+from retro.text.chunks import bos_of, decode_chunks, num_embeddings, tokenizer_fingerprint
 
 
 class Store(DocumentTables):
@@ -180,6 +180,11 @@ class Store(DocumentTables):
     def bos_token_id(self) -> int | None:
         """The id that the tokenizer itself puts before a text; None where it puts none."""
         return bos_of(self.tokenizer)
+
+    @cached_property
+    def num_embeddings(self) -> int:
+        """How many embeddings a model of these tokens needs."""
+        return num_embeddings(self.tokenizer)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer that is not the one the store was built with, naming both."""
