@@ -24,7 +24,7 @@ html_title = f"retro-lm {release}"
 html_show_copyright = html_show_sphinx = html_copy_source = False
 
 myst_heading_anchors = 4
-napoleon_custom_sections = [("The pointer", "params_style"), ("The paper form", "params_style")]
+napoleon_custom_sections = [(part, "params_style") for part in ("Matching", "The paper form", "The random start")]
 default_role = "literal"  # docstrings write `code`
 OF_TRANSFORMERS = (
     "config_class, from_dict, init_weights, tie_weights, validate, validate_architecture, get_input_embeddings"

@@ -33,7 +33,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         chunk_len, retrieved_len, num_neighbors: m, r and k, as in RetroConfig.
         rms_norm_eps: Epsilon of the added RMSNorms; default the base's, or 1e-6.
 
-    What both parts match with:
+    Matching:
         key_layer: The layer whose output, of text and neighbors, is compared; default a fifth of the layers.
         key_lags: How many tokens before the compared ones count too; fewer than chunk_len, default 10 if so.
 
