@@ -95,7 +95,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
             self.base_config = config_of(self.base_config)
         text = self.base_config.get_text_config()
         if self.matches:
-            self.key_layer = self.key_layer or max(1, round(text.num_hidden_layers / 5))
+            self.key_layer = max(1, round(text.num_hidden_layers / 5)) if self.key_layer is None else self.key_layer
             self.key_lags = min(KEY_LAGS, self.chunk_len - 1) if self.key_lags is None else self.key_lags
         if self.form in ("paper", "joint"):
             self._take_sizes(text)

@@ -117,6 +117,7 @@ REFUSED = [
     ("joint", {"start": "random"}, "start is 'random', but form is 'joint'; it belongs to form='paper'"),
     ("random", MATCHING, "but start is 'random'; it belongs to start='reading'"),
     ("pointer paper joint", {"key_layer": 4}, "key_layer has 4; layers are counted from 1 to 3"),
+    ("pointer paper joint", {"key_layer": 0}, "key_layer has 0; layers are counted from 1 to 3"),
     ("pointer paper joint", {"key_lags": 4}, "key_lags is 4; it must be 0 or more, and less than chunk_len 4"),
     ("pointer paper joint", {"key_lags": -1}, "key_lags is -1; it must be 0 or more"),
     ("paper random joint", {"cca_layers": [4]}, "cca_layers has 4; layers are counted from 1 to 3"),
