@@ -53,7 +53,6 @@ class Anatomy:
 
     layers_name: str
     num_layers: int
-    attention_name: str | None
     writers: dict[int, Writer]
 
     def layers(self, base: nn.Module) -> nn.ModuleList:
@@ -75,12 +74,12 @@ def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
     layers_name, blocks = _layer_list(base)
     attention_names = {number: _attention_name(kind, number, blocks) for number in layers}
     if not layers:
-        return Anatomy(layers_name, len(blocks), None, {})
+        return Anatomy(layers_name, len(blocks), {})
     traces = _trace(base, {number: blocks[number - 1] for number in layers})
     writers = {
         number: _find_writer(kind, number, attention_names[number], trace) for number, trace in sorted(traces.items())
     }
-    return Anatomy(layers_name, len(blocks), attention_names[layers[0]], writers)
+    return Anatomy(layers_name, len(blocks), writers)
 
 
 def _layer_list(base: nn.Module) -> tuple[str, nn.ModuleList]:
