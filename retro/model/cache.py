@@ -203,11 +203,12 @@ class RetroCache(Cache):
     ) -> Tensor:
         """For each attending chunk what it reads: what its row holds, or what is new with this step."""
         held = self.rows.get(name)
+        source = chunks.source.to((new if held is None else held).device)
         if new is None:
-            return held[chunks.source]
+            return held[source]
         if held is None:
-            return new[chunks.source - len(step.first)]
-        return torch.cat(_same_shape(held, new))[chunks.source]
+            return new[source - len(step.first)]
+        return torch.cat(_same_shape(held, new))[source]
 
     def decode_mask(self, device: torch.device) -> Bool[Tensor, "b 1 1 kr"] | None:
         """Of a step: the neighbors' mask for attention; None where all is real."""

@@ -60,7 +60,7 @@ def mixed_loss(
     step, totals = max(1, min(SLICE_TOKENS, SLICE_LOGITS // vocab_size) // b), []
     for start in range(0, n - 1, step):
         logits = logits_of(slice(start, min(start + step, n - 1)))
-        targets = labels[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
-        log_p = mixture.log_likelihood(logits, targets.clamp(min=0), start)
+        targets = labels[:, start + 1 : start + 1 + logits.shape[1]]
+        log_p = mixture.log_likelihood(logits, targets.clamp(min=0), start).to(targets.device)
         totals.append((log_p * (targets != -100)).sum())
     return -sum(totals) / (labels[:, 1:] != -100).sum().clamp(min=1)

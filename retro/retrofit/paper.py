@@ -56,7 +56,10 @@ class PaperForm(nn.Module):
         self.cca = nn.ModuleDict({str(layer): cross_attention(config) for layer in config.cca_layers})
         for layer, cca in self.cca.items():
             cca.to(next(anatomy.layer(base, int(layer)).parameters()).device)
-        self.encoder.to(next(anatomy.layer(base, config.cca_layers[0]).parameters()).device)
+        first = next(anatomy.layer(base, config.cca_layers[0]).parameters()).device
+        self.encoder.to(first)
+        if self.encoder_embedding is not None:
+            self.encoder_embedding.to(first)
 
     @torch.no_grad()
     def start(self, observed: Observed) -> None:
@@ -148,7 +151,7 @@ class ReadingCrossAttention(nn.Module):
         nn.init.eye_(self.value.weight)
         embeddings, d = observed.embeddings, self.config.hidden_size
         if embeddings is not None and embeddings.shape[1] == d:
-            mean = embeddings.float().mean(0).cpu()
+            mean = embeddings.mean(0, dtype=torch.float32).cpu()
             directions = F.normalize(embeddings[observed.tokens.to(embeddings.device)].float().cpu() - mean, dim=-1)
             self.out.weight.copy_(ridge(features, directions * d**0.5 * stream.square().mean().sqrt())[0])
 

@@ -146,14 +146,14 @@ class CopyMixture:
         log_p, tokens = logits.to(self.scores).log_softmax(-1), self.tokens[:, part]
         attention, gate = self._attention_and_gate(log_p.gather(-1, tokens), part)
         copied, gate = torch.zeros_like(log_p).scatter_add(-1, tokens, attention), gate[..., None]
-        return (logits.to(log_p) + _log_change(gate, copied, log_p)).to(logits.dtype)
+        return (logits.to(log_p) + _log_change(gate, copied, log_p)).to(logits)
 
     def log_likelihood(
         self, logits: Float[Tensor, "b s v"], targets: Int[Tensor, "b s"], start: int
     ) -> Float[Tensor, "b s"]:
         """log p'(target) at positions start, start + 1, ...; nothing of the vocabulary's size is kept for gradients."""
         part = slice(start, start + logits.shape[1])
-        logits = logits.to(self.scores)
+        logits, targets = logits.to(self.scores), targets.to(self.scores.device)
         log_sum = logits.logsumexp(-1, keepdim=True)
         tokens, log_p = self.tokens[:, part], (logits.gather(-1, targets[..., None]) - log_sum)[..., 0]
         attention, gate = self._attention_and_gate(logits.gather(-1, tokens) - log_sum, part)
