@@ -52,11 +52,11 @@ class FinetuneModelFactory:
     def __init__(self, settings: FinetuneSettings):
         dtype = {} if settings.base_dtype is None else {"dtype": getattr(torch, settings.base_dtype)}
         self.model: PreTrainedModel = open_base(settings.start, **dtype)
-        if settings.retrieval and not reads_neighbors(self.model):
-            store = Store.open(settings.store)
-            given = dict(chunk_len=store.chunk_len, num_neighbors=settings.num_neighbors)
+        self.store: Store | None = None
+        self.is_new = settings.retrieval and not reads_neighbors(self.model)
+        if self.is_new:
+            given = dict(chunk_len=Store.open(settings.store).chunk_len, num_neighbors=settings.num_neighbors)
             self.model = retrofit(self.model, base_name_or_path=stored_name(settings.start), **given)
-            self.model.start(start_text(store))
 
     def config(self, settings: FinetuneSettings, store: Store) -> PreTrainedConfig:
         """The model's configuration; ValueError for a store of another tokenizer."""
@@ -65,9 +65,12 @@ class FinetuneModelFactory:
             check_tokenizer(base, self.model, store)
         else:
             check_store(settings.start, store)
+        self.store = store
         return self.model.config
 
     def __call__(self, config: PreTrainedConfig) -> PreTrainedModel:
+        if self.is_new:
+            self.model.start(start_text(self.store))
         return self.model
 
     def from_pretrained(self, folder: str | Path, dtype: Any = None) -> PreTrainedModel:

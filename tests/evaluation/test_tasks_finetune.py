@@ -96,6 +96,7 @@ REFUSED = {
     "data of another kind": (dict(valid_store="a"), "valid_store: a means nothing"),
     "no model": (dict(start="no/such"), "no/such cannot be loaded"),
     "a base of other tokens": (dict(start="{made}/other"), "another tokenizer than that of the base"),
+    "a base of fewer tokens": (dict(start="{made}/small"), "20; build a store with the base's tokenizer"),
     "no room": (dict(window_len=8), "fills window_len 8"),
 }
 
@@ -147,6 +148,9 @@ def test_refuses(case, made, words_store, words_tokenizer, make_lm, capsys):
     other = copy.deepcopy(words_tokenizer)
     other.add_tokens(["another"])
     other.save_pretrained(made / "other")
+    small = make_lm()
+    small.resize_token_embeddings(20)
+    small.save_pretrained(made / "small")
     given, said = REFUSED[case]
     given = {key: str(value).format(made=made) for key, value in given.items()}
     command = [
