@@ -150,7 +150,8 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         elif self.form == "paper":
             self._require_defaults(MATCHING, "start is 'random'; it belongs to start='reading'")
         if self.encoder_num_layers == 0:
-            self._require_defaults(OF_LAYERS, "the encoder has no layers; it needs encoder_num_layers")
+            idle = OF_LAYERS if self.start == "random" else (*OF_LAYERS, "initializer_range")
+            self._require_defaults(idle, "the encoder has no layers; it needs encoder_num_layers")
 
     def _require_defaults(self, names: Sequence[str], reason: str) -> None:
         for name in names:

@@ -139,7 +139,8 @@ CASES = [
 
 
 def test_sizes_of_encoder_layers_that_are_not_there_are_refused(make_fitted):
-    for name, value in (("encoder_head_dim", 8), ("encoder_cross_attention_layers", [1])):
+    idle = {"encoder_head_dim": 8, "encoder_cross_attention_layers": [1], "initializer_range": 0.1}
+    for name, value in idle.items():
         with pytest.raises(
             ValueError, match=f"{name} is .*, but the encoder has no layers; it needs encoder_num_layers"
         ):
