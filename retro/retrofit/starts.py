@@ -56,8 +56,11 @@ def observe(
 
     Of rows longer than the base's positions only the beginning is read.
 
-    `key` is that of the model's hooks. Raises ValueError for a base whose layers do not give one stream of its width.
+    `key` is that of the model's hooks. Raises ValueError for a base whose layers do not give one stream of its width,
+    and for rows without a second token.
     """
+    if text is not None and (text.ndim != 2 or text.shape[0] < 1 or text.shape[1] < 2):
+        raise ValueError(f"text has shape {list(text.shape)}; give rows of at least 2 tokens, [q, n].")
     device = base.get_input_embeddings().weight.device
     text = (_random_tokens(config) if text is None else text[:, : config.max_position_embeddings]).to(device)
     recorder, features, mask = _Recorder(), [], torch.ones_like(text[:ROWS_AT_ONCE], dtype=torch.bool)

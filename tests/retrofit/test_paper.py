@@ -206,6 +206,9 @@ def test_a_text_longer_than_the_bases_positions(make_fitted):
     seen = observe(model.base, model.anatomy, model.config, model._key, text)
     assert torch.equal(seen.tokens, text[:, 1:64].flatten()) and len(seen.features) == 3 * 63
     model.start(text)
+    for short in (text[:, :1], text[:0], text[0]):
+        with pytest.raises(ValueError, match="text has shape .*; give rows of at least 2 tokens"):
+            model.start(short)
 
 
 class Positions(torch.nn.Module):
