@@ -57,6 +57,13 @@ class FinetuneModelFactory:
         if self.is_new:
             given = dict(chunk_len=Store.open(settings.store).chunk_len, num_neighbors=settings.num_neighbors)
             self.model = retrofit(self.model, base_name_or_path=stored_name(settings.start), **given)
+        if not hasattr(self.model, "base"):  # all of it is trained
+            if settings.base_dtype not in (None, "float32"):
+                raise ValueError(
+                    f"base_dtype: {settings.base_dtype} is for a frozen base, and all of {settings.start} is trained; "
+                    "leave it out"
+                )
+            self.model = self.model.float()
 
     def config(self, settings: FinetuneSettings, store: Store) -> PreTrainedConfig:
         """The model's configuration; ValueError for a store of another tokenizer."""

@@ -205,8 +205,9 @@ class FinetuneSettings(TrainSettings):
 
     Arguments:
         start: Folder of a trained RETRO, all of whose weights are trained, or of a RETRO-fitted model, whose base
-            stays as it is; or a base, by name, folder or GGUF file, which is fitted first.
-        base_dtype: Type of a frozen base: "float32", "bfloat16" or "float16". Default: that of its folder.
+            stays as it is; or a base, by name, folder, GGUF file or package:NAME, which is fitted first.
+        base_dtype: Type of a frozen base: "float32", "bfloat16" or "float16"; what is trained is float32. Default: that
+            of its folder.
         questions: File of questions and answers, as for `retro task qa`.
         store: Folder of a datastore of the model's tokenizer, where passages are searched if the file has none.
         index: The index that finds passages, if the file has none. Default: the one of the model's training.

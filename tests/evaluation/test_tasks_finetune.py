@@ -97,6 +97,7 @@ REFUSED = {
     "no model": (dict(start="no/such"), "no/such cannot be loaded"),
     "a base of other tokens": (dict(start="{made}/other"), "another tokenizer than that of the base"),
     "a base of fewer tokens": (dict(start="{made}/small"), "20; build a store with the base's tokenizer"),
+    "a type of what is trained": (dict(base_dtype="bfloat16"), "base_dtype: bfloat16 is for a frozen base, and all of"),
     "no room": (dict(window_len=8), "fills window_len 8"),
 }
 
