@@ -3,8 +3,9 @@
     retro task finetune finetune_qa start=runs/fitted store=stores/docs questions=train.json output=runs/qa
     retro task qa runs/qa --data test.json
 
-A text is what `retro task qa` reads: the question, filled up in front so that "answer:" ends a chunk whose neighbors
-are the passages, then one of the answers and eos. Source: RETRO, section 4.3.
+A text is what `retro task qa` reads: the prompt, filled up in front so that it ends a chunk whose neighbors are the
+passages, then one of the answers and its end; a chat's turns where the tokenizer has a chat template. Source: RETRO,
+section 4.3.
 """
 
 from __future__ import annotations
