@@ -45,7 +45,8 @@ class PointerForm(nn.Module):
         super().__init__()
         self.config, self.last_layer = config, anatomy.num_layers
         self.hook_points = [HookPoint(layer, "end") for layer in sorted({config.key_layer, anatomy.num_layers})]
-        device, d = next(base.get_output_embeddings().parameters()).device, config.hidden_size
+        head, d = base.get_output_embeddings(), config.hidden_size
+        device = [*head.parameters(), *head.buffers()][0].device  # packed weights are buffers
         self.matching = Matching(d, d, config.key_lags, config.rms_norm_eps, device)
         self.prior = nn.Parameter(torch.empty(1, device=device))
         self.gate = CopyGate(d, config.rms_norm_eps, device)

@@ -95,3 +95,24 @@ def test_a_base_in_few_bits(form, bits, batch, tmp_path):
     )
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
+
+
+class PackedHead(torch.nn.Module):
+    """Output embeddings that are no parameter, as GPTQ and AWQ hold theirs."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("qweight", weight.detach().clone())
+
+    def forward(self, x):
+        return x @ self.qweight.T
+
+
+@forms
+def test_output_embeddings_that_are_packed(form, batch):
+    base = make_base()
+    expected = base(batch["input_ids"]).logits
+    base.lm_head = PackedHead(base.lm_head.weight)
+    model = retrofit(base, **FORMS[form], **FIT).eval()
+    torch.testing.assert_close(model(**batch).logits, expected)
+    assert missing_gradients(model.train(), batch) == []
