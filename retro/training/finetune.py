@@ -61,7 +61,7 @@ class FinetuneModelFactory:
             if settings.base_dtype not in (None, "float32"):
                 raise ValueError(
                     f"base_dtype: {settings.base_dtype} is for a frozen base, and all of {settings.start} is trained; "
-                    "leave it out"
+                    "give base_dtype=null"
                 )
             self.model = self.model.float()
 
