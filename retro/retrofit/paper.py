@@ -100,7 +100,7 @@ class PaperForm(nn.Module):
                 context, context.neighbor_ids, context.neighbor_mask, conditions, mask
             )
             return
-        conditions = cache.conditions(h, step)
+        conditions = h[:0, :0] if self.encoder.condition_norm is None else cache.conditions(h, step)
         if step.found:
             ids, mask = step.neighbor_ids[:, None], step.neighbor_mask[:, None]
             step.encoded = self._encode(context, ids, mask, conditions[:, None])[:, 0]

@@ -29,7 +29,7 @@ from retro.retrieval import Store
 from retro.retrofit import open_base, retrofit
 from retro.retrofit.bases import stored_name
 from retro.training.loop import fit
-from retro.training.retrofit import check_tokenizer, start_text
+from retro.training.retrofit import check_tokenizer, start_from
 from retro.training.settings import FinetuneSettings
 from retro.training.setup import setup
 from retro.training.windows import IGNORED, Batch, Windows, check_window
@@ -77,7 +77,7 @@ class FinetuneModelFactory:
 
     def __call__(self, config: PreTrainedConfig) -> PreTrainedModel:
         if self.is_new:
-            self.model.start(start_text(self.store))
+            start_from(self.store, self.model)
         return self.model
 
     def from_pretrained(self, folder: str | Path, dtype: Any = None) -> PreTrainedModel:

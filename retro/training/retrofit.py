@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ class RetrofitModelFactory:
 
     def __call__(self, config: RetrofitConfig) -> PreTrainedModel:
         """A model at the start of its training, drawn again with the loop's seed."""
-        self.fitted.start(start_text(self.store))
+        start_from(self.store, self.fitted)
         return self.fitted
 
     def from_pretrained(self, folder: str | Path, dtype: Any = None) -> PreTrainedModel:
@@ -88,6 +89,12 @@ class RetrofitModelFactory:
 
         origin = {"base_name_or_path": stored_name(self.settings.base)}
         return origin if self.settings.revision is None else {**origin, "base_revision": self.settings.revision}
+
+
+def start_from(store: Store, model: RetrofitForCausalLM) -> None:
+    """Give a fitted base its start from a store's text, on the device where it will be trained."""
+    model.to(PartialState().device)
+    model.start(start_text(store))
 
 
 def start_text(store: Store) -> Int[Tensor, "q n"]:
