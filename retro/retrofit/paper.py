@@ -100,7 +100,8 @@ class PaperForm(nn.Module):
                 context, context.neighbor_ids, context.neighbor_mask, conditions, mask
             )
             return
-        conditions = h[:0, :0] if self.encoder.condition_norm is None else cache.conditions(h, step)
+        reads_chunks = self.encoder.condition_norm is not None
+        conditions = cache.conditions(h, step) if reads_chunks else h.new_zeros(len(step.found), 0, h.shape[2])
         if step.found:
             ids, mask = step.neighbor_ids[:, None], step.neighbor_mask[:, None]
             step.encoded = self._encode(context, ids, mask, conditions[:, None])[:, 0]
