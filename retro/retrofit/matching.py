@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from retro.modules.cross_attention import in_sequence, may_read
 from retro.retrofit.hooks import RetrofitContext
+from retro.retrofit.starts import normed
 
 START_SHARPNESS = 18.0  # tau
 LAG_DECAY = 0.7
-LAST = "pointer"  # the name of what reads for the logits: where only the last are wanted, only those tokens read
 
 
 class Matching(nn.Module):
@@ -67,7 +67,7 @@ class Matching(nn.Module):
         return F.normalize(self.key(self._normed(features)), dim=-1)
 
     def _normed(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.lags), x.shape[-1:], eps=self.norm_eps)
+        return normed(x.to(self.lags), self.norm_eps)
 
     def forward(
         self, queries: Float[Tensor, "c t d"], keys: Float[Tensor, "c k r d"], mask: Bool[Tensor, "c k r"]
@@ -129,14 +129,16 @@ def attending(
     new: dict[str, Tensor] | None,
     num_lags: int,
     chunk_len: int,
+    keep: int | None = None,
 ) -> Attending | None:
     """The attending chunks of a run, each with the `num_lags` tokens before it; None where nothing is read.
 
     new: what belongs to the neighbors, a row for each chunk; with a cache a row for each chunk of `step.found`, None if
-    there is none. `name` tells what is kept in the cache apart.
+    there is none. `name` tells what is kept in the cache apart. keep: with a cache, of how many last tokens the results
+    are wanted; None for all.
     """
     if context.cache is not None:
-        return _attending_held(context, name, queries, new, num_lags, chunk_len)
+        return _attending_held(context, name, queries, new, num_lags, chunk_len, keep)
     mask, documents = context.neighbor_mask.to(queries.device), context.document_ids
     documents = None if documents is None else documents.to(queries.device)
     (b, num_chunks), n, first = mask.shape[:2], queries.shape[1], chunk_len - 1 - num_lags
@@ -148,7 +150,13 @@ def attending(
 
 
 def _attending_held(
-    context: RetrofitContext, name: str, queries: Tensor, new: dict[str, Tensor] | None, num_lags: int, chunk_len: int
+    context: RetrofitContext,
+    name: str,
+    queries: Tensor,
+    new: dict[str, Tensor] | None,
+    num_lags: int,
+    chunk_len: int,
+    keep: int | None,
 ) -> Attending | None:
     """The same for new tokens: of the neighbors the cache holds what is not new, of the text the lagged queries."""
     cache, step, device = context.cache, context.step, queries.device
@@ -159,8 +167,8 @@ def _attending_held(
         for part, x in new.items():
             cache.hold(part, x, step)
         return _attending_row(context, name, windows) if step.reads else None
-    chunks = step.attending_chunks(device, context.keep if name == LAST else None)
-    parts = list(new) or [part for part in cache.rows if part.startswith(f"{name}.") and not part.endswith(".queries")]
+    chunks = step.attending_chunks(device, keep)
+    parts = list(new) or _parts_held(context, name)
     given = {}
     if len(chunks.rows):
         given = {part: cache.gather(part, new.get(part), chunks, step) for part in parts}
@@ -173,16 +181,20 @@ def _attending_held(
     columns = chunks.columns[:, :1] + torch.arange(num_lags + chunk_len, device=device)
     windows = windows[chunks.rows[:, None], columns.clamp(0, windows.shape[1] - 1)]
     readable = given["mask"][..., 1:].flatten(1).any(-1)[:, None].expand_as(chunks.columns)
-    keep = context.keep if name == LAST else None
     return Attending(windows, given, readable, lambda x: step.scatter(x, chunks, keep))
 
 
 def _attending_row(context: RetrofitContext, name: str, windows: Float[Tensor, "b t d"]) -> Attending:
     """Of a decode step: one token of each row, and what the cache holds for the row."""
     cache, step, device = context.cache, context.step, windows.device
-    parts = [part for part in cache.rows if part.startswith(f"{name}.") and not part.endswith(".queries")]
-    given = {part.rpartition(".")[2]: cache.rows[part].to(device) for part in (*parts, "mask")}
+    parts = (*_parts_held(context, name), "mask")
+    given = {part.rpartition(".")[2]: cache.rows[part].to(device) for part in parts}
     readable = given["mask"][..., 1:].flatten(1).any(-1, keepdim=True)
     if step.unread is not None:
         readable = readable & ~step.unread.to(device)[:, None]
     return Attending(windows, given, readable, lambda x: x)
+
+
+def _parts_held(context: RetrofitContext, name: str) -> list[str]:
+    """What the cache holds of the neighbors under a name: all but the lagged queries."""
+    return [part for part in context.cache.rows if part.startswith(f"{name}.") and not part.endswith(".queries")]

@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from retro.modules.loss import SLICE_TOKENS
 from retro.retrofit.anatomy import Anatomy
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.hooks import HookPoint, RetrofitContext
-from retro.retrofit.matching import LAST, Matching, attending, neighbor_features
-from retro.retrofit.starts import Observed
+from retro.retrofit.matching import Matching, attending, neighbor_features
+from retro.retrofit.starts import Observed, normed
 
 GATE_LIMIT = 1 - 2**-10  # a token that no neighbor holds keeps a probability
 LEAST_LOG_P = -80.0  # float32 could not hold the inverse of less
@@ -74,7 +73,7 @@ class PointerForm(nn.Module):
             device = self.prior.device
             new = {"keys": self.matching.keys(features.to(device)), "ids": ids.to(device)} if len(ids) else None
         queries, m = self.matching.queries(key.to(self.prior)), self.config.chunk_len
-        found = attending(context, LAST, queries, new, self.config.key_lags, m)
+        found = attending(context, "pointer", queries, new, self.config.key_lags, m, context.keep)
         if found is None:
             return None
         scores = self.matching(found.queries, found.given["keys"], found.given["mask"])
@@ -109,8 +108,7 @@ class CopyGate(nn.Module):
 
     def forward(self, h: Float[Tensor, "b n d"], best: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """What the sigmoid is taken of, but for the part that needs the base's distribution."""
-        normed = F.rms_norm(h, h.shape[-1:], eps=self.norm_eps)
-        return normed @ self.hidden + self.bias + self.match * best
+        return normed(h, self.norm_eps) @ self.hidden + self.bias + self.match * best
 
     def opened(self) -> Float[Tensor, "1"]:
         return opened(self.opening)
