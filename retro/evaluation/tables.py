@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,18 @@ from typing import Any
 
 from retro.common.files import finite
 from retro.evaluation.bits import COLUMNS
+from retro.evaluation.cells import (
+    NOTHING,
+    amount,
+    ends,
+    figure,
+    gain_over,
+    percent,
+    plain_cell,
+    share,
+    with_ends,
+)
 
-NOTHING = "–"
 TITLES = COLUMNS | {
     "in_context": "passages in the prompt",
     "in_context_on": "in the prompt, RETRO[ON]",
@@ -281,10 +290,24 @@ def _baselines(result: dict[str, Any]) -> list[Table]:
     )
     note = " ".join([note, *(_chosen(row) for row in rows if row["chosen"])])
     tables = [Table("Baselines on the same store", [*columns, *costs], rows, note, list(map(_flat, rows)))]
+    tables += _pairs(rows, columns[:3])
     if "without_near_copies" not in rows[0]:
         return tables
     title = f"Without near copies ({len(result['near_copies'])}), of whose 13-grams one document of the store has half"
     return [*tables, Table(title, columns, [row | row["without_near_copies"] for row in rows])]
+
+
+def _pairs(rows: Sequence[dict[str, Any]], names: Sequence[Column]) -> list[Table]:
+    """How far rows are below those that differ in one thing, document by document."""
+    paired = [row for row in rows if row.get("below")]
+    titles = {"random": "its random neighbors", "prompt": "the prompt with as many"}
+    columns = [
+        Column(f"{what}{title}", lambda row, key=key, field=field: _in_percent(row["below"].get(key, {}).get(field)))
+        for key, title in titles.items()
+        if any(key in row["below"] for row in paired)
+        for field, what in (("gain", "below "), ("gain_little_overlap", f"{_LITTLE}, below "))
+    ]
+    return [Table("Against the same with other neighbors, in % (95%)", [*names, *columns], paired)] if columns else []
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -365,59 +388,7 @@ def _lm_eval(result: dict[str, Any]) -> list[Table]:
     return [records_table("Tasks of lm_eval", records, 2)]
 
 
-# Cells and columns
-
-
-def figure(value: float | int | None, digits: int = 4) -> str:
-    """A count as it is, anything else with so many digits after the point."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return NOTHING if value is None or math.isnan(value) else f"{value:,.{digits}f}"
-
-
-def percent(value: float | int | None, sign: str = "") -> str:
-    return NOTHING if value is None or math.isnan(value) else f"{100 * value:{sign}.2f}%"
-
-
-def share(value: float | int) -> str:
-    return f"{100 * value:g}%"
-
-
-def gain_over(bpb: float | int, other: float | int) -> float:
-    """By which share a figure is below another one; NaN where the other is 0."""
-    return 1 - bpb / other if other else math.nan
-
-
-def change(gain: float | int) -> str:
-    """A gain in words: "8.8% below"."""
-    return "not comparable with" if math.isnan(gain) else f"{100 * abs(gain):.1f}% {'below' if gain >= 0 else 'above'}"
-
-
-def ends(pair: Sequence[float | None] | None, form: Callable = figure) -> str:
-    """The two ends of an interval, nothing where they are no numbers."""
-    told = [NOTHING] if pair is None else list(map(form, pair))
-    return NOTHING if NOTHING in told else " to ".join(told)
-
-
-def with_ends(value: float | int, low: float, high: float, form: Callable) -> str:
-    """A value with its interval in brackets, if there is one."""
-    told = ends([low, high], form)
-    return form(value) if told == NOTHING else f"{form(value)} ({told})"
-
-
-def amount(value: float | int | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value == int(value) else f"{value:,g}"
-
-
-def plain_cell(value: Any) -> str:
-    """Any value of a record in a few characters."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return NOTHING
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"
+# Columns
 
 
 def _column(title: str, name: Any, form: Callable = figure, label: bool = False, width: int = 0) -> Column:

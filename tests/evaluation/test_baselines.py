@@ -283,6 +283,14 @@ def test_models_are_compared_over_the_same_tokens(pointer, make_lm, planted_retr
     figures = {}
     for models in ({"a": pointer}, {"b": paper, "c": make_lm(), "a": pointer}):
         found = measure_baselines(models, HELD_OUT, planted_retriever, settings=settings)
+        for row in found["rows"]:
+            held_against = {"retro_on": {"random", "prompt"}, "prepend": {"random"}}.get(row["method"], set())
+            assert row["below"].keys() == held_against
+            bpb = {(x["method"], x["model"], x["k"]): x["bpb"] for x in found["rows"]}
+            partners = {"random": ("retro_on_random", row["model"]), "prompt": ("prepend", "LlamaForCausalLM")}
+            for name in held_against if row["method"] == "retro_on" else ():
+                other = bpb[(*partners[name], row["k"])]
+                assert row["below"][name]["gain"][0] == pytest.approx(1 - row["bpb"] / other)
         rows = {(row["method"], row["model"], row["k"]): (row["bpb"], *row["gain"]) for row in found["rows"]}
         assert figures.items() <= rows.items()
         figures = rows

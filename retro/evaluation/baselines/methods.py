@@ -79,6 +79,17 @@ def plan_rows(
     return sorted(rows, key=lambda row: -1 if row.method == "lm" else place_of(row))
 
 
+def partners(row: PlannedRow, rows: Sequence[PlannedRow]) -> dict[str, PlannedRow]:
+    """The rows that one with true neighbors is held against, of those there are: "random", the same with random
+    neighbors, and "prompt", the base with as many in its prompt.
+    """
+    if row.k is None or row.method.endswith("_random"):
+        return {}
+    random = "prepend_random" if row.method == "prepend" else "retro_on_random"
+    wanted = {"random": replace(row, method=random), "prompt": PlannedRow("prepend", None, row.k)}
+    return {name: other for name, other in wanted.items() if other in rows and other != row}
+
+
 def _rows_of(name: str, settings: BaselineSettings, models: Mapping[str, Any], reader: Any) -> Iterator[PlannedRow]:
     """A row for each model and k that the method has."""
     needs = METHODS[name][1]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from retro.common.settings import to_plain
 from retro.evaluation.baselines.bench import BaselineEvaluator, MethodScores
-from retro.evaluation.baselines.methods import PlannedRow, fits_of, plan_rows, resolved
+from retro.evaluation.baselines.methods import PlannedRow, fits_of, partners, plan_rows, resolved
 from retro.evaluation.baselines.sample import Sample, check_targets, draw_sample
 from retro.evaluation.bits import LITTLE_OVERLAP, bpb_interval, gain, measured_with, neighbors_of
 from retro.evaluation.data import LEAKAGE_NEIGHBORS, overlap_of, prepare, window_of
@@ -50,7 +50,7 @@ def measure_baselines(
             first plain LM.
         validation: Documents on which kNN-LM and REPLUG choose; none of them is in `documents`.
 
-    Gives {"rows": one for each method, model and k, see `_about_row`, `Comparison.of` and `_costs`;
+    Gives {"rows": one for each method, model and k, see `_about_row`, `Comparison.of`, `partners` and `_costs`;
     "tokens", "bytes", "windows", "documents", "near_copies": ids, "settings", "validation_tokens", "threads", "device",
     and what it was measured with}. Raises ValueError, before any work, for a method that cannot run with what is given.
     """
@@ -75,7 +75,13 @@ def measure_baselines(
     little, copies = _little_overlap(sample, retriever), _near_copies(documents, retriever.store)
     figures = Comparison(sample, log_p[planned[0]], little, copies, settings.seed)
     about = _about(sample, settings, tuning) | {"near_copies": figures.near_copies, "device": str(present[0].device)}
-    rows = [_about_row(row, bench) | figures.of(log_p[row]) | _costs(found[row]) for row in planned]
+    rows = [
+        _about_row(row, bench)
+        | figures.of(log_p[row])
+        | {"below": {name: figures.below(log_p[row], log_p[other]) for name, other in partners(row, planned).items()}}
+        | _costs(found[row])
+        for row in planned
+    ]
     names = {"model": list(models), "lm": _name_of_reader(models, reader)}
     return about | {"rows": rows} | measured_with(None, retriever) | names
 
@@ -192,6 +198,13 @@ class Comparison:
             kept = np.isin(self.sample.chunks, others.numbers)
             told["without_near_copies"] = self._over(others, log_p[kept], self.reference[kept])
         return told
+
+    def below(self, log_p: Float[np.ndarray, " t"], other: Float[np.ndarray, " t"]) -> dict[str, list[float]]:
+        """By which share one row is below another over the same tokens: over all chunks, and over those with little
+        overlap.
+        """
+        figures = self._over(self.sample, log_p, other)
+        return {name: figures[name] for name in ("gain", "gain_little_overlap")}
 
     def _over(self, sample: Sample, log_p: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         own, other, data = sample.chunk_scores(log_p), sample.chunk_scores(reference), sample.by_document

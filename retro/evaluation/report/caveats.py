@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from retro.evaluation.bits import COLUMNS
+from retro.evaluation.cells import amount, change, figure, gain_over, percent, share
 from retro.evaluation.report.files import Result, StoreRecord
 from retro.evaluation.report.samples import attribution_from_json
-from retro.evaluation.tables import amount, change, figure, figures_of, gain_over, percent, share
+from retro.evaluation.tables import figures_of
 from retro.retrieval.search.searchers import approximate_engines
 from retro.sampling.terminal import shown_runs
 

@@ -16,13 +16,14 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from retro.evaluation.cells import plain_cell
 from retro.evaluation.leakage import told_examples
 from retro.evaluation.report.caveats import caveats_of
 from retro.evaluation.report.files import ReportInputs, Result, StoreRecord
 from retro.evaluation.report.pictures import picture_of, picture_of_bits, picture_of_losses
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.report.tables import data_of, model_of, overview, store_of, title_of
-from retro.evaluation.tables import answers_tables, bits_table, gains_table, plain_cell, tables_of
+from retro.evaluation.tables import answers_tables, bits_table, gains_table, tables_of
 from retro.sampling import html_fragment, visible
 from retro.sampling.page import content_policy, page_script, page_style, template_environment
 from retro.version import __version__

@@ -109,9 +109,11 @@ _EXAMPLE = shape(
 _BITS = {"bpb": Number, "low": Number, "high": Number}
 _CURVE = shape(_BITS, optional(gain=Number, gain_low=Number, gain_high=Number), column=Column)
 _OF_ROW = {"bpb": Number, "interval": Ends, "gain": Three, "bpb_little_overlap": Number, "gain_little_overlap": Three}
+_BELOW = shape(gain=Three, gain_little_overlap=Three)
 _ROW = shape(
-    _OF_ROW, optional(without_near_copies=shape(_OF_ROW)), method=str, label=str, model=str | None, k=Count | None,
-    trained_weights=Count | None, ms_per_token=Number, search_ms_per_token=Number, searches_per_1000_tokens=Number,
+    _OF_ROW, optional(without_near_copies=shape(_OF_ROW), below=dict[str, _BELOW]), method=str, label=str,
+    model=str | None, k=Count | None, trained_weights=Count | None, ms_per_token=Number,
+    search_ms_per_token=Number, searches_per_1000_tokens=Number,
     flops_per_1000_tokens=Number, search_flops_per_1000_tokens=Number, store_bytes=Number, chosen=dict[str, Any],
 )  # fmt: skip
 _NEIGHBOR = shape(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from retro.evaluation.cells import NOTHING
 from retro.evaluation.report.files import Result
-from retro.evaluation.tables import NOTHING, Table, records_table
+from retro.evaluation.tables import Table, records_table
 
 TITLES = {"evaluate": "bits per byte", "leakage": "leakage", "sweep": "sweep", "baselines": "baselines"}
 TITLES |= {"lm_eval": "tasks of lm_eval", "generate": "samples"}
