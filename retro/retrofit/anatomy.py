@@ -271,8 +271,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # What the base knows of a text
 
 
-class _LayerReached(Exception):
-    pass
+class LayerReached(Exception):
+    """Ends a run of the base at a layer."""
 
 
 @torch.no_grad()
@@ -287,11 +287,11 @@ def hidden_after(
 
     def keep(module, args, out):
         kept.append(first_tensor(out))
-        raise _LayerReached
+        raise LayerReached
 
     handle = anatomy.layer(base, layer).register_forward_hook(keep)
     try:
-        with evaluating(base), suppress(_LayerReached):
+        with evaluating(base), suppress(LayerReached):
             base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
     finally:
         handle.remove()

@@ -11,6 +11,7 @@ the logits. Hooks, the base and its dtype are not its business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -27,10 +28,12 @@ from retro.retrofit.starts import Observed
 class Form(Protocol):
     """A form: an nn.Module made as Form(config, base, anatomy), on any device; `start` gives its weights their start.
 
-    hook_points: in the order in which the base reaches them. mixes_logits: whether there may be a `mixture`.
+    hook_points: in the order in which the base reaches them. start_points: where `start` wants to see the stream of a
+    text. mixes_logits: whether there may be a `mixture`.
     """
 
     hook_points: list[HookPoint]
+    start_points: Sequence[HookPoint]
     mixes_logits: bool
 
     def start(self, observed: Observed) -> None:
@@ -73,6 +76,7 @@ class JointForm(nn.Module):
         super().__init__()
         self.paper, self.pointer = PaperForm(config, base, anatomy), PointerForm(config, base, anatomy)
         self.hook_points = sorted(self.paper.hook_points + self.pointer.hook_points)
+        self.start_points = self.paper.start_points
 
     def start(self, observed: Observed) -> None:
         self.paper.start(observed)

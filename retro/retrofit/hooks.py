@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from retro.model import RetroCache
 from retro.model.step import CachedStep
@@ -65,16 +66,19 @@ def _of(key: object) -> RetrofitContext | None:
     return context if context is not None and context.key is key else None
 
 
-def add_hooks(base: nn.Module, anatomy: Anatomy, hook_points: list[HookPoint], key: object) -> None:
+def add_hooks(base: nn.Module, anatomy: Anatomy, hook_points: list[HookPoint], key: object) -> list[RemovableHandle]:
     """Put the hooks for `hook_points` into the base. They work in contexts of `key` only."""
+    handles = []
     for point in hook_points:
         layer = anatomy.layer(base, point.layer)
         if point.at == "end":
-            layer.register_forward_hook(_LayerOutputHook(point, key))
+            handles.append(layer.register_forward_hook(_LayerOutputHook(point, key)))
         else:
-            writer = anatomy.writers[point.layer]
-            layer.register_forward_pre_hook(_LayerInputHook(point.layer, key), with_kwargs=True)
-            layer.get_submodule(writer.name).register_forward_hook(_AttentionHook(point, writer, key))
+            writer, enters = anatomy.writers[point.layer], _LayerInputHook(point.layer, key)
+            handles.append(layer.register_forward_pre_hook(enters, with_kwargs=True))
+            part = layer.get_submodule(writer.name)
+            handles.append(part.register_forward_hook(_AttentionHook(point, writer, key)))
+    return handles
 
 
 # Objects, not closures: a deep copy of the base then carries hooks of its own key.

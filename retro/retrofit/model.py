@@ -77,7 +77,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         Without a text random tokens serve. Maps between the base's layers are far better from text: of some 16,000
         tokens they are good, of four times fewer noticeably less so.
         """
-        self.form.start(observe(self.base, self.anatomy, self.config, self._key, text))
+        self.form.start(observe(self.base, self.anatomy, self.config, self.form.start_points, text))
 
     def forward(
         self,

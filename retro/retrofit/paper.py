@@ -50,6 +50,7 @@ class PaperForm(nn.Module):
         super().__init__()
         self.config = config
         self.hook_points = [HookPoint(layer, "attention") for layer in config.cca_layers]
+        self.start_points = self.hook_points if config.start == "reading" else []
         self.encoder_embedding = _encoder_embedding(config, base)
         self.encoder = _encoder(config)
         cross_attention = ReadingCrossAttention if config.start == "reading" else GatedCrossAttention

@@ -39,6 +39,7 @@ class PointerForm(nn.Module):
     """The pointer's weights: what it matches with, gamma (`prior`) and the gate. It writes to the logits only."""
 
     mixes_logits = True
+    start_points = ()
 
     def __init__(self, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy):
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retro.common.modes import evaluating
-from retro.retrofit.anatomy import Anatomy, hidden_after
+from retro.retrofit.anatomy import Anatomy, LayerReached
 from retro.retrofit.config import RetrofitConfig
-from retro.retrofit.hooks import HookPoint, RetrofitContext, active
+from retro.retrofit.hooks import HookPoint, RetrofitContext, active, add_hooks
 
 PROBE_SHAPE = (8, 64)  # rows and tokens of the text where none is given: random tokens
 RIDGE = 1e-2  # of the mean square of a channel
@@ -24,7 +26,8 @@ class Observed:
     """Of q rows of n tokens, the first of each row left out, whose features are unlike all others'.
 
     tokens: [q (n - 1)]. features: the stream after `key_layer`, of square 1, None without such a layer. streams: those
-    at each hook point. embeddings: what the base's logits are a product with, None where it is not a matrix.
+    at the points that the start reads. embeddings: what the base's logits are a product with, None where it is not a
+    matrix.
     """
 
     tokens: Int[Tensor, " t"]
@@ -40,51 +43,69 @@ class Observed:
 
 @dataclass
 class _Recorder:
-    """Takes the place of a form in a run: keeps the stream at the hook points."""
+    """Takes the place of a form in a run: keeps the stream at some points, and ends the run at the last of them."""
 
+    points: list[HookPoint]
+    width: int
     streams: dict[HookPoint, list[Tensor]] = field(default_factory=dict)
 
     def update(self, point: HookPoint, h: Tensor, context: RetrofitContext) -> None:
+        if h.ndim != 3 or h.shape[2] != self.width:
+            raise ValueError(
+                f"the base cannot be fitted: layer {point.layer} gives {list(h.shape)}, not one stream of its width "
+                f"{self.width}."
+            )
         self.streams.setdefault(point, []).append(h[:, 1:].float().flatten(0, 1).cpu())
+        if point == self.points[-1]:
+            raise LayerReached
 
 
 @torch.no_grad()
 def observe(
-    base: nn.Module, anatomy: Anatomy, config: RetrofitConfig, key: object, text: Int[Tensor, "q n"] | None
+    base: nn.Module,
+    anatomy: Anatomy,
+    config: RetrofitConfig,
+    start_points: Sequence[HookPoint],
+    text: Int[Tensor, "q n"] | None,
 ) -> Observed:
     """What the base makes of a text, or without one of random tokens, the same every time; without neighbors.
 
-    Of rows longer than the base's positions only the beginning is read.
-
-    `key` is that of the model's hooks. Raises ValueError for a base whose layers do not give one stream of its width,
-    and for rows without a second token.
+    It runs once over the text, up to the last layer that is read. Of rows longer than the base's positions only the
+    beginning is read. Raises ValueError for rows without a second token, and for a base whose layers do not give one
+    stream of its width.
     """
     if text is not None and (text.ndim != 2 or text.shape[0] < 1 or text.shape[1] < 2):
         raise ValueError(f"text has shape {list(text.shape)}; give rows of at least 2 tokens, [q, n].")
     device = base.get_input_embeddings().weight.device
     text = (_random_tokens(config) if text is None else text[:, : config.max_position_embeddings]).to(device)
-    recorder, features, mask = _Recorder(), [], torch.ones_like(text[:ROWS_AT_ONCE], dtype=torch.bool)
-    for rows in text.split(ROWS_AT_ONCE):
-        if config.key_layer is not None:
-            features.append(_features(base, anatomy, config, rows, mask[: len(rows)]))
-        with evaluating(base), active(RetrofitContext(form=recorder, key=key)):
-            base(input_ids=rows, use_cache=False)
+    after_key_layer = None if config.key_layer is None else HookPoint(config.key_layer, "end")
+    points = sorted({*start_points, after_key_layer} - {None})
+    streams = _streams(base, anatomy, points, config.hidden_size, text)
+    features = None if after_key_layer is None else normed(streams[after_key_layer], config.rms_norm_eps)
     return Observed(
         tokens=text[:, 1:].flatten().cpu(),
-        features=torch.cat(features) if features else None,
-        streams={point: torch.cat(parts) for point, parts in recorder.streams.items()},
+        features=features,
+        streams={point: streams[point] for point in start_points},
         embeddings=_matrix(base.get_output_embeddings()),
     )
 
 
-def _features(base, anatomy: Anatomy, config: RetrofitConfig, rows: Tensor, mask: Tensor) -> Float[Tensor, "t d"]:
-    read = hidden_after(base, anatomy, rows, mask, config.key_layer)
-    if read.shape != (*rows.shape, config.hidden_size):
-        raise ValueError(
-            f"{type(base).__name__} cannot be fitted: layer {config.key_layer} gives {list(read.shape)}, not one "
-            f"stream of its width {config.hidden_size}."
-        )
-    return normed(read[:, 1:].float().flatten(0, 1).cpu(), config.rms_norm_eps)
+def _streams(
+    base: nn.Module, anatomy: Anatomy, points: list[HookPoint], width: int, text: Int[Tensor, "q n"]
+) -> dict[HookPoint, Float[Tensor, "t d"]]:
+    """The stream at each of the points, which are in the order of the base's run."""
+    if not points:
+        return {}
+    key, recorder = object(), _Recorder(points, width)
+    handles = add_hooks(base, anatomy, points, key)
+    try:
+        for rows in text.split(ROWS_AT_ONCE):
+            with evaluating(base), active(RetrofitContext(form=recorder, key=key)), suppress(LayerReached):
+                base(input_ids=rows, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {point: torch.cat(parts) for point, parts in recorder.streams.items()}
 
 
 def _random_tokens(config: RetrofitConfig) -> Int[Tensor, "q n"]:

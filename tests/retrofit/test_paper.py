@@ -181,29 +181,52 @@ def test_ridge_is_least_squares_with_a_penalty():
     assert not constant.any() and kept.item() == 3.0
 
 
+def seen_of(model, text):
+    return observe(model.base, model.anatomy, model.config, model.form.start_points, text)
+
+
 def test_observe_gives_what_the_base_makes_of_a_text(make_base, make_fitted, around_cca):
     """More rows than are run at once, of a model in training mode, which stays in it, and without its dropout."""
     model = make_fitted(base=make_base(attention_dropout=0.5), form="joint").train()
     text = torch.randint(3, 64, (6, 9), generator=torch.Generator().manual_seed(0))
-    seen = observe(model.base, model.anatomy, model.config, model._key, text)
+    seen = seen_of(model, text)
     assert model.base.training
     model.eval()
     before, after = around_cca(model, text)
     assert torch.equal(seen.tokens, text[:, 1:].flatten())
     torch.testing.assert_close(seen.features, normed(stream(model.base, text, 1))[:, 1:].flatten(0, 1))
-    assert set(seen.streams) == set(model.form.hook_points) and len(seen.streams) == 4
+    assert set(seen.streams) == {HookPoint(2, "attention"), HookPoint(3, "attention")}
     for number in (2, 3):
         assert torch.equal(before[number], after[number])
         torch.testing.assert_close(seen.streams[HookPoint(number, "attention")], before[number][:, 1:].flatten(0, 1))
-    for number in (1, 3):
-        expected = stream(model.base, text, number)[:, 1:].flatten(0, 1)
-        torch.testing.assert_close(seen.streams[HookPoint(number, "end")], expected)
     assert torch.equal(seen.embeddings, model.base.lm_head.weight)
+
+
+@pytest.mark.parametrize(("form", "layers"), [("pointer", 1), ("paper", 2), ("random", 0), ("joint", 2)])
+def test_a_start_runs_once_up_to_what_it_reads(form, layers, make_fitted):
+    """Over two batches of rows; and no hook stays."""
+    model, ran = make_fitted(form=form, **({} if form == "pointer" else {"cca_layers": [2]})), []
+    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.base.modules()]  # noqa: E731
+    for number, layer in enumerate(model.base.model.layers, start=1):
+        layer.self_attn.register_forward_hook(lambda m, args, out, number=number: ran.append(number))
+    before = hooks()
+    model.start(torch.randint(3, 64, (6, 9), generator=torch.Generator().manual_seed(0)))
+    assert ran == 2 * list(range(1, layers + 1)) and hooks() == before
+
+
+def test_layers_of_several_streams_are_refused(make_base):
+    from retro.retrofit import anatomy
+
+    base = make_base()
+    for layer in base.model.layers:
+        layer.register_forward_hook(lambda m, args, out: anatomy.with_first(out, anatomy.first_tensor(out)[None]))
+    with pytest.raises(ValueError, match=r"layer 1 gives \[1, 4, 64, 16\], not one stream of its width 16"):
+        retrofit(base, form="pointer", chunk_len=4, retrieved_len=8)
 
 
 def test_a_text_longer_than_the_bases_positions(make_fitted):
     model, text = make_fitted("gpt2"), torch.randint(3, 64, (3, 80), generator=torch.Generator().manual_seed(0))
-    seen = observe(model.base, model.anatomy, model.config, model._key, text)
+    seen = seen_of(model, text)
     assert torch.equal(seen.tokens, text[:, 1:64].flatten()) and len(seen.features) == 3 * 63
     model.start(text)
     for short in (text[:, :1], text[:0], text[0]):

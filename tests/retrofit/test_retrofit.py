@@ -174,7 +174,7 @@ def test_a_form_may_write_at_a_layers_end(make_fitted, make_base, make_neighbors
     class Shift(torch.nn.Module):
         def __init__(self, config, base, anatomy):
             super().__init__()
-            self.hook_points = [HookPoint(3, "end")]
+            self.hook_points = self.start_points = [HookPoint(3, "end")]
             self.shift = torch.nn.Parameter(torch.zeros(16))
 
         def start(self, observed):
