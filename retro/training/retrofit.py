@@ -98,13 +98,19 @@ def start_from(store: Store, model: RetrofitForCausalLM) -> None:
 
 
 def start_text(store: Store) -> Int[Tensor, "q n"]:
-    """Some windows from all over a store, without padding, from which the new weights take their start."""
+    """Some windows from all over a store, without padding, from which the new weights take their start.
+
+    Where the tokenizer puts a bos before a text, each row begins with it, as windows of training do.
+    """
     windows = Windows(store, window_len=START_CHUNKS * store.chunk_len)
     wanted = min(len(windows), max(1, START_TOKENS // windows.window_len))
     ids = windows.batch(np.arange(wanted) * len(windows) // wanted)["input_ids"]
     text = ids[ids != store.pad_token_id]
     length = min(len(text), windows.window_len)
-    return text[: len(text) // length * length].view(-1, length)
+    rows = text[: len(text) // length * length].view(-1, length)
+    if store.bos_token_id is not None:
+        rows[:, 0] = store.bos_token_id
+    return rows
 
 
 def check_tokenizer(base_name: str, base: PreTrainedModel, store: Store) -> None:

@@ -106,6 +106,10 @@ def test_the_start_is_of_text_from_all_over_the_store(stores, monkeypatch):  # n
     some = retrofit.start_text(store)
     expected = sum((chunk for i in (0, windows // 3, 2 * windows // 3) for chunk in chunks[8 * i : 8 * i + 8]), [])
     assert len(some) == 2 and some.flatten().tolist() == expected[:128]
+    with monkeypatch.context() as patched:
+        patched.setitem(vars(store), "bos_token_id", 7)
+        begun = retrofit.start_text(store)
+    assert (begun[:, 0] == 7).all() and torch.equal(begun[:, 1:], some[:, 1:])
     monkeypatch.setattr(retrofit, "START_CHUNKS", 10_000)
     assert retrofit.start_text(store).tolist() == [text]
 
