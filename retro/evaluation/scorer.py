@@ -64,7 +64,7 @@ def score_tokens(
     if bos is not None:
         read = {i: np.concatenate([[bos], text[1:]]) for i, text in read.items()}
     k, m, r = (0, 1, 0) if rows is None else (rows[0].shape[1], model.config.chunk_len, model.config.retrieved_len)
-    num_logits = {i: logits * len(read[i] if needs_all_logits(model, rows is not None) else places[i]) for i in chosen}
+    num_logits = {i: logits * _num_logits(model, rows is not None, len(read[i]), places[i]) for i in chosen}
     with evaluating(model), tqdm(total=len(chosen), desc=progress, unit="text", disable=progress is None) as bar:
         for batch in batches(read, num_logits, model.config.get_text_config().vocab_size, k * r / m, batch_size):
             inputs = padded([read[i] for i in batch])
@@ -91,15 +91,19 @@ def score_batch(
     states: bool = False,
     logits: bool = True,
 ) -> TokenScores:
-    """Score targets from the logits at (line, column) of a batch, by one forward pass; logits live for these alone.
+    """Score targets from the logits at (line, column) of a batch, by one forward pass; logits live for these alone, or
+    where a form mixes them, from the first column on.
 
     inputs: As the model takes them: input_ids, attention_mask, neighbor_ids ... The model is in evaluation mode.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     lines, columns, targets = (x.to(model.device) for x in (lines, columns, targets))
-    head = None if needs_all_logits(model, "neighbor_ids" in inputs) else _head(model)
-    with only_at(head, lines, columns, stop=not logits) as given:
-        out = model(**inputs, use_cache=False).logits
+    mixes, keep = _mixes_logits(model, "neighbor_ids" in inputs), {}
+    if mixes:
+        first = int(columns.min()) if len(columns) else 0
+        keep, columns = {"logits_to_keep": inputs["input_ids"].shape[1] - first}, columns - first
+    with only_at(None if mixes else _head(model), lines, columns, stop=not logits) as given:
+        out = model(**inputs, **keep, use_cache=False).logits
     kept = given[0].float().cpu().numpy() if states and given else None
     if not logits:
         return TokenScores(np.zeros(0, np.float32), np.zeros(0, bool), kept)
@@ -156,9 +160,16 @@ def _head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def needs_all_logits(model: Any, has_neighbors: bool) -> bool:
-    """Whether logits are edited after the output embeddings, position by position, or these are not known."""
-    return _head(model) is None or (has_neighbors and getattr(getattr(model, "form", None), "mixes_logits", False))
+def _mixes_logits(model: Any, has_neighbors: bool) -> bool:
+    """Whether logits are edited after the output embeddings, position by position."""
+    return has_neighbors and getattr(getattr(model, "form", None), "mixes_logits", False)
+
+
+def _num_logits(model: Any, has_neighbors: bool, length: int, places: Ids) -> int:
+    """Positions of a text whose logits are computed."""
+    if _mixes_logits(model, has_neighbors):
+        return length + 1 - int(places[0])
+    return length if _head(model) is None else len(places)
 
 
 # Batches

@@ -92,3 +92,13 @@ def test_batches_states_and_modes_change_no_score(model, planted_retriever, word
         np.testing.assert_allclose(one.log_probs, log_p.detach().numpy(), atol=1e-5)
     with pytest.raises(AssertionError, match="nothing predicts a first token"):
         score_tokens(model, texts[:1], [np.array([0, 3])])
+
+
+def test_no_logits_are_computed_that_none_of_a_text_needs(model, planted_retriever):
+    """Of a mixture those from the first that is scored on, else the scored ones alone."""
+    draw, shapes, mixes = np.random.default_rng(4), [], getattr(getattr(model, "form", None), "mixes_logits", False)
+    texts, places = [draw.integers(3, 60, n) for n in (40, 34)], [np.array([26, 39]), np.array([24, 30, 33])]
+    rows = [planted_retriever(np.resize(text, (4, 8)), 2).ids for text in texts]
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(list(out.shape[:2])))
+    score_tokens(model, texts, places, rows, planted_retriever.store)
+    assert shapes == [[2, 39 - 23] if mixes else [1, 5]]
