@@ -16,6 +16,12 @@ _PRESETS = {
     "7.5b": dict(hidden_size=4096, intermediate_size=16384, num_attention_heads=32, head_dim=128, num_hidden_layers=32),
 }
 PRESETS = tuple(_PRESETS)
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rope_theta", "max_position_embeddings", "chunk_len", "retrieved_len", "num_neighbors",
+    "embedding_multiplier", "encoder_hidden_size", "encoder_intermediate_size", "encoder_num_attention_heads",
+    "encoder_head_dim", "encoder_num_layers", "initializer_range", "rms_norm_eps",
+)  # fmt: skip
 MODERN = "-modern"
 
 
@@ -29,6 +35,14 @@ class CheckedFields:
             if name not in cls.__dataclass_fields__:
                 raise ValueError(unknown_name(name, cls.__dataclass_fields__, "model field"))
         return cls(**fields)
+
+    def require_sizes(self, *names: str) -> None:
+        """Raise ValueError, naming the field, for a size or scale of 0 or less, or fewer than 0 encoder layers. None
+        passes, which stands for a default."""
+        for name in names:
+            value, fewest = getattr(self, name), "0 or more" if name == "encoder_num_layers" else "more than 0"
+            if value is not None and not (value > 0 or (value == 0 and fewest == "0 or more")):
+                raise ValueError(f"{name} is {value}; give {fewest}, or leave it out.")
 
 
 @strict
@@ -113,6 +127,7 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self.require_sizes(*_SIZES)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
@@ -142,10 +157,6 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
                 f"retrieved_len is {self.retrieved_len}, below chunk_len {self.chunk_len}; "
                 "a retrieved value starts with a whole neighbor chunk."
             )
-        if self.chunk_len < 1 or self.num_neighbors < 1:
-            raise ValueError(f"chunk_len {self.chunk_len} and num_neighbors {self.num_neighbors} must be at least 1.")
-        if not self.embedding_multiplier > 0:
-            raise ValueError(f"embedding_multiplier is {self.embedding_multiplier}; give a number above 0.")
         if not 0 <= self.cca_partial_rotary_factor <= 1:
             raise ValueError(f"cca_partial_rotary_factor is {self.cca_partial_rotary_factor}; give 0 to 1.")
         if self.position == "relative" and self.cca_partial_rotary_factor != 1:

@@ -15,6 +15,10 @@ OF_LAYERS = (
 )
 PAPER = ("start", "cca_layers", "encoder_hidden_size", "encoder_num_layers", *OF_LAYERS, "initializer_range")
 RANDOM_START = ("encoder_shares_embeddings", "gate")
+POSITIVE = (
+    *("chunk_len", "retrieved_len", "num_neighbors", "rms_norm_eps", "encoder_hidden_size"),
+    *("encoder_intermediate_size", "encoder_num_attention_heads", "encoder_head_dim", "initializer_range"),
+)
 KEY_LAGS = 10
 
 
@@ -86,6 +90,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self.require_sizes(*POSITIVE, "encoder_num_layers")
         if self.base_config is not None:
             self._take_from_base()
         super().__post_init__(**kwargs)
@@ -162,6 +167,12 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     def _check_matching(self) -> None:
         if self.base_config is not None:
             _require_layers("key_layer", [self.key_layer], self.num_hidden_layers)
+            positions = self.max_position_embeddings
+            if positions and self.retrieved_len > positions:
+                raise ValueError(
+                    f"retrieved_len is {self.retrieved_len}, but the base, which reads each neighbor, has {positions} "
+                    f"positions; give {positions} or fewer."
+                )
         if self.key_lags is not None and not 0 <= self.key_lags < self.chunk_len:
             raise ValueError(
                 f"key_lags is {self.key_lags}; it must be 0 or more, and less than chunk_len {self.chunk_len}."

@@ -29,12 +29,14 @@ class Form(Protocol):
     """A form: an nn.Module made as Form(config, base, anatomy), on any device; `start` gives its weights their start.
 
     hook_points: in the order in which the base reaches them. start_points: where `start` wants to see the stream of a
-    text. mixes_logits: whether there may be a `mixture`.
+    text. mixes_logits: whether there may be a `mixture`. lr_ratios: multiples of the learning rate, as in
+    `OptimizerSettings`.
     """
 
     hook_points: list[HookPoint]
     start_points: Sequence[HookPoint]
     mixes_logits: bool
+    lr_ratios: dict[str, float]
 
     def start(self, observed: Observed) -> None:
         """Give every weight its start, such that every update is exactly 0. Not called when weights are loaded."""
@@ -77,6 +79,7 @@ class JointForm(nn.Module):
         self.paper, self.pointer = PaperForm(config, base, anatomy), PointerForm(config, base, anatomy)
         self.hook_points = sorted(self.paper.hook_points + self.pointer.hook_points)
         self.start_points = self.paper.start_points
+        self.lr_ratios = {**self.pointer.lr_ratios, **self.paper.lr_ratios}
 
     def start(self, observed: Observed) -> None:
         self.paper.start(observed)

@@ -49,6 +49,8 @@ class PaperForm(nn.Module):
     def __init__(self, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy):
         super().__init__()
         self.config = config
+        matching = {"log_sharpness": 30, "lags": 30, "sink": 30} if config.start == "reading" else {}
+        self.lr_ratios = {**matching, "gate": 30, "encoder": 0.3, "cca": 0.3}
         self.hook_points = [HookPoint(layer, "attention") for layer in config.cca_layers]
         self.start_points = self.hook_points if config.start == "reading" else []
         self.encoder_embedding = _encoder_embedding(config, base)

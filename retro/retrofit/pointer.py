@@ -40,6 +40,7 @@ class PointerForm(nn.Module):
 
     mixes_logits = True
     start_points = ()
+    lr_ratios = {"log_sharpness": 30, "lags": 30, "prior": 30, "gate.opening": 100, "gate.hidden": 1, "gate": 30}
 
     def __init__(self, config: RetrofitConfig, base: nn.Module, anatomy: Anatomy):
         super().__init__()

@@ -21,7 +21,10 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     if muon and settings.fsdp:
         raise ValueError("optimizer: muon takes whole matrices, which fsdp spreads over processes; take adamw")
     ratio = 1.0 if settings.lr_width is None else settings.lr_width / model.config.get_text_config().hidden_size
-    groups = parameter_groups(model, settings.weight_decay, settings.lr_ratios, settings.retrieval, ratio, muon)
+    ratios = settings.lr_ratios
+    if ratios is None:
+        ratios = model.form.lr_ratios if hasattr(model, "form") else {}
+    groups = parameter_groups(model, settings.weight_decay, ratios, settings.retrieval, ratio, muon)
     if muon:
         if not any(group["is_muons"] for group in groups):
             raise ValueError("optimizer: muon finds no matrix that lr_ratios does not name; take adamw")

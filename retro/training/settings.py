@@ -74,6 +74,7 @@ class OptimizerSettings:
         optimizer: "adamw", or "muon": torch's Muon for the matrices that `lr_ratios` does not name, AdamW for the rest.
         lr_ratios: Parameters whose name contains a key learn at this multiple of `lr`; the first key that fits counts.
             A key that fits none is refused, unless `retrieval` is false: the parts it names may then be left out.
+            Default: those of the form of a RETRO-fit; without a form, one rate for all.
         weight_decay: Weight decay of matrices; embeddings, norms, biases and other vectors do not decay.
         betas: The two betas of AdamW.
         max_grad_norm: Norm to which gradients are scaled down.
@@ -84,7 +85,7 @@ class OptimizerSettings:
     min_lr_ratio: float = 0.1
     warmup_steps: int = 750
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr_ratios: dict[str, float] = field(default_factory=dict)
+    lr_ratios: dict[str, float] | None = None
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from retro.common.settings import to_plain
-from retro.model import RetroForCausalLM
+from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import NeighborTable, Store, open_neighbors
 from retro.training.checkpoint import TrainState, check_identity, last_checkpoint, load_checkpoint
 from retro.training.memory import keep_freed_memory
@@ -64,6 +64,7 @@ def setup(
     store = Store.open(settings.store)
     check_window(settings.window_len, store.chunk_len)
     config = make_config(settings, store)
+    check_positions(settings, config)
     windows = (make_windows or training_windows)(settings, store, config.retrieved_len)
     valid = validation_windows(settings, store, config.retrieved_len)
     accelerator, output = make_accelerator(settings), Path(settings.output)
@@ -81,6 +82,15 @@ def setup(
     loader = make_loader(settings, windows, accelerator, state.position)
     num_steps = settings.num_steps(accelerator.num_processes)
     return TrainingRun(settings, accelerator, store, loader, valid, wrapped, state, identity, output, num_steps)
+
+
+def check_positions(settings: TrainSettings, config: PreTrainedConfig) -> None:
+    """Raise ValueError for windows that are longer than what a pretrained decoder reads; ours have no table of it."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and settings.window_len > limit and not isinstance(config, RetroConfig):
+        raise ValueError(
+            f"window_len: {settings.window_len} is more than the {limit} positions of the model; give {limit} or fewer"
+        )
 
 
 def make_model(

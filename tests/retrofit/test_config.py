@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM
-from retro.retrofit.config import chosen_layers
+from retro.retrofit.config import POSITIVE, chosen_layers
 from tests.retrofit.conftest import FORMS, forms
 
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(5))
@@ -72,7 +72,8 @@ OPTIONS = {
 
 @forms
 def test_a_configuration_survives(form, make_base, tmp_path):
-    config = RetrofitConfig(base_config=make_base().config, chunk_len=4, **FORMS[form] | OPTIONS[form])
+    fields = FORMS[form] | OPTIONS[form]
+    config = RetrofitConfig(base_config=make_base().config, chunk_len=4, retrieved_len=8, **fields)
     config.save_pretrained(tmp_path)
     names = [name for name in RetrofitConfig.__annotations__ if name != "base_config"]
     for again in (RetrofitConfig.from_dict(config.to_dict()), RetrofitConfig.from_pretrained(tmp_path)):
@@ -116,6 +117,10 @@ REFUSED = [
     ("joint", RANDOM_START, "but form is 'joint'; it belongs to form='paper' with start='random'"),
     ("joint", {"start": "random"}, "start is 'random', but form is 'joint'; it belongs to form='paper'"),
     ("random", MATCHING, "but start is 'random'; it belongs to start='reading'"),
+    ("random", dict.fromkeys(POSITIVE, 0), "is 0; give more than 0, or leave it out"),
+    ("pointer paper joint", {"chunk_len": -4, "retrieved_len": 0, "rms_norm_eps": -1.0}, "; give more than 0, "),
+    ("paper random joint", {"encoder_num_layers": -1}, "encoder_num_layers is -1; give 0 or more"),
+    ("pointer paper joint", {"retrieved_len": 65}, "retrieved_len is 65, but the base, .*, has 64 positions; give 64"),
     ("pointer paper joint", {"key_layer": 4}, "key_layer has 4; layers are counted from 1 to 3"),
     ("pointer paper joint", {"key_layer": 0}, "key_layer has 0; layers are counted from 1 to 3"),
     ("pointer paper joint", {"key_lags": 4}, "key_lags is 4; it must be 0 or more, and less than chunk_len 4"),
@@ -136,6 +141,11 @@ CASES = [
     for form in kinds.split()
     for name, x in (given or {"chunk_len": 4}).items()
 ]
+
+
+def test_the_random_start_reads_neighbors_longer_than_the_bases_positions(make_fitted):
+    model = make_fitted("gpt2", form="random", retrieved_len=80, encoder_num_layers=0)
+    assert model(IDS, torch.randint(0, 64, (2, 3, 2, 80))).logits.shape == (2, 14, 64)
 
 
 def test_sizes_of_encoder_layers_that_are_not_there_are_refused(make_fitted):

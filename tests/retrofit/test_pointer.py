@@ -189,15 +189,6 @@ def test_options(make_base, make_fitted, make_neighbors, open_gates, tmp_path):
     assert torch.equal(loaded(IDS, **make_neighbors(2, 3)).logits, model(IDS, **make_neighbors(2, 3)).logits)
 
 
-def test_under_autocast(opened, make_neighbors):
-    model, neighbors = opened(), make_neighbors(2, 3)
-    expected = model(IDS, **neighbors, labels=IDS).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model.train()(IDS, **neighbors, labels=IDS).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.05)
-
-
 def test_what_is_trained_in_the_base_gets_its_gradient(opened, make_neighbors):
     """As with adapters on the base: through the base's probabilities, the gate and the queries."""
     model, neighbors, gradients = opened().train(), make_neighbors(2, 3), []

@@ -64,6 +64,37 @@ def test_half_precision_base_trains_new_weights_in_float32(form, make_base, make
     assert torch.equal(loaded(IDS, **neighbors).logits, model(IDS, **neighbors).logits)
 
 
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast(dtype, form, make_base, make_fitted, make_neighbors, open_gates):
+    """Losses, gradients and steps with a cache are those without it up to rounding."""
+    model, neighbors, results = make_fitted(base=make_base(), form=form), make_neighbors(2, 3), []
+    open_gates(model)
+    for enabled in (False, True):
+        model.base.to(dtype if enabled else torch.float32)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = model.train()(IDS, **neighbors, labels=IDS).loss
+            model.eval()
+            whole = model(IDS, **neighbors).logits
+            first = model(IDS[:, :9], **{name: x[:, :2] for name, x in neighbors.items()}, use_cache=True)
+            cache = first.past_key_values
+            rest = [model(IDS[:, t : t + 1], *_completed(neighbors, t), past_key_values=cache) for t in range(9, 14)]
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.form.parameters() if p.grad is not None])
+        cached = torch.cat([first.logits, *(one.logits for one in rest)], 1)
+        results.append([x.detach().float() for x in (loss, whole, cached, gradient)])
+    (loss, whole, cached, gradient), (low_loss, low_whole, low_cached, low_gradient) = results
+    torch.testing.assert_close(low_loss, loss, rtol=0.05, atol=0.05)
+    for low, full in ((low_whole, whole), (low_cached, whole), (cached, whole), (low_gradient, gradient)):
+        assert (low - full).norm() < 0.1 * full.norm()
+
+
+def _completed(neighbors, t):
+    """The neighbors of the chunk that token t completes."""
+    return [x[:, t // 4, None] for x in neighbors.values()] if t % 4 == 3 else []
+
+
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "pointer"])
 def test_no_gradient_below_the_first_place(form, make_fitted, make_neighbors):
     model, seen = make_fitted(form=form, cca_layers=[3]).train(), {}

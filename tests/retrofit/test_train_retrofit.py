@@ -91,6 +91,29 @@ class RunWeights:
         )
 
 
+RATES = {
+    "pointer": {"form.matching.query.weight": 1, "form.gate.opening": 100, "form.gate.hidden": 1, "form.gate.bias": 30},
+    "paper": {"form.cca.3.gate": 30, "form.cca.2.matching.key.bias": 0.3, "form.encoder.layers.0.": 0.3},
+    "random": {"form.cca.3.gate": 30, "form.cca.2.norm.weight": 0.3, "form.encoder.layers.0.": 0.3},
+}
+RATES["joint"] = {
+    name.replace("form", f"form.{part}"): rate for part in ("pointer", "paper") for name, rate in RATES[part].items()
+}
+
+
+@forms
+def test_weights_learn_at_the_rates_of_their_form_unless_told_otherwise(form, make_fitted, make_settings):
+    from retro.training.optimizer import make_optimizer
+
+    model = make_fitted(form=form)
+    for given, expected in ((None, RATES[form]), ({}, dict.fromkeys(RATES[form], 1)), ({"gate": 2}, {"gate": 2})):
+        groups = make_optimizer(model, make_settings(lr_ratios=given)).param_groups
+        rates = {id(p): group["lr_ratio"] for group in groups for p in group["params"]}
+        for part, rate in expected.items():
+            found = {rates[id(p)] for name, p in model.named_parameters() if part in name and id(p) in rates}
+            assert found == {rate}, part
+
+
 def test_the_start_is_of_text_from_all_over_the_store(stores, monkeypatch):  # noqa: F811
     from retro.retrieval import Store
     from retro.training import retrofit
@@ -123,6 +146,8 @@ def test_refusals(make_settings, stores, make_base, tmp_path):  # noqa: F811
         prepare_run(make_settings(store=str(stores["other"]), valid_store=None))
     with pytest.raises(ValueError, match="layers: unknown model field"):
         prepare_run(make_settings(model={"layers": 3}))
+    with pytest.raises(ValueError, match="window_len: 72 is more than the 64 positions of the model; give 64 or fewer"):
+        prepare_run(make_settings(window_len=72))
     with pytest.raises(ValueError, match="model.chunk_len: 4 is not the store's 8; leave it out"):
         prepare_run(make_settings(model={"chunk_len": 4}))
     make_words_tokenizer(59).save_pretrained(tmp_path / "base")
