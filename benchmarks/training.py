@@ -37,7 +37,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from contestants import CONTESTANTS, PEERS, Contestant, Shape
+from contestants import CONTESTANTS, PEERS, Contestant, Shape, installed
 
 # Processes
 
@@ -99,7 +99,7 @@ def _serve(given: dict) -> None:
 def _timed(step: Callable[[], float], clock: str) -> dict[str, float]:
     found = []
     seconds = _seconds(lambda: found.append(step()), clock)
-    return {"seconds": seconds, "loss": found[0]}
+    return {"seconds": seconds, "loss": found[0].item()}
 
 
 def _seconds(function: Callable[[], object], clock: str) -> float:
@@ -163,12 +163,6 @@ def running(shape: Shape, arguments: argparse.Namespace) -> Iterator[dict[str, P
     finally:
         for process in processes.values():
             process.close()
-
-
-def installed(peer: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(PEERS[peer][0]) is not None
 
 
 # Measuring
@@ -313,7 +307,8 @@ def main() -> None:
         default=[Shape(256, 512, 4), Shape(512, 512, 2), Shape(256, 2048), Shape(512, 2048)],
         help="width, length and batch",
     )  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS,
+                        default=[name for name, entry in CONTESTANTS.items() if entry.cpu])  # fmt: skip
     parser.add_argument("--also", type=source_of, action="append", default=[], metavar="NAME=FOLDER",
                         help="run ours from another checkout as well, as it trains there")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)

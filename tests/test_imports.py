@@ -142,7 +142,7 @@ def module_name(path: Path) -> str:
 
 LIBRARY = sorted((ROOT / "retro").rglob("*.py"))
 MODULES = {module_name(path): path for path in LIBRARY}
-SCRIPTS = sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+SCRIPTS = sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
