@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float32, Int64
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
 from retro.retrieval.neighbors import Neighbors, Source, Sources
+from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import Queries, as_lists
 from retro.retrieval.search.searchers import Searcher, goes_by_words, open_searcher
 from retro.retrieval.store.store import Store
@@ -98,11 +99,11 @@ class Retriever:
             against: per query, the text being read, for a retriever that decontaminates.
             keys: the queries as the store's embedder gives them, where they are known: nothing is embedded then.
 
-        A query without any text has no neighbors, unless its key is given. Raises ValueError if k is larger than the
-        store.
+        A query without any text has no neighbors, unless its key is given; where k is larger than the store, neighbors
+        are missing.
         """
         k = self.num_neighbors if num_neighbors is None else num_neighbors
-        self._check_k(k)
+        check_k(k)
         asked_for = self._queries(queries, mask, keys)
         excluded = self._excluded(exclude_documents, len(asked_for))
         self._check_against(against, len(asked_for))
@@ -113,19 +114,21 @@ class Retriever:
     def _search(
         self, queries: Queries, k: int, excluded: list[set[int]] | None, against: Sequence[str] | None
     ) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
-        """Rows and scores; queries without text, unless their keys are given, are not asked."""
+        """Rows and scores; queries without text, unless their keys are given, are not asked, nor an empty index."""
+        there = min(k, self.index.num_rows)
         asked = np.arange(len(queries))
         if queries.keys is None:
             asked = np.asarray([q for q, text in enumerate(queries.texts) if text.strip()], np.int64)
         read = {} if against is None else {"against": list(against)}
-        if 0 < len(asked) == len(queries):
+        if 0 < len(asked) == len(queries) and there == k:
             return self.index.search(queries, k, excluded, **read)[:2]
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        if len(asked):
+        if len(asked) and there:
             blocked = None if excluded is None else [excluded[q] for q in asked]
             read = {name: [given[q] for q in asked] for name, given in read.items()}
-            rows[asked], scores[asked], _ = self.index.search(queries[asked], k, blocked, **read)
+            found = self.index.search(queries[asked], there, blocked, **read)
+            rows[asked, :there], scores[asked, :there] = found[:2]
         return rows, scores
 
     def sources(self, rows: Int64[np.ndarray, "q k"]) -> list[list[Source | None]]:
@@ -153,12 +156,6 @@ class Retriever:
                 texts = dict(zip(("neighbor", "continuation"), parts, strict=True))
                 shown.append({"row": int(row), "score": float(score), **asdict(source), **texts})
         return shown
-
-    def _check_k(self, k: int) -> None:
-        if not 1 <= k <= self.index.num_rows:
-            raise ValueError(
-                f"k must be from 1 to the {self.index.num_rows} searchable chunks of {self.store.path}, not {k}"
-            )
 
     def _check_against(self, against: Sequence[str] | None, num_queries: int) -> None:
         if against is None:

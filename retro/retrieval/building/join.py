@@ -248,12 +248,15 @@ class _Stores:
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
         """Rows and distances of the k nearest of each chunk; nothing for chunks of removed documents."""
         found, distances = no_hits(len(chunks), k)
+        k = min(k, self.store.num_searchable)
+        if k == 0:
+            return found, distances
         alive = np.flatnonzero(self.queries.chunk_lens(chunks) > 0)
         size = len(chunks) if self.index == "exact" else _QUERY_ROWS
         for start in range(0, len(alive), size):
             places = alive[start : start + size]
-            found[places], scores, _ = self._search(chunks[places], k, rows)
-            distances[places] = -scores
+            found[places, :k], scores, _ = self._search(chunks[places], k, rows)
+            distances[places, :k] = -scores
         return found, distances
 
     def _search(self, chunks: np.ndarray, k: int, rows: Range) -> Any:

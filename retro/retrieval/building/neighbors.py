@@ -73,7 +73,7 @@ def build_neighbors(
     Chunks with fewer neighbors are filled with -1, those of removed documents with nothing else. Distances are squared
     L2, or -score of a lexical index. The same table is opened if it is there already; one that was interrupted is taken
     up again.
-    Raises ValueError if k is larger than the store, or the two stores have different embedders or tokenizers.
+    Raises ValueError if the two stores have different embedders or tokenizers.
     """
     queries = queries or store
     index = _resolved(store, index)
@@ -141,10 +141,6 @@ def _check(store: Store, queries: Store, k: int, exclude: str, uses_keys: bool) 
         raise ValueError(f"exclude must be one of {', '.join(EXCLUDE)}, not {exclude!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    if k > store.num_searchable:
-        raise ValueError(
-            f"k = {k} is larger than the {store.num_searchable} searchable chunks of {store.path}; ask for fewer"
-        )
     for name in ("embedder", "tokenizer") if uses_keys else ("tokenizer",):
         mine, other = store.manifest[name], queries.manifest[name]
         if mine["fingerprint"] != other["fingerprint"]:

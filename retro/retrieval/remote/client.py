@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int, Int64
 from retro.retrieval.neighbors import Neighbors, Source
 from retro.retrieval.remote.wire import ROW_TOKENS, unpack, unpack_neighbors, unpack_sources
 from retro.retrieval.retriever import Retriever
+from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import as_lists
 from retro.retrieval.store.store import Store
 from retro.text.chunks import decode_chunks, tokenizer_fingerprint
@@ -95,10 +96,7 @@ class RemoteRetriever:
     ) -> Neighbors:
         """The k nearest chunks of each query and what follows them; see `Retriever.__call__`."""
         k, lists = self.num_neighbors if num_neighbors is None else num_neighbors, as_lists(queries, mask)
-        if not 1 <= k <= self.index.num_rows:
-            raise ValueError(
-                f"k must be from 1 to the {self.index.num_rows} searchable chunks of {self.store.path}, not {k}"
-            )
+        check_k(k)
         for name, given in (("exclude_documents", exclude_documents), ("against", against)):
             if given is not None and len(given) != len(lists):
                 raise ValueError(f"{name} must hold one item per query ({len(lists)}), not {len(given)}")

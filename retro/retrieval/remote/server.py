@@ -154,7 +154,7 @@ def _checked(asked: SearchRequest, retriever: Retriever, limits: RetrievalLimits
     r = retriever.retrieved_len if asked.retrieved_len is None else asked.retrieved_len
     num = len(asked.queries)
     _check_range("queries", num, 0, limits.max_queries, " of them")
-    _check_range("num_neighbors", k, 1, min(limits.max_neighbors, retriever.index.num_rows))
+    _check_range("num_neighbors", k, 1, limits.max_neighbors)
     _check_range("retrieved_len", r, 1, limits.max_retrieved_len)
     if num * k * r > limits.max_answer_tokens:
         said = f"{num} queries x {k} neighbors x {r} tokens are more than {limits.max_answer_tokens}; ask for less."

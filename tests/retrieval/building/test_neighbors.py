@@ -137,9 +137,15 @@ def test_of_another_store(store, tmp_path, tokenizer):
         open_neighbors(queries)
 
 
+@pytest.mark.parametrize("index", ["exact", "tfidf"])
+def test_more_neighbors_than_chunks_are_missing(store, index):
+    k = store.num_searchable + 3
+    table = build_neighbors(store, k, exclude="none", index=index)
+    assert table.rows.shape[1] == k and (table.rows[:, -3:] == -1).all()
+    np.testing.assert_array_equal(table.rows[:, :2], build_neighbors(store, 2, exclude="none", index=index).rows)
+
+
 def test_refusals(store, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="k = 10000 is larger than the"):
-        build_neighbors(store, 10_000)
     with pytest.raises(ValueError, match="k must be at least 1"):
         build_neighbors(store, 0)
     with pytest.raises(ValueError, match="exclude must be one of"):
