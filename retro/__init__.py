@@ -25,6 +25,7 @@ _HOME = {
     "RetrofitForCausalLM": "retro.retrofit",
     "retrofit": "retro.retrofit",
     "RetroCache": "retro.model.cache",
+    "DataCollatorWithNeighbors": "retro.model.padding",
     "RetrievalError": "retro.model.generation",
     "Document": "retro.text.documents",
     "read_documents": "retro.text.corpus",
@@ -64,3 +65,5 @@ def _register_model(auto) -> None:
     auto.AutoModelForCausalLM.register(RetrofitConfig, RetrofitForCausalLM)
     auto.AutoModel.register(RetroConfig, RetroModel)
     auto.AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM)
+    for kind in (RetroForCausalLM, RetrofitForCausalLM):  # a Trainer's label smoothing shifts labels for these names
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind.config_class.model_type] = kind.__name__

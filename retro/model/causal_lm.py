@@ -20,9 +20,9 @@ from retro.model.start import FinalNorm, RetroPreTrainedModel
 from retro.model.step import CachedStep
 from retro.modules import DecoderBlock, NeighborEncoder
 from retro.modules.attention import PastKeyValues, attendable
-from retro.modules.cross_attention import ReadChunks, checked_neighbor_mask, read_chunks
+from retro.modules.cross_attention import ReadChunks, checked_neighbors, read_chunks
 from retro.modules.encoder import chunks_of
-from retro.modules.loss import linear_cross_entropy
+from retro.modules.loss import linear_cross_entropy, of_items
 from retro.modules.positions import rotary_table
 
 
@@ -51,10 +51,14 @@ class RetroModel(RetroPreTrainedModel):
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: RetroCache | None = None,
+        use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """Final hidden states, where each row has its tokens; see RetroForCausalLM.forward for the arguments."""
+        past_key_values = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if neighbor_ids is None and neighbor_mask is not None:
+            raise ValueError("neighbor_mask is given without neighbor_ids.")
         if neighbor_ids is not None and not self.config.cca_layers:
             raise ValueError("neighbor_ids is given, but this model has no CCA layers (config.cca_layers is empty).")
         rows = Alignment(attention_mask, has_cache=past_key_values is not None)
@@ -81,8 +85,10 @@ class RetroModel(RetroPreTrainedModel):
         self, h, neighbor_ids, neighbor_mask, attention_mask, document_ids
     ) -> list[Float[Tensor, "b n d"]]:
         """The embeddings and every layer's output, over whole sequences."""
-        neighbor_mask = self._checked_mask(h, neighbor_ids, neighbor_mask)
         chunks, encoded, states = None, None, [h]
+        if neighbor_ids is not None:
+            given = neighbor_ids, neighbor_mask, *h.shape[:2], self.config.chunk_len
+            neighbor_ids, neighbor_mask = checked_neighbors(*given)
         if neighbor_ids is not None and neighbor_ids.shape[1]:  # n < m: no whole chunk, identity everywhere
             chunks = read_chunks(neighbor_mask, self.config.chunk_len, document_ids)
         inside = (*_inside_documents(document_ids), self._rotary_table(h))
@@ -166,13 +172,6 @@ class RetroModel(RetroPreTrainedModel):
             return self._gradient_checkpointing_func(function, *args)
         return function(*args)
 
-    def _checked_mask(self, h, neighbor_ids, neighbor_mask):
-        if neighbor_ids is None:
-            if neighbor_mask is not None:
-                raise ValueError("neighbor_mask is given without neighbor_ids.")
-            return None
-        return checked_neighbor_mask(neighbor_ids, neighbor_mask, h.shape[0], h.shape[1], self.config.chunk_len)
-
 
 class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixin):
     """RETRO with output embeddings: what one trains, saves, loads and samples from.
@@ -181,6 +180,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True  # a Trainer gives num_items_in_batch
 
     def __init__(self, config: RetroConfig):
         super().__init__(config)
@@ -204,6 +204,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         output_attentions: bool | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats.
 
@@ -225,14 +226,16 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
                 so far, padded on the left only; `neighbor_ids` holds, for each row, the neighbors of the chunks that
                 these tokens complete (None: they have none), and k may change from step to step.
             use_cache: Whether to give `past_key_values`. Default: if some are given.
+            num_items_in_batch: Labels over which the mean is taken, where these rows are a part of a batch; as a
+                Trainer counts them, over all micro-batches and processes of an update. Default: those of these rows.
 
         Raises ValueError for what does not fit together, and for `document_ids` beside a cache.
         """
         if output_attentions:
             raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
-        if cache is not None and self.training and self.model.gradient_checkpointing:
-            raise ValueError("use_cache is true with gradient checkpointing, which runs layers twice; leave it out.")
+        if cache is not None and self.model.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("use_cache is true with gradient checkpointing, which a cached run has not; leave it out.")
         rows = Alignment(attention_mask, has_cache=cache is not None)
         input_ids, inputs_embeds, labels, document_ids, attention_mask = rows.left(
             input_ids, inputs_embeds, labels, document_ids, attention_mask
@@ -241,13 +244,13 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         only_loss = labels is not None and cache is None and not (return_logits or with_states)
         if only_loss and neighbor_ids is not None:
-            neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, labels, document_ids)
+            neighbor_ids, neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, labels, document_ids)
         given = input_ids, neighbor_ids, neighbor_mask, attention_mask, document_ids, inputs_embeds
         outputs = self.model(*given, with_states, cache, return_dict=True)
         hidden, states = outputs.last_hidden_state, outputs.hidden_states
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(hidden, labels),
+            loss=None if labels is None else of_items(self._loss(hidden, labels), labels, num_items_in_batch),
             logits=self.lm_head(rows.right(hidden)[:, kept]) if return_logits else None,
             past_key_values=cache,
             hidden_states=None if states is None else tuple(map(rows.right, states)),
@@ -265,19 +268,21 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             grows = type(cache) is DynamicCache and not cache.offloading
             model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, None if grows else cache)
 
-    def _that_matter(self, neighbor_ids, neighbor_mask, labels, document_ids) -> Bool[Tensor, "b l k r"]:
-        """The mask without the neighbors of chunks that no prediction with a label can see.
+    def _that_matter(
+        self, neighbor_ids, neighbor_mask, labels, document_ids
+    ) -> tuple[Int[Tensor, "b l k r"], Bool[Tensor, "b l k r"]]:
+        """Neighbors and their mask, without the neighbors of chunks that no prediction with a label can see.
 
         E_u reaches the tokens of C_u's document from the last of C_u on; each predicts the label after it.
         """
         m, (b, n) = self.config.chunk_len, labels.shape
-        neighbor_mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, b, n, m)
+        neighbor_ids, neighbor_mask = checked_neighbors(neighbor_ids, neighbor_mask, b, n, m)
         predicting = F.pad(labels[:, 1:] >= 0, (0, 1)).to(neighbor_mask.device)  # [b, n]
         first_reader = torch.arange(1, n // m + 1, device=labels.device)[:, None] * m - 1
         sees = predicting[:, None] & (torch.arange(n, device=labels.device) >= first_reader)  # [b, l, n]
         if document_ids is not None:
             sees = sees & (document_ids[:, None] == document_ids[:, : n // m * m : m, None])
-        return neighbor_mask & sees.any(-1)[..., None, None]
+        return neighbor_ids, neighbor_mask & sees.any(-1)[..., None, None]
 
     def _loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
         predicting, targets = hidden[:, :-1], labels[:, 1:].to(hidden.device)

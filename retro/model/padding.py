@@ -1,6 +1,8 @@
-"""Left padding as Hugging Face does it, and the chunks that start at each row's first real token."""
+"""Padding: on the left as Hugging Face does it, chunks that start at each row's first real token, a data collator."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,3 +46,64 @@ def _turn(x: Tensor, by: Int[Tensor, " b"]) -> Tensor:
     n = x.shape[1]
     source = (torch.arange(n, device=x.device) + by[:, None]) % n  # [b, n]
     return x[torch.arange(x.shape[0], device=x.device)[:, None], source]
+
+
+@dataclass
+class DataCollatorWithNeighbors:
+    """Rows of different lengths as one batch, for a Trainer: padded on the right, their neighbors filled up as missing.
+
+    A row has `input_ids` [n], and may have `labels` (default: its tokens), `attention_mask` and `document_ids` [n], and
+    `neighbor_ids` and `neighbor_mask` [l, k, r] of its whole chunks; lists, arrays or tensors.
+
+    Args:
+        chunk_len: m, the model's `config.chunk_len`.
+        pad_to_multiple_of: Rows become as long as a multiple of it.
+
+    Raises ValueError for a row with anything else, or with more neighbors than it has whole chunks.
+    """
+
+    chunk_len: int
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        length += -length % self.pad_to_multiple_of
+        filled = [self._with_defaults(number, row) for number, row in enumerate(rows)]
+        batch = {name: _filled([row[name] for row in filled], (length,), fill) for name, fill in _FILL.items()}
+        if any("document_ids" in row for row in filled):
+            given = [row.get("document_ids", torch.zeros_like(row["input_ids"])) for row in filled]
+            batch["document_ids"] = _filled(given, (length,), -1)
+        if any("neighbor_ids" in row for row in rows):
+            ids = [torch.as_tensor(row["neighbor_ids"]) for row in filled]
+            shape = (length // self.chunk_len, *(max(x.shape[axis] for x in ids) for axis in (1, 2)))
+            batch["neighbor_ids"] = _filled(ids, shape, 0)
+            batch["neighbor_mask"] = _filled([row["neighbor_mask"] for row in filled], shape, 0).bool()
+        return batch
+
+    def _with_defaults(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        for name in row:
+            if name not in (*_FILL, "document_ids", "neighbor_ids", "neighbor_mask"):
+                raise ValueError(f"row {number} has {name}, which is not padded here; remove that column.")
+        row = {name: value for name, value in row.items() if value is not None}
+        tokens = torch.as_tensor(row["input_ids"])
+        ids = torch.as_tensor(row.get("neighbor_ids", torch.zeros(0, 0, 0, dtype=torch.long)))
+        if ids.ndim != 3 or len(ids) > len(tokens) // self.chunk_len:
+            raise ValueError(
+                f"row {number} has {len(tokens)} tokens and neighbor_ids {list(ids.shape)}; give [l, k, r] with one "
+                f"row for each whole chunk of {self.chunk_len} tokens."
+            )
+        present = torch.ones_like(ids, dtype=torch.bool)
+        defaults = {"labels": tokens, "attention_mask": torch.ones_like(tokens), "neighbor_mask": present}
+        return defaults | row | {"input_ids": tokens, "neighbor_ids": ids}
+
+
+_FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+
+
+def _filled(values: Sequence[Any], shape: tuple[int, ...], fill: int) -> Tensor:
+    """Values of different sizes as one tensor [b, *shape], filled up at the end of each axis."""
+    out = torch.full((len(values), *shape), fill)
+    for line, value in zip(out, values, strict=True):
+        value = torch.as_tensor(value)
+        line[tuple(slice(size) for size in value.shape)] = value
+    return out

@@ -73,6 +73,14 @@ class RetroPreTrainedModel(PreTrainedModel):
             if induction:
                 _start_as_induction_head(module.attention, self.config)
 
+    def _resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
+        """As Hugging Face's, for the encoder's own embeddings too."""
+        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        own = getattr(self.base_model, "encoder_embedding", None)
+        if isinstance(own, nn.Embedding):
+            self._get_resized_embeddings(own, len(embeddings.weight), mean_resizing=mean_resizing)
+        return embeddings
+
 
 def _start_as_induction_head(attention: Attention, config: RetroConfig) -> None:
     """W_q = W_k = a I + noise, W_v = I, W_o = sigma mu I; see RetroPreTrainedModel."""

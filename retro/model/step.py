@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from retro.modules.cross_attention import at_least_one
+
 
 def chunks_in(num_tokens: int, chunk_len: int) -> int:
     """How many whole chunks so many tokens of a row make; a negative number, inside padding, makes none."""
@@ -125,7 +127,7 @@ class CachedStep:
         there = [i for i, some in enumerate(mask.flatten(1).any(-1).tolist()) if some]
         self.found = [self.completed[i] for i in there]
         if self.found:
-            self.neighbor_ids, self.neighbor_mask = ids[there], mask[there]
+            self.neighbor_ids, self.neighbor_mask = at_least_one(ids[there], mask[there])
 
     def keep_last(self, keep: int) -> None:
         """Of `found` keep the chunks whose neighbors one of the last `keep` tokens reads."""

@@ -94,10 +94,13 @@ def read_chunks(
     return packed._replace(mask=None if mask.all() else mask, readable=None if every else readable[index])
 
 
-def checked_neighbor_mask(
+def checked_neighbors(
     neighbor_ids: Int[Tensor, "..."], neighbor_mask: Tensor | None, batch_size: int, length: int, chunk_len: int
-) -> Bool[Tensor, "b l k r"]:
-    """The mask of neighbors given for [b, n] tokens, all True by default; ValueError for shapes that do not fit."""
+) -> tuple[Int[Tensor, "b l k r"], Bool[Tensor, "b l k r"]]:
+    """Neighbors given for [b, n] tokens and their mask, all True by default; ValueError for shapes that do not fit.
+
+    Where k is 0 they become one missing neighbor each: see `at_least_one`.
+    """
     num_chunks = length // chunk_len
     if neighbor_ids.ndim != 4 or neighbor_ids.shape[:2] != (batch_size, num_chunks):
         raise ValueError(
@@ -105,10 +108,21 @@ def checked_neighbor_mask(
             f"[{batch_size}, {num_chunks}, k, r], one row for each whole chunk of {chunk_len} tokens."
         )
     if neighbor_mask is None:
-        return torch.ones_like(neighbor_ids, dtype=torch.bool)
+        neighbor_mask = torch.ones_like(neighbor_ids, dtype=torch.bool)
     if neighbor_mask.shape != neighbor_ids.shape:
         raise ValueError(f"neighbor_mask has shape {list(neighbor_mask.shape)}, neighbor_ids another.")
-    return neighbor_mask.bool()
+    return at_least_one(neighbor_ids, neighbor_mask.bool())
+
+
+def at_least_one(
+    neighbor_ids: Int[Tensor, "*s k r"], neighbor_mask: Bool[Tensor, "*s k r"]
+) -> tuple[Int[Tensor, "*s k2 r2"], Bool[Tensor, "*s k2 r2"]]:
+    """The same with k >= 1 and r >= 2, as what reads neighbors needs; what is filled in is missing."""
+    k, r = neighbor_ids.shape[-2:]
+    if k >= 1 and r >= 2:
+        return neighbor_ids, neighbor_mask
+    missing = (0, max(2 - r, 0), 0, max(1 - k, 0))
+    return F.pad(neighbor_ids, missing), F.pad(neighbor_mask, missing)
 
 
 class ChunkedCrossAttention(nn.Module):

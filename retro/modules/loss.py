@@ -72,3 +72,16 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device_type, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, labels, slice_tokens)
+
+
+def of_items(
+    mean: Float[Tensor, ""], labels: Int[Tensor, "b n"], num_items_in_batch: Tensor | int | None
+) -> Float[Tensor, ""]:
+    """A mean over the kept labels as its share of the mean over `num_items_in_batch` labels, None for the mean itself.
+
+    So micro-batches and processes that share an update add up to the mean over all its labels, as Hugging Face's do.
+    """
+    if num_items_in_batch is None:
+        return mean
+    items = torch.as_tensor(num_items_in_batch, device=mean.device).max()  # DataParallel hands it out as a vector
+    return mean * (labels[:, 1:] >= 0).sum().to(mean.device) / items.clamp(min=1)

@@ -211,6 +211,43 @@ def test_hidden_states_on_request(make_model):
     torch.testing.assert_close(model.lm_head(states[-1]), model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    "overrides", [{}, {"encoder_shares_embeddings": True}, {"tie_word_embeddings": False}, INDUCTION]
+)
+def test_embeddings_are_resized_everywhere(overrides, make_model, make_batch, tmp_path):
+    model = make_model(**overrides)
+    batch = make_batch(model, 14)
+    before = model(**batch).logits
+    model.resize_token_embeddings(64, pad_to_multiple_of=16)
+    torch.testing.assert_close(model(**batch).logits[..., :61], before)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    model.resize_token_embeddings(70)
+    batch["input_ids"][0, 0] = batch["neighbor_ids"][0, 0, 0, 0] = 69
+    assert model(**batch).logits.shape[-1] == model.config.vocab_size == 70
+    model.save_pretrained(tmp_path)
+    assert torch.equal(RetroForCausalLM.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
+    model.resize_token_embeddings(61)
+    batch["input_ids"][0, 0] = batch["neighbor_ids"][0, 0, 0, 0] = 5
+    assert model(**batch).logits.shape[-1] == 61
+    model.set_input_embeddings(torch.nn.Embedding(61, 32))
+    model.tie_weights()
+    assert model.get_input_embeddings() is model.model.embed_tokens and model(**batch).logits.shape[-1] == 61
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 1), (1, 0)])
+def test_no_neighbors_and_no_tokens_of_them_are_retro_off(shape, make_model, make_batch):
+    model = make_model()
+    ids = make_batch(model, 14)["input_ids"]
+    nothing = torch.zeros(2, 3, *shape, dtype=torch.long)
+    given = {"neighbor_ids": nothing, "neighbor_mask": nothing.bool()}
+    expected = model(ids).logits
+    for more in ({}, {"use_cache": True}):
+        torch.testing.assert_close(model(ids, **given, **more).logits, expected)
+    assert torch.isfinite(model(ids, nothing).logits).all()
+    model.train()(ids, nothing[:, :, :0], labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_random_start_is_what_it_says():
     config = RetroConfig(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=4)
     torch.manual_seed(0)
