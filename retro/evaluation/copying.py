@@ -6,12 +6,14 @@ nothing but copying helps, and for each token the place in the neighbors where t
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retro.common.modes import hooked
 from retro.modules.cross_attention import attending_chunks, cca_positions
 
 
@@ -59,12 +61,12 @@ def attention_on_copies(model: Any, text: CopyingText) -> list[float]:
         raise ValueError(f"position is {model.config.position!r}; attention is told for rotary positions only")
     read, text = [], text.to(model.device)
     ccas = [layer.cross_attention for layer in model.model.layers if layer.cross_attention is not None]
-    handles = [cca.register_forward_pre_hook(lambda cca, given: read.append((cca, *given[:2]))) for cca in ccas]
-    try:
+    with ExitStack() as stack:
+        for cca in ccas:
+            stack.enter_context(
+                hooked(cca.register_forward_pre_hook, lambda cca, given: read.append((cca, *given[:2])))
+            )
         model(text.input_ids, text.neighbor_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [_on_copies(*given, text.places) for given in read]
 
 

@@ -7,7 +7,7 @@ the gains of a sample are its sums.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retro.common.modes import evaluating
+from retro.common.modes import evaluating, hooked
 from retro.common.products import fast_products
 
 MAX_TOKENS, MAX_LOGITS, MAX_NEIGHBOR_TOKENS = 2**13, 2**25, 2**17  # of one batch
@@ -146,14 +146,8 @@ def only_at(
             raise HeadReached
         return (given[-1][None], *args[1:])
 
-    handle = None if head is None else head.register_forward_pre_hook(gather)
-    try:
+    with nullcontext() if head is None else hooked(head.register_forward_pre_hook, gather), suppress(HeadReached):
         yield given
-    except HeadReached:
-        pass
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 def _head(model: Any) -> nn.Module | None:
