@@ -27,6 +27,7 @@ def load(
     num_neighbors: int | None = None,
     embedder: Any = None,
     tokenizer: Any = None,
+    base: Any = None,
     device: Any = None,
     dtype: Any = None,
     **filters: Any,
@@ -44,6 +45,7 @@ def load(
         embedder: Of the queries; default: the one that the store names.
         tokenizer: Itself, its folder or its name. Default: the one beside the model, or, of a model in memory, the
             store's.
+        base: Of a RETRO-fitted model: where its base lies, or the base itself, in the place of what its folder names.
         device: Default: the accelerator if there is one, else the CPU; a model in memory stays where it is.
         dtype: As in from_pretrained.
         filters: What is kept out of the neighbors, as for `Retriever`. A server has filters of its own.
@@ -52,17 +54,18 @@ def load(
     that is not there, and for options that mean nothing without a store or beside a server.
     """
     given = filters | ({} if embedder is None else {"embedder": embedder})
+    how = {name: value for name, value in (("dtype", dtype), ("base", base)) if value is not None}
     if store is None:
         for name in (*["index"] * (index != "auto"), *["num_neighbors"] * (num_neighbors is not None), *given):
             raise ValueError(f"{name} means nothing without a store; name a store to retrieve from.")
-        return Loaded(*_model_and_tokenizer(model, None, tokenizer, device, dtype), None)
+        return Loaded(*_model_and_tokenizer(model, None, tokenizer, device, how), None)
     if is_url(store):
         remote = open_retriever(store, index, **given)
-        opened, tokenizer = _model_and_tokenizer(model, remote.store, tokenizer, device, dtype)
+        opened, tokenizer = _model_and_tokenizer(model, remote.store, tokenizer, device, how)
         remote.num_neighbors, remote.retrieved_len = _k_and_r(opened, remote.store, num_neighbors)
         return Loaded(opened, tokenizer, remote)
     store = store if isinstance(store, Store) else Store.open(store)
-    opened, tokenizer = _model_and_tokenizer(model, store, tokenizer, device, dtype)
+    opened, tokenizer = _model_and_tokenizer(model, store, tokenizer, device, how)
     k, r = _k_and_r(opened, store, num_neighbors)
     retriever = Retriever(store, own_index(_name_of(model), store, index), num_neighbors=k, retrieved_len=r, **given)
     return Loaded(opened, tokenizer, retriever)
@@ -70,7 +73,7 @@ def load(
 
 def load_model(model: Any, store: Store | RemoteStore, *, device: Any = None, dtype: Any = None) -> Any:
     """The model alone, as `load` gives it for a store that is open, such as a plain LM beside a RETRO."""
-    return _model_and_tokenizer(model, store, None, device, dtype)[0]
+    return _model_and_tokenizer(model, store, None, device, {} if dtype is None else {"dtype": dtype})[0]
 
 
 def open_retriever(store: Any, index: Any = "auto", **given: Any) -> Retriever | RemoteRetriever:
@@ -87,7 +90,7 @@ def open_retriever(store: Any, index: Any = "auto", **given: Any) -> Retriever |
 
 
 def _model_and_tokenizer(
-    model: Any, store: Store | RemoteStore | None, tokenizer: Any, device: Any, dtype: Any
+    model: Any, store: Store | RemoteStore | None, tokenizer: Any, device: Any, how: dict[str, Any]
 ) -> tuple[Any, Any]:
     """Both; refused, before the weights are read where that can be known, for a store of another tokenizer."""
     named = isinstance(model, (str, Path))
@@ -103,7 +106,7 @@ def _model_and_tokenizer(
         tokenizer = _tokenizer_beside(name) if named or store is None else store.tokenizer
     if tokenizer is not None and store is not None and not recorded:
         store.check_tokenizer(tokenizer)
-    opened = _opened(model, device, dtype)
+    opened = _opened(model, device, how)
     chunk_len = getattr(opened.config, "chunk_len", None)
     if tokenizer is None and (store is None or chunk_len is None):
         raise ValueError(f"{name or 'a model in memory'} comes without a tokenizer; give tokenizer=, or a store.")
@@ -117,13 +120,16 @@ def _model_and_tokenizer(
     return opened, store.tokenizer if tokenizer is None else tokenizer
 
 
-def _opened(model: Any, device: Any, dtype: Any) -> Any:
+def _opened(model: Any, device: Any, how: dict[str, Any]) -> Any:
     import torch
+    from transformers import PreTrainedConfig
 
     named = isinstance(model, (str, Path))
     if named and Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} holds no model (config.json is missing); give the folder of a trained model.")
-    opened = open_base(model, **({} if dtype is None else {"dtype": dtype})).eval()
+    if "base" in how and not (named and PreTrainedConfig.get_config_dict(model)[0].get("model_type") == "retrofit"):
+        raise ValueError(f"base is for a RETRO-fitted model that is loaded here, and {model!r} is none; leave it out.")
+    opened = open_base(model, **how).eval()
     if named or device is not None:
         opened = opened.to(device or torch.accelerator.current_accelerator() or "cpu")
     return opened

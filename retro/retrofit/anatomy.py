@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retro.common.modes import evaluating
+from retro.common.modes import evaluating, hooked
 
 PROBE_TOKENS = 5
 
@@ -155,16 +155,12 @@ def _watched(layer: nn.Module, trace: Trace) -> Iterator[None]:
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.register_forward_hook(leave, with_kwargs=True),
-    ]
-    handles += [part.register_forward_hook(record(name), with_kwargs=True) for name, part in layer.named_children()]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(hooked(layer.register_forward_pre_hook, enter, with_kwargs=True))
+        stack.enter_context(hooked(layer.register_forward_hook, leave, with_kwargs=True))
+        for name, part in layer.named_children():
+            stack.enter_context(hooked(part.register_forward_hook, record(name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def entering(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -289,10 +285,6 @@ def hidden_after(
         kept.append(first_tensor(out))
         raise LayerReached
 
-    handle = anatomy.layer(base, layer).register_forward_hook(keep)
-    try:
-        with evaluating(base), suppress(LayerReached):
-            base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
-    finally:
-        handle.remove()
+    with hooked(anatomy.layer(base, layer).register_forward_hook, keep), evaluating(base), suppress(LayerReached):
+        base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
     return kept[0]

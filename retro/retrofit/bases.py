@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -11,7 +12,7 @@ from retro.common.pretrained import PACKAGE, pretrained_place
 _LOADING = RLock()  # from_pretrained swaps functions of torch: of two at once, both fail, and each that follows
 
 
-def open_base(base: Any, **options) -> Any:
+def open_base(base: Any, /, **options) -> Any:
     """The causal LM that `base` names, in evaluation mode; an object is returned as it is.
 
     Args:
@@ -56,6 +57,40 @@ def stored_name(base: Any) -> str | None:
     if base is None or str(base).startswith(PACKAGE):
         return base
     return str(Path(base).resolve()) if Path(base).exists() else str(base)
+
+
+def find_base(name: str, folder: str | Path) -> str:
+    """Where a fitted folder's base lies now: under its name, or, where both were moved, beside the folder as before.
+
+    Raises ValueError for a local path that is neither.
+    """
+    path = Path(name)
+    if not path.is_absolute() or path.exists():
+        return name
+    above = Path(folder).resolve().parents
+    for start in range(1, len(path.parts)):
+        for parent in above:
+            if parent.joinpath(*path.parts[start:]).exists():
+                return str(parent.joinpath(*path.parts[start:]))
+    raise ValueError(
+        f"{folder} names the base {name}, which is not there; put it beside the folder, or say where it is: "
+        "from_pretrained(..., base=...)."
+    )
+
+
+def config_to_keep(base: Any) -> Any:
+    """A copy of a base's configuration, without where its file lay."""
+    config = copy.deepcopy(base.config)
+    config.name_or_path = ""
+    if hasattr(config, "quantization_config") and not is_quantized(config):
+        del config.quantization_config
+    return config
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether a base is held in few bits. One of a GGUF file is not: that is the type of the file."""
+    quantization = getattr(config, "quantization_config", None)
+    return quantization is not None and not str(getattr(quantization, "quant_method", "")).lower().endswith("gguf")
 
 
 def _sentence(what: str, base: Any, error: Exception) -> str:

@@ -29,9 +29,11 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     Args:
         base_config: The base's own configuration.
         base_name_or_path: Where the base is loaded from again: a Hugging Face name, a folder, a GGUF file or
-            "package:NAME" (see `open_base`). None: the base must be given when loading.
+            "package:NAME" (see `open_base`). None: the folder of the fitted model holds the base too.
         base_revision: The revision of that name.
         base_dtype: The base's type when it was fitted, in which it is loaded again.
+        base_fingerprint: What tells the base's weights from others, see retro.retrofit.fingerprint.
+        base_adapters: PEFT's configuration of the adapter that the base carries, by its name.
         form: What is added, and where: "joint", "pointer" or "paper", see retro.retrofit.forms. The fields below are
             refused beside a form, or a start, that does not have them.
         chunk_len, retrieved_len, num_neighbors: m, r and k, as in RetroConfig.
@@ -67,6 +69,8 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     base_name_or_path: str | None = None
     base_revision: str | None = None
     base_dtype: str | None = None
+    base_fingerprint: dict[str, float] | None = None
+    base_adapters: dict[str, dict] | None = None
     form: str = "joint"
     chunk_len: int = 64
     retrieved_len: int = 128

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from retro.retrofit.bases import open_base, stored_name
+from retro.retrofit.bases import config_to_keep, open_base, stored_name
 from retro.retrofit.config import RetrofitConfig
+from retro.retrofit.fingerprint import fingerprint
 from retro.retrofit.model import RetrofitForCausalLM
 
 
@@ -33,22 +31,15 @@ def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **opt
     opened = open_base(base, **loading)
     if not hasattr(opened, "config") or not hasattr(opened, "get_input_embeddings"):
         raise ValueError(f"base is a {type(base).__name__}; give a Hugging Face causal LM, or where to load one.")
+    vouched = isinstance(base, (str, Path)) or options.get("base_name_or_path") is not None
     implied = {
-        "base_config": _config_to_keep(opened),
+        "base_config": config_to_keep(opened),
         "base_name_or_path": stored_name(base),
         "base_revision": revision or getattr(opened.config, "_commit_hash", None),
         "base_dtype": str(opened.dtype).removeprefix("torch."),
+        "base_fingerprint": fingerprint(opened) if vouched else None,
     }
     return RetrofitForCausalLM(_checked_config({**implied, **options}), base=opened)
-
-
-def _config_to_keep(base: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of the base's configuration, without where its file lay."""
-    config = copy.deepcopy(base.config)
-    config.name_or_path = ""
-    if str(getattr(getattr(config, "quantization_config", None), "quant_method", "")).endswith(("gguf", "GGUF")):
-        del config.quantization_config  # the type of the file; the base is held unpacked
-    return config
 
 
 def _checked_config(fields: dict[str, Any]) -> RetrofitConfig:

@@ -89,7 +89,7 @@ class _LayerInputHook:
     layer: int
     key: object
 
-    def __call__(self, module, args, kwargs) -> None:
+    def __call__(self, module, args, kwargs=None) -> None:  # None for a thread that runs while this is registered
         context = _of(self.key)
         if context is not None:
             context.entered[self.layer] = entering(args, kwargs)

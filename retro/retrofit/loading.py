@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from retro.retrofit.bases import find_base, is_quantized, open_base
 from retro.retrofit.config import RetrofitConfig
+from retro.retrofit.fingerprint import adapter_prefixes, differing_kind, fingerprint
+from retro.retrofit.saving import BASE_PREFIX, quantization_of
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 AUTO_OPTIONS = ("_from_auto", "_commit_hash", "adapter_kwargs", "torch_dtype")  # what AutoModel adds
@@ -23,23 +29,110 @@ def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return hub, rest
 
 
+def open_fitted_base(
+    config: RetrofitConfig, base: Any, weights: dict[str, Tensor], folder: str, options: dict[str, Any]
+) -> nn.Module:
+    """The base of a fitted folder with its adapter: given, in the folder itself, or where it says.
+
+    options: as for `open_base`. Raises ValueError for a base that is missing, or another than the one that was fitted.
+    """
+    own = {_plain_name(name): x for name, x in weights.items() if name.startswith(BASE_PREFIX)}
+    options = {"dtype": config.base_dtype or "auto"} | options
+    if base is None and config.base_name_or_path is None:
+        return _add_adapter(config, _own_base(config, own, folder, options), own)
+    if base is None or isinstance(base, (str, Path)):
+        place = find_base(config.base_name_or_path, folder) if base is None else str(base)
+        if base is None and config.base_revision is not None:
+            options.setdefault("revision", config.base_revision)
+        base = open_base(place, **_quantization(config, place, options), **options)
+    check_base(config, base)
+    return _add_adapter(config, base, own)
+
+
+def _own_base(config: RetrofitConfig, own: dict[str, Tensor], folder: str, options: dict[str, Any]) -> nn.Module:
+    """The base whose weights are in the folder."""
+    weights = {name: x for name, x in own.items() if not _of_adapter(config, name)}
+    if not weights:
+        raise ValueError(f"{folder} holds no base and names none; give it: from_pretrained(..., base=...).")
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
+    return kind.from_pretrained(None, config=copy.deepcopy(config.base_config), state_dict=weights, **options).eval()
+
+
+def _quantization(config: RetrofitConfig, place: str, options: dict[str, Any]) -> dict[str, Any]:
+    """How the base was quantized while it was loaded; nothing where its place says so itself."""
+    if not is_quantized(config.base_config) or "quantization_config" in options:
+        return {}
+    hub = {name: options[name] for name in (*HUB_OPTIONS, "revision") if name in options}
+    stored = AutoConfig.from_pretrained(place, **hub)
+    return {} if hasattr(stored, "quantization_config") else quantization_of(config)
+
+
 def check_base(config: RetrofitConfig, base: nn.Module) -> None:
     """Raise ValueError, naming the field, for another base than the one that was fitted."""
     mine, given = config.base_config.get_text_config(), base.config.get_text_config()
+    remedy = f"give that base{f', {config.base_name_or_path}' if config.base_name_or_path else ''}."
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         if getattr(mine, name, None) != getattr(given, name, None):
             raise ValueError(
                 f"base has {name} {getattr(given, name, None)}, the one that was fitted {getattr(mine, name, None)}; "
-                f"give that base{f', {config.base_name_or_path}' if config.base_name_or_path else ''}."
+                f"{remedy}"
             )
+    if config.base_fingerprint is None:
+        return
+    quantized = is_quantized(config.base_config) or is_quantized(base.config)
+    exact = not quantized and str(base.dtype).removeprefix("torch.") == config.base_dtype
+    kind = differing_kind(fingerprint(base), config.base_fingerprint, exact)
+    if kind is not None:
+        raise ValueError(
+            f"base {getattr(base, 'name_or_path', '') or type(base).__name__} has other weights ({kind}) than the one "
+            f"that was fitted, though its sizes are the same; {remedy}"
+        )
 
 
-def load_new_weights(model: nn.Module, folder: str, hub: dict[str, Any]) -> None:
-    """Put a folder's weights into the form. Raises ValueError, naming one, if some are missing or left over."""
-    state = {}
+@torch.no_grad()
+def _add_adapter(config: RetrofitConfig, base: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """The base with its adapter again; one that has adapters already keeps those."""
+    if not config.base_adapters or adapter_prefixes(base):
+        return base
+    from peft import PeftConfig
+
+    for name, fields in config.base_adapters.items():
+        base.add_adapter(PeftConfig.from_peft_type(**fields), name)
+    own = {name: x for name, x in base.state_dict().items() if name.startswith(adapter_prefixes(base))}
+    for name in sorted(own.keys() ^ {name for name in weights if _of_adapter(config, name)}):
+        raise ValueError(
+            f"the base's adapter has the weight {name} on one side only; install the PEFT it was saved by."
+        )
+    for name, x in own.items():
+        x.copy_(weights[name])
+    return base.eval()
+
+
+def _of_adapter(config: RetrofitConfig, name: str) -> bool:
+    if not config.base_adapters:
+        return False
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    return any(f".{PEFT_TYPE_TO_PREFIX_MAPPING[one['peft_type']]}" in name for one in config.base_adapters.values())
+
+
+def _plain_name(name: str) -> str:
+    """The name of a weight in the base itself, without what PEFT puts around it."""
+    return name.removeprefix(BASE_PREFIX).removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def read_weights(folder: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """All weights of a folder by name; ValueError if there are none."""
+    weights = {}
     for file in _weight_files(folder, hub):
-        state |= load_file(file)
+        weights |= load_file(file)
+    return weights
+
+
+def load_new_weights(model: nn.Module, folder: str, weights: dict[str, Tensor]) -> None:
+    """Put a folder's weights into the form. Raises ValueError, naming one, if some are missing or left over."""
     own = dict(model.form.state_dict(prefix="form."))
+    state = {name: x for name, x in weights.items() if not name.startswith(BASE_PREFIX)}
     for name in sorted(own.keys() ^ state.keys()):
         side = "lacks" if name in own else "holds"
         raise ValueError(f"{folder} {side} the weight {name}, unlike its config.json; copy the folder again.")

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from retro.common.modes import evaluating
+from retro.common.modes import evaluating, hooked
 from retro.modules.loss import SLICE_TOKENS
 from retro.retrofit.anatomy import probe_tokens
 from retro.retrofit.forms import Mixture
@@ -26,11 +26,8 @@ def head_inputs(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor,
         given.append(args[0])
         return (args[0][:, :1],) if shorten else None
 
-    handle = base.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
+    with hooked(base.get_output_embeddings().register_forward_pre_hook, keep):
         logits = base(**inputs).logits
-    finally:
-        handle.remove()
     return given[-1], logits
 
 
@@ -64,3 +61,15 @@ def mixed_loss(
         log_p = mixture.log_likelihood(logits, targets.clamp(min=0), start).to(targets.device)
         totals.append((log_p * (targets != -100)).sum())
     return -sum(totals) / (labels[:, 1:] != -100).sum().clamp(min=1)
+
+
+def refuse_fused_head(model: nn.Module) -> None:
+    """ValueError for a model that a trainer of TRL has patched: its loss is made of the base's hidden states alone."""
+    patch = vars(model).get("forward")
+    while patch is not None:
+        if "fused_lm_head" in (getattr(patch, "__kwdefaults__", None) or ()):
+            raise ValueError(
+                "a trainer of TRL takes the loss from a model's hidden states, but a RETRO-fitted model copies from "
+                "its neighbors only into the logits; train it with transformers' Trainer."
+            )
+        patch = getattr(patch, "__wrapped__", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,18 @@ from retro.model import RetroCache
 from retro.model.cache import cache_for, require_retro_cache
 from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
 from retro.model.padding import Alignment
-from retro.modules.cross_attention import checked_neighbor_mask
+from retro.modules.cross_attention import checked_neighbors
 from retro.modules.encoder import chunks_of
-from retro.modules.loss import linear_cross_entropy
+from retro.modules.loss import linear_cross_entropy, of_items
 from retro.retrofit.anatomy import find_anatomy, hidden_after
-from retro.retrofit.bases import open_base
 from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.hooks import RetrofitContext, active, add_hooks, bind_checkpoints
-from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss
+from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
+from retro.retrofit.saving import prepare_save
 from retro.retrofit.starts import observe
-
-logger = logging.getLogger(__name__)
-
-BASE_PREFIX = "base."
 
 
 class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin):
@@ -48,6 +43,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
     config_class = RetrofitConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
+    accepts_loss_kwargs = True  # a Trainer gives num_items_in_batch
 
     def __init__(self, config: RetrofitConfig, base: PreTrainedModel | None = None, start: bool = True):
         super().__init__(config)
@@ -90,6 +86,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         return_logits: bool | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats, in one of three ways::
@@ -113,24 +110,34 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
                 `attention_mask` is then for all tokens so far, padded on the left only; `neighbor_ids` holds, for each
                 row, the neighbors of the chunks that these tokens complete (None: they have none).
             use_cache: Whether to give `past_key_values`. Default: with neighbors if some are given, else the base's.
+            num_items_in_batch: Labels over which the mean is taken, see RetroForCausalLM.forward.
             kwargs: As the base takes them: inputs_embeds, position_ids, output_hidden_states, logits_to_keep ...
 
         Raises ValueError for neighbors or a cache that do not fit, and for `document_ids` beside a cache.
         """
         if neighbor_ids is None and neighbor_mask is not None:
             raise ValueError("neighbor_mask is given without neighbor_ids.")
+        refuse_fused_head(self)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         has_retro_cache = isinstance(past_key_values, RetroCache)
         if neighbor_ids is None and document_ids is None and return_logits is None and not has_retro_cache:
             caching = {"past_key_values": past_key_values, "use_cache": use_cache}
             caching = {name: value for name, value in caching.items() if value is not None}
+            if labels is not None and num_items_in_batch is not None:
+                caching["num_items_in_batch"] = num_items_in_batch
             return self.base(**inputs, **caching, labels=labels)
         if return_logits is None:
             return_logits = labels is None or not self.training
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
         if cache is not None:
-            return self._forward_cached(inputs, cache, neighbor_ids, neighbor_mask, labels, return_logits)
-        return self._forward_whole(inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits)
+            outputs = self._forward_cached(inputs, cache, neighbor_ids, neighbor_mask, labels, return_logits)
+        else:
+            outputs = self._forward_whole(inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits)
+        if labels is not None:
+            outputs.loss = of_items(outputs.loss, labels, num_items_in_batch)
+            if neighbor_ids is not None and self.training and not outputs.loss.requires_grad:
+                outputs.loss = outputs.loss + 0 * sum(p.sum() for p in self.form.parameters())  # no whole chunk
+        return outputs
 
     def _forward_whole(
         self, inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits: bool
@@ -160,6 +167,11 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         self, inputs, cache: RetroCache, neighbor_ids, neighbor_mask, labels, return_logits: bool
     ) -> CausalLMOutputWithPast:
         """The base over new tokens, with its own cache inside the RetroCache."""
+        if self._drops_caches:
+            raise ValueError(
+                "use_cache is true, but a base in training with gradient checkpointing drops its cache; leave it out, "
+                "or call eval() first."
+            )
         tokens = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
         step = cache.begin(*tokens.shape[:2], inputs["attention_mask"])
         cache.set_neighbors(step, neighbor_ids, neighbor_mask)
@@ -222,7 +234,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             return None
         tokens = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
         m, attention_mask = self.config.chunk_len, inputs["attention_mask"]
-        neighbor_mask = checked_neighbor_mask(neighbor_ids, neighbor_mask, *tokens.shape[:2], m)
+        neighbor_ids, neighbor_mask = checked_neighbors(neighbor_ids, neighbor_mask, *tokens.shape[:2], m)
         bind_checkpoints(self.base)
         if neighbor_ids.shape[1] == 0:
             return None
@@ -254,11 +266,18 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
         Args: see RetrievalGeneration.generate.
         """
+        if self._drops_caches:
+            kwargs.setdefault("use_cache", False)
         own = {name: kwargs.pop(name, default) for name, default in OPTIONS.items()}
         asked = any(type(own[name]) is not type(default) or own[name] != default for name, default in OPTIONS.items())
         if asked or isinstance(kwargs.get("past_key_values"), RetroCache):
             return super().generate(inputs, *args, **own, **kwargs)
         return self.base.generate(inputs, *args, **kwargs)
+
+    @property
+    def _drops_caches(self) -> bool:
+        """Whether the base's layers, by transformers' way of checkpointing, would forget what came before."""
+        return self.base.training and self.is_gradient_checkpointing
 
     def prepare_inputs_for_generation(
         self,
@@ -318,12 +337,12 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
     def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs):
-        """Write the new weights, and a configuration that names the base and its revision."""
-        weights = self.state_dict() if state_dict is None else state_dict
-        new = {name: tensor for name, tensor in weights.items() if not name.startswith(BASE_PREFIX)}
-        if self.config.base_name_or_path is None:
-            logger.warning("the base has no name: from_pretrained(%s, base=...) will need it", save_directory)
-        super().save_pretrained(save_directory, state_dict=new, **kwargs)
+        """Write the new weights, and where the base is; its own too, where it was changed or has no place.
+
+        Raises ValueError for what could not be loaded again: adapters of others, a quantized base that was changed.
+        """
+        weights = prepare_save(self, self.state_dict() if state_dict is None else state_dict)
+        super().save_pretrained(save_directory, state_dict=weights, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -339,29 +358,25 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
         Args:
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a name on the hub.
-            base: The base itself, or another place to load it from. Default: what the folder names.
+            base: The base itself, or another place to load it from. Default: what the folder names, or, where both
+                were moved, the same beside the folder; or the folder itself.
             config: In place of the folder's.
             dtype: Of the base. The new weights keep the type they were saved in.
             kwargs: cache_dir, token and the like for both; everything else is for the base: device_map,
                 attn_implementation, quantization_config ...
 
-        Raises ValueError for a base that is missing or of other sizes, and for weights that do not fit.
+        Raises ValueError for a base that is missing or another than the one that was fitted, and for weights that do
+        not fit.
         """
-        from retro.retrofit.loading import check_base, load_new_weights, split_options
+        from retro.retrofit.loading import load_new_weights, open_fitted_base, read_weights, split_options
 
         hub, options = split_options(kwargs)
         folder = str(pretrained_model_name_or_path)
         config = RetrofitConfig.from_pretrained(folder, **hub) if config is None else config
-        if base is None and config.base_name_or_path is None:
-            raise ValueError(f"{folder} names no base; give it: from_pretrained(..., base=model).")
-        if base is None and config.base_revision is not None:
-            options.setdefault("revision", config.base_revision)
-        if isinstance(base, (str, Path)) or base is None:
-            options = {"dtype": dtype or config.base_dtype or "auto", **hub, **options}
-            base = open_base(base or config.base_name_or_path, **options)
-        check_base(config, base)
-        model = cls(config, base=base, start=False)
-        load_new_weights(model, folder, hub)
+        weights = read_weights(folder, hub)
+        options = hub | options | ({} if dtype is None else {"dtype": dtype})
+        model = cls(config, base=open_fitted_base(config, base, weights, folder, options), start=False)
+        load_new_weights(model, folder, weights)
         return model.eval()
 
     # What Hugging Face asks of a model
@@ -371,6 +386,24 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base.set_output_embeddings(new_embeddings)
+        self._head_is_plain = head_is_plain(self.base)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The base's, which save_pretrained then writes too, and the encoder's own embeddings, where it has some."""
+        embeddings = self.base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        own = getattr(getattr(self.form, "paper", self.form), "encoder_embedding", None)
+        if isinstance(own, nn.Embedding):
+            self._get_resized_embeddings(own, len(embeddings.weight), mean_resizing=mean_resizing)
+        self.config.base_config.get_text_config().vocab_size = self.base.config.get_text_config().vocab_size
+        return embeddings
 
     def set_attn_implementation(self, *args, **kwargs) -> None:
         """The base's attention; what is added always runs the fused kernel."""

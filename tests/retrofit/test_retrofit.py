@@ -361,8 +361,6 @@ def test_bases_that_are_refused(make_base, make_fitted, tmp_path):
     with pytest.raises(ValueError, match="is no file; give the path of a GGUF file"):
         open_base(tmp_path / "no.gguf")
     make_fitted().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"names no base; give it: from_pretrained\(..., base=model\)"):
-        RetrofitForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="base has hidden_size 32, the one that was fitted 16"):
         RetrofitForCausalLM.from_pretrained(tmp_path, base=make_base(hidden_size=32))
 
@@ -381,6 +379,13 @@ def test_short_rows_and_missing_neighbors_are_the_base(form, make_fitted, make_n
     open_gates(model)
     nothing = torch.zeros(2, 0, 2, 8, dtype=torch.long)
     assert torch.equal(model(IDS[:, :3], nothing).logits, model(IDS[:, :3]).logits)
+    for shape in ((0, 8), (1, 0)):
+        assert torch.equal(model(IDS, torch.zeros(2, 3, *shape, dtype=torch.long)).logits, model(IDS).logits)
+    one = {name: x[..., :1] for name, x in neighbors.items()}
+    assert (
+        torch.isfinite(model(IDS, **one).logits).all()
+        and torch.isfinite(model(IDS, **one, use_cache=True).logits).all()
+    )
     missing = torch.zeros_like(neighbors["neighbor_mask"])
     assert torch.equal(model(IDS, neighbors["neighbor_ids"], missing).logits, model(IDS).logits)
 
