@@ -61,6 +61,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "share_of_bound": ("of bound", "{:.1%}".format),
     "share_of_step": ("of step", "{:.1%}".format),
     "calls": ("calls", "{:,.1f}".format),
+    "recall": ("recall@10", "{:.4f}".format),
     "difference": ("difference", "{:.1e}".format),
     "equal_tokens": ("equal tokens", str),
     "prompt_seconds": ("prompt ms", lambda value: f"{1000 * value:,.1f}"),
@@ -95,7 +96,7 @@ SECTIONS = {
     "embedding": Section(
         embedding, 5, ("seconds", "chunks_per_second", "share_of_product", "peak_bytes", "difference")
     ),
-    "search": Section(search, 10, ("seconds", "queries_per_second", "peak_bytes")),
+    "search": Section(search, 10, ("seconds", "queries_per_second", "recall", "peak_bytes")),
 }
 
 
@@ -132,8 +133,9 @@ def started(section: Section, given: dict[str, Any], method: str) -> Iterator[tu
     try:
         yield process, ours
     finally:
-        with suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError):  # of a process that has not got so far, or is gone
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_sections.bench import Bench, Figures
+from made_stores import recall
 from synthetic import SyntheticKeys, write_synthetic_store
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
@@ -94,7 +95,8 @@ def made_up_texts(count: int) -> list[str]:
 def search(bench: Bench) -> None:
     """Exact search and the kNN join over clustered keys, beside the same by torch alone with the keys on the card.
 
-    Bare: the float32 product, as exact search has it, and the top k, nothing else; the keys are there already.
+    Bare: the float32 product, as exact search has it, and the top k, nothing else; the keys are there already. The
+    recall is against it.
     """
     rows, dim, asked = bench.pick((1_000_000, 384, (64, 4096)), (2000, 32, (8,)))
     joined = bench.pick(131_072, 500)
@@ -104,8 +106,9 @@ def search(bench: Bench) -> None:
         halves = keys.square().sum(1) / 2
         for count in asked:
             queries = SyntheticKeys(rows, dim).queries(count)
+            true = bare(keys, halves)(queries)
             for name, engine in engines(bench, large, keys, halves).items():
-                bench.case(f"{name}, {count} queries", partial(searched, bench, engine, queries))
+                bench.case(f"{name}, {count} queries", partial(searched, bench, engine, queries, true))
         small = write_synthetic_store(Path(folder) / "joined", joined, dim, "float16")
         keys, halves = keys[:joined], halves[:joined]  # as many keys: what they are does not matter
         queries = small.key_block(0, joined)
@@ -146,9 +149,12 @@ def bare(keys: Tensor, halves: Tensor) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def searched(bench: Bench, engine: Callable[[np.ndarray], Any], queries: np.ndarray) -> Figures:
+def searched(
+    bench: Bench, engine: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, true: np.ndarray | None = None
+) -> Figures:
     seconds = bench.seconds(lambda: engine(queries), rounds=5, warm_up=1, at_most=6.0)
-    return {"seconds": seconds, "queries_per_second": len(queries) / seconds}
+    found = {} if true is None else {"recall": recall(engine(queries), true)}
+    return {"seconds": seconds, "queries_per_second": len(queries) / seconds, **found}
 
 
 def join(bench: Bench, store: Store) -> Figures:

@@ -54,7 +54,7 @@ def test_every_section_measures_where_little_is_installed(tmp_path):
     assert all(figures["share_of_bound"] > 0 for figures in cases["generation"].values())
     assert {"retro", "keys of both"} < set(cases["embedding"])
     assert cases["embedding"]["keys of both"]["difference"] < 1e-5
-    assert "join by build_neighbors" in cases["search"]
+    assert cases["search"]["exact search, 8 queries"]["recall"] > 0.98 and "join by build_neighbors" in cases["search"]
 
 
 def test_sections_that_fail_hang_or_die_leave_what_they_found_and_the_others(gpu, tmp_path, capsys):
@@ -117,3 +117,13 @@ def test_peers_are_of_equal_size_and_bounds_count_what_is_read(gpu):
     held = 2 * 1024 * (12 * 100 + 3 * 2 * 128) * 4  # keys and values of the text, and of neighbors in three layers
     assert bytes_read(whole, 1, 100, reads=True) - bytes_read(whole, 0, 100, reads=True) == held
     assert 1.6 < work(D896, True) / work(D896, False) < 1.8
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_a_difference_between_card_and_cpu_is_an_error(gpu, wrong):
+    from gpu_sections.card import _compared
+
+    here = torch.tensor([1.0, 0.5])
+    assert _compared(here, here + 1e-6)["difference"] < 1e-5
+    with pytest.raises(ValueError, match="of the largest value, above 0.0001"):
+        _compared(here, torch.tensor([wrong, 0.5]))
