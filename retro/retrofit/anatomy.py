@@ -49,14 +49,14 @@ class Writer:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names of a base's parts, and the writer of each layer that was asked for (1-based)."""
+    """Names of a base's parts, without PEFT around it, and the writer of each layer that was asked for (1-based)."""
 
     layers_name: str
     num_layers: int
     writers: dict[int, Writer]
 
     def layers(self, base: nn.Module) -> nn.ModuleList:
-        return base.get_submodule(self.layers_name)
+        return without_peft(base).get_submodule(self.layers_name)
 
     def layer(self, base: nn.Module, number: int) -> nn.Module:
         """Layer `number`, 1-based."""
@@ -82,9 +82,16 @@ def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
     return Anatomy(layers_name, len(blocks), writers)
 
 
+def without_peft(base: Any) -> nn.Module:
+    """The base itself, where PEFT is around it."""
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
+
+
 def _layer_list(base: nn.Module) -> tuple[str, nn.ModuleList]:
     wanted = base.config.get_text_config().num_hidden_layers
-    lists = [(name, m) for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    lists = [
+        (name, m) for name, m in without_peft(base).named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted
+    ]
     if not lists:
         raise ValueError(f"{type(base).__name__} cannot be fitted: it has no list of {wanted} decoder layers.")
     return min(lists, key=lambda found: found[0].count("."))

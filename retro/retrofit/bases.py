@@ -9,7 +9,7 @@ from typing import Any
 
 from retro.common.pretrained import PACKAGE, pretrained_place
 
-_LOADING = RLock()  # from_pretrained swaps functions of torch: of two at once, both fail, and each that follows
+LOADING = RLock()  # from_pretrained swaps functions of torch: of two at once, both fail, and each that follows
 
 
 def open_base(base: Any, /, **options) -> Any:
@@ -31,12 +31,19 @@ def open_base(base: Any, /, **options) -> Any:
 
     place, gguf = pretrained_place(base)
     try:
-        with _LOADING:
+        with LOADING:
             return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{base} holds a damaged model ({error}); copy it again from where it was trained.") from None
     except (OSError, ImportError, KeyError) as error:
         raise ValueError(_sentence("base", base, error)) from None
+
+
+def random_base(config: Any) -> Any:
+    """A causal LM of random weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config))
 
 
 def base_tokenizer(base: str | Path) -> Any:

@@ -31,6 +31,8 @@ def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **opt
     opened = open_base(base, **loading)
     if not hasattr(opened, "config") or not hasattr(opened, "get_input_embeddings"):
         raise ValueError(f"base is a {type(base).__name__}; give a Hugging Face causal LM, or where to load one.")
+    if hasattr(opened.config, "chunk_len"):
+        raise ValueError(f"base is a {type(opened).__name__}, which reads neighbors already; give a plain causal LM.")
     vouched = isinstance(base, (str, Path)) or options.get("base_name_or_path") is not None
     implied = {
         "base_config": config_to_keep(opened),

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from retro.retrofit.bases import find_base, is_quantized, open_base
+from retro.retrofit.bases import LOADING, find_base, is_quantized, open_base
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.fingerprint import adapter_prefixes, differing_kind, fingerprint
 from retro.retrofit.saving import BASE_PREFIX, quantization_of
@@ -55,7 +54,10 @@ def _own_base(config: RetrofitConfig, own: dict[str, Tensor], folder: str, optio
     if not weights:
         raise ValueError(f"{folder} holds no base and names none; give it: from_pretrained(..., base=...).")
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
-    return kind.from_pretrained(None, config=copy.deepcopy(config.base_config), state_dict=weights, **options).eval()
+    with LOADING:
+        return kind.from_pretrained(
+            None, config=copy.deepcopy(config.base_config), state_dict=weights, **options
+        ).eval()
 
 
 def _quantization(config: RetrofitConfig, place: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -89,22 +91,24 @@ def check_base(config: RetrofitConfig, base: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
 def _add_adapter(config: RetrofitConfig, base: Any, weights: dict[str, Tensor]) -> nn.Module:
-    """The base with its adapter again; one that has adapters already keeps those."""
-    if not config.base_adapters or adapter_prefixes(base):
+    """The base with its adapter again, in the place of what one of that name in a base that was given holds."""
+    if not config.base_adapters:
         return base
     from peft import PeftConfig
 
-    for name, fields in config.base_adapters.items():
-        base.add_adapter(PeftConfig.from_peft_type(**fields), name)
-    own = {name: x for name, x in base.state_dict().items() if name.startswith(adapter_prefixes(base))}
+    if not adapter_prefixes(base):
+        for name, fields in config.base_adapters.items():
+            base.add_adapter(PeftConfig.from_peft_type(**fields), name)
+    prefixes = adapter_prefixes(base)
+    own = {_plain_name(name): x for name, x in base.named_parameters() if name.startswith(prefixes)}
     for name in sorted(own.keys() ^ {name for name in weights if _of_adapter(config, name)}):
         raise ValueError(
-            f"the base's adapter has the weight {name} on one side only; install the PEFT it was saved by."
+            f"the base's adapter has the weight {name} on one side only; give a base without adapters, and the PEFT "
+            "that the folder was saved by."
         )
     for name, x in own.items():
-        x.copy_(weights[name])
+        x.data = weights[name].to(x.device)
     return base.eval()
 
 
@@ -147,6 +151,12 @@ def load_new_weights(model: nn.Module, folder: str, weights: dict[str, Tensor]) 
     for name, buffer in model.form.named_buffers():
         if f"form.{name}" in state:
             buffer.copy_(state[f"form.{name}"])
+
+
+def load_generation_config(model: Any, folder: str, hub: dict[str, Any]) -> None:
+    """What generate() does unless told otherwise, where the folder says so."""
+    if cached_file(folder, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(folder, **hub)
 
 
 def _weight_files(folder: str, hub: dict[str, Any]) -> list[Path]:

@@ -21,6 +21,7 @@ from retro.modules.cross_attention import checked_neighbors
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import linear_cross_entropy, of_items
 from retro.retrofit.anatomy import find_anatomy, hidden_after
+from retro.retrofit.bases import random_base
 from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
@@ -49,7 +50,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         super().__init__(config)
         if config.base_config is None:
             raise ValueError("base_config is None; make a RetrofitForCausalLM with retrofit(base, ...).")
-        self.base = _random_base(config) if base is None else base
+        self.base = random_base(config.base_config) if base is None else base
         self.base.requires_grad_(False)
         self.anatomy = find_anatomy(self.base, config.cca_layers or [])
         self.form = form_class(config.form)(config, self.base, self.anatomy)
@@ -341,7 +342,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
         Raises ValueError for what could not be loaded again: adapters of others, a quantized base that was changed.
         """
-        weights = prepare_save(self, self.state_dict() if state_dict is None else state_dict)
+        weights = prepare_save(self, self.state_dict() if state_dict is None else state_dict, save_directory)
         super().save_pretrained(save_directory, state_dict=weights, **kwargs)
 
     @classmethod
@@ -368,15 +369,17 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         Raises ValueError for a base that is missing or another than the one that was fitted, and for weights that do
         not fit.
         """
-        from retro.retrofit.loading import load_new_weights, open_fitted_base, read_weights, split_options
+        from retro.retrofit import loading
 
-        hub, options = split_options(kwargs)
+        hub, options = loading.split_options(kwargs)
         folder = str(pretrained_model_name_or_path)
         config = RetrofitConfig.from_pretrained(folder, **hub) if config is None else config
-        weights = read_weights(folder, hub)
+        weights = loading.read_weights(folder, hub)
         options = hub | options | ({} if dtype is None else {"dtype": dtype})
-        model = cls(config, base=open_fitted_base(config, base, weights, folder, options), start=False)
-        load_new_weights(model, folder, weights)
+        base = loading.open_fitted_base(config, base, weights, folder, options)
+        model = cls(config, base=base, start=False)
+        loading.load_new_weights(model, folder, weights)
+        loading.load_generation_config(model, folder, hub)
         return model.eval()
 
     # What Hugging Face asks of a model
@@ -441,9 +444,3 @@ def _output(outputs, loss, logits, keep: int | Tensor, cache: RetroCache | None 
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
     )
-
-
-def _random_base(config: RetrofitConfig) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config.base_config))

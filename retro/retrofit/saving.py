@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +18,22 @@ logger = logging.getLogger(__name__)
 BASE_PREFIX = "base."
 
 
-def prepare_save(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def prepare_save(model: Any, weights: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
     """The weights that a fitted folder must hold; the model's configuration then says where the base is.
 
     Those of the base belong to it, as a whole, where its name gives others or it has none; those of its adapter always.
     Raises ValueError for what could not be loaded again.
     """
     base, config = model.base, model.config
+    if config.base_name_or_path is not None and Path(folder).resolve() == Path(config.base_name_or_path).resolve():
+        raise ValueError(f"{folder} is the folder of the base, which would be overwritten; save to another.")
     prefixes = _checked_adapters(model)
     own = {name.removeprefix(BASE_PREFIX): x for name, x in weights.items() if name.startswith(BASE_PREFIX)}
     own = own or base.state_dict()
     found = fingerprint(base, own)
     config.base_config, config.base_adapters = config_to_keep(base), _adapter_configs(base)
+    if _is_untied(base, own):
+        config.base_config.get_text_config().tie_word_embeddings = config.base_config.tie_word_embeddings = False
     dtype = str(base.dtype).removeprefix("torch.")
     if config.base_fingerprint is None or dtype != config.base_dtype:
         config.base_dtype, config.base_fingerprint = dtype, _of_named(model)
@@ -72,6 +77,13 @@ def quantization_of(config: Any) -> dict[str, Any]:
         return {}
     given = AutoQuantizationConfig.from_dict(quantization) if isinstance(quantization, dict) else quantization
     return {"quantization_config": given}
+
+
+def _is_untied(base: Any, own: dict[str, Tensor]) -> bool:
+    """Whether output embeddings have weights of their own, whatever the configuration says."""
+    names = {module: f"{name}.weight" for name, module in base.named_modules()}
+    both = [own.get(names.get(module)) for module in (base.get_input_embeddings(), base.get_output_embeddings())]
+    return all(x is not None for x in both) and (both[0].shape != both[1].shape or not torch.equal(*both))
 
 
 # Adapters

@@ -140,6 +140,45 @@ def test_adapters_of_the_base_are_kept(name, way, place, make_base, make_open, c
     assert not left.unexpected_keys and not any("lora" in weight for weight in left.missing_keys)
 
 
+def test_an_adapter_is_merged_where_it_is(place, make_open, check_again):
+    peft = pytest.importorskip("peft")
+    opened = AutoModelForCausalLM.from_pretrained(place())
+    model = make_open(peft.get_peft_model(opened, lora_of(opened)))
+    expected = model(IDS).logits
+    model.base = model.base.merge_and_unload()
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert "base.lm_head.weight" in check_again(model)
+
+
+def test_a_base_that_is_given_takes_the_adapter_of_the_folder(place, make_open, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_open(place())
+    model.base.add_adapter(lora_of(model.base))
+    model.save_pretrained(tmp_path / "fitted")
+    for around in (False, True):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        base = peft.get_peft_model(base, lora_of(base)) if around else base
+        again = RetrofitForCausalLM.from_pretrained(tmp_path / "fitted", base=base)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_output_embeddings_that_were_untied_and_what_generate_does_are_kept(place, make_open, check_again, tmp_path):
+    model = make_open(place("gpt2"))
+    model.set_output_embeddings(torch.nn.Linear(16, 64, bias=False))
+    model.generation_config.max_new_tokens = 7
+    assert "base.lm_head.weight" in check_again(model)
+    assert RetrofitForCausalLM.from_pretrained(tmp_path / "fitted").generation_config.max_new_tokens == 7
+
+
+def test_the_folder_of_the_base_is_not_overwritten(place, make_open):
+    base = place()
+    with pytest.raises(ValueError, match="base is the folder of the base, which would be overwritten; save to another"):
+        make_open(base).save_pretrained(base)
+    assert AutoModelForCausalLM.from_pretrained(base).config.model_type == "llama"
+    with pytest.raises(ValueError, match="base is a RetrofitForCausalLM, which reads neighbors already; give a plain"):
+        retrofit(make_open(base))
+
+
 def test_adapters_that_could_not_be_loaded_are_refused(place, make_open, tmp_path):
     peft = pytest.importorskip("peft")
 
@@ -241,5 +280,6 @@ def test_fingerprints(make_base):
     rounded = fingerprint(copy.deepcopy(base).bfloat16())
     assert differing_kind(found, rounded, exact=False) is None and differing_kind(found, rounded, exact=True)
     assert differing_kind(found, other, exact=False) == "embeddings"
-    assert retro.RetrofitConfig(base_config=base.config, base_fingerprint=found).base_fingerprint == found
-    assert retrofit(base, form="pointer").config.base_fingerprint is None
+    config = retro.RetrofitConfig(base_config=base.config, base_fingerprint=found, chunk_len=4, retrieved_len=8)
+    assert config.base_fingerprint == found
+    assert retrofit(base, form="pointer", chunk_len=4, retrieved_len=8).config.base_fingerprint is None
