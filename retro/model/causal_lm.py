@@ -22,6 +22,7 @@ from retro.modules import DecoderBlock, NeighborEncoder
 from retro.modules.attention import PastKeyValues, attendable
 from retro.modules.cross_attention import ReadChunks, checked_neighbors, read_chunks
 from retro.modules.encoder import chunks_of
+from retro.modules.kernels import RELATIVE_QUERIES, QueryBlock, has_fixed_shapes, query_blocks, uses_flex
 from retro.modules.loss import linear_cross_entropy, of_items
 from retro.modules.positions import rotary_table
 
@@ -91,7 +92,7 @@ class RetroModel(RetroPreTrainedModel):
             neighbor_ids, neighbor_mask = checked_neighbors(*given)
         if neighbor_ids is not None and neighbor_ids.shape[1]:  # n < m: no whole chunk, identity everywhere
             chunks = read_chunks(neighbor_mask, self.config.chunk_len, document_ids)
-        inside = (*_inside_documents(document_ids), self._rotary_table(h))
+        inside = (*self._inside_documents(h, document_ids), self._rotary_table(h))
         for number, layer in enumerate(self.layers, start=1):
             h = self._run(layer, "attend", h, *inside)
             if chunks is not None and number in self.config.cca_layers:
@@ -101,6 +102,26 @@ class RetroModel(RetroPreTrainedModel):
             h = self._run(layer, "feed", h)
             states.append(h)
         return states
+
+    def _inside_documents(
+        self, h: Float[Tensor, "b n d"], document_ids: Int[Tensor, "b n"] | None
+    ) -> tuple[Bool[Tensor, "b n n"] | tuple[QueryBlock, ...] | None, tuple[int, ...] | None]:
+        """How self-attention stays inside documents: by a mask or by their lengths; neither, if rows are whole.
+
+        Lengths leave out what a mask computes and throws away; they take a call of the kernel for each document, which
+        only on CPUs is cheap. Padding needs no mask: rows are right-padded here, so no real token could see padding
+        before it.
+        """
+        is_relative = self.config.position == "relative"
+        if uses_flex(h, self.config.head_dim) and (is_relative or document_ids is not None):
+            return query_blocks(h, document_ids, RELATIVE_QUERIES if is_relative else h.shape[1]), None
+        if document_ids is None:
+            return None, None
+        if has_fixed_shapes(document_ids):
+            return (document_ids[:, :, None] == document_ids[:, None, :]).tril(), None
+        is_first = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True).flatten()
+        lengths = F.pad(is_first.nonzero()[:, 0], (0, 1), value=is_first.numel()).diff().tolist()
+        return None, tuple(lengths) if len(lengths) > len(document_ids) else None
 
     def _rotary_table(self, h: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor] | None:
         """The table of rotary positions that all layers share."""
@@ -340,20 +361,3 @@ def _encoder_embedding(config: RetroConfig) -> nn.Module | None:
     if config.encoder_hidden_size == config.hidden_size:
         return None
     return nn.Linear(config.hidden_size, config.encoder_hidden_size, bias=False)
-
-
-def _inside_documents(
-    document_ids: Int[Tensor, "b n"] | None,
-) -> tuple[Bool[Tensor, "b n n"] | None, tuple[int, ...] | None]:
-    """How self-attention stays inside documents: by a mask, by the lengths of documents, or neither, if rows are whole.
-
-    Lengths leave out what a mask computes and throws away; they take a call of the kernel for each document, which only
-    on CPUs is cheap. Padding needs no mask: rows are right-padded here, so no real token could see padding before it.
-    """
-    if document_ids is None:
-        return None, None
-    if document_ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return (document_ids[:, :, None] == document_ids[:, None, :]).tril(), None
-    is_first = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True).flatten()
-    lengths = F.pad(is_first.nonzero()[:, 0], (0, 1), value=is_first.numel()).diff().tolist()
-    return None, tuple(lengths) if len(lengths) > len(document_ids) else None

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from retro.modules.kernels import has_fixed_shapes
+
 
 def pad_left(
     prompts: Sequence[Sequence[int] | np.ndarray], padding: int
@@ -30,7 +32,7 @@ class Alignment:
     """
 
     def __init__(self, attention_mask: Int[Tensor, "b n"] | None, has_cache: bool = False):
-        self.is_turned = not has_cache and attention_mask is not None and not bool(attention_mask[:, 0].all())
+        self.is_turned = not has_cache and attention_mask is not None and _may_start_late(attention_mask)
         self._num_left = attention_mask.int().argmax(-1) if self.is_turned else None  # [b]
 
     def left(self, *tensors: Shaped[Tensor, "b _ ..."] | None) -> list[Shaped[Tensor, "b _ ..."] | None]:
@@ -40,6 +42,11 @@ class Alignment:
     def right(self, x: Shaped[Tensor, "b n ..."]) -> Shaped[Tensor, "b n ..."]:
         """Undo `left`."""
         return _turn(x, -self._num_left) if self.is_turned else x
+
+
+def _may_start_late(attention_mask: Int[Tensor, "b n"]) -> bool:
+    """Whether some row may be padded on the left; where a look at the mask would cost more than turns by 0: yes."""
+    return has_fixed_shapes(attention_mask) or not bool(attention_mask[:, 0].all())
 
 
 def _turn(x: Tensor, by: Int[Tensor, " b"]) -> Tensor:

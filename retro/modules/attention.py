@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from retro.modules.blockwise import blockwise_attention, suits_blocks
 from retro.modules.feed_forward import ResidualLinear
+from retro.modules.kernels import QueryBlock, masked_attention, relative_attention, uses_flex
 from retro.modules.positions import POSITIONS, RelativePositions, apply_rotary, rotary_table
 
 
@@ -77,21 +78,24 @@ class Attention(nn.Module):
         values: Float[Tensor, "b j c"] | None = None,
         query_positions: Int[Tensor, " i"] | tuple[Tensor, Tensor] | None = None,
         key_positions: Int[Tensor, " j"] | tuple[Tensor, Tensor] | None = None,
-        mask: Bool[Tensor, "b #i j"] | None = None,
+        mask: Bool[Tensor, "b #i j"] | tuple[QueryBlock, ...] | None = None,
         is_causal: bool = False,
         lengths: tuple[int, ...] | None = None,
+        distances: range | None = None,
     ) -> Float[Tensor, "b i d"]:
         """Attend `keys` (default: x itself) and read `values` (default: `keys`). Positions default to 0, 1, 2, ...
 
         `mask` is True where a key may be attended. A query with no such key gets an arbitrary finite result, never
         NaN: the caller discards it. `is_causal` asks for i == j and cannot be combined with `mask`. `lengths` are those
-        of the documents that lie one after another in the rows of x: each attends to itself alone, causally.
+        of the documents that lie one after another in the rows of x: each attends to itself alone, causally; so it is
+        by `mask` of `query_blocks`. `distances`: see `attend`.
         """
         keys = x if keys is None else keys
         query_positions = _count_from_zero(x) if query_positions is None else query_positions
         key_positions = _count_from_zero(keys) if key_positions is None else key_positions
         k, v = self.keys_and_values(keys, keys if values is None else values, key_positions)
-        return self.attend(x, k, v, query_positions, key_positions, attendable(mask), is_causal, lengths=lengths)
+        mask = mask if isinstance(mask, tuple) else attendable(mask)
+        return self.attend(x, k, v, query_positions, key_positions, mask, is_causal, distances, lengths=lengths)
 
     def keys_and_values(
         self,
@@ -120,18 +124,25 @@ class Attention(nn.Module):
         v: Float[Tensor, "b h j dh"],
         query_positions: Int[Tensor, "*#b i"] | tuple[Tensor, Tensor],
         key_positions: Int[Tensor, " j"] | tuple[Tensor, Tensor] | None = None,
-        mask: Bool[Tensor, "#b 1 #i j"] | None = None,
+        mask: Bool[Tensor, "#b 1 #i j"] | tuple[QueryBlock, ...] | None = None,
         is_causal: bool = False,
+        distances: range | None = None,
         tables: dict | None = None,
         lengths: tuple[int, ...] | None = None,
     ) -> Float[Tensor, "b i d"]:
         """Attend what `keys_and_values` gave. Relative positions need `key_positions`; see them for `tables`.
 
-        Each query of `mask` has a key that it may attend, see `attendable`; for `lengths` see `forward`.
+        `distances` are those of the pairs that may attend, known without a look at positions; default: of positions
+        that count from 0. Each query of `mask` has a key that it may attend, see `attendable`; for `lengths` see
+        `forward`.
         """
         q = self.queries(x, query_positions)
-        if lengths is None:
-            out = self._kernel(q, k, v, query_positions, key_positions, mask, is_causal, tables)
+        if distances is None:
+            distances = range(k.shape[2]) if is_causal else range(1 - k.shape[2], q.shape[2])
+        if isinstance(mask, tuple):
+            out = torch.cat([self._query_block(q, k, v, block) for block in mask], dim=2)
+        elif lengths is None:
+            out = self._kernel(q, k, v, query_positions, key_positions, mask, is_causal, distances, tables)
         else:
             out = self._inside_documents(q, k, v, lengths)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -142,7 +153,8 @@ class Attention(nn.Module):
         k, v = past.update(*self.keys_and_values(x, x, positions), layer)
         if self.relative is not None:
             positions, key_positions = past.positions, torch.arange(k.shape[2], device=x.device)
-        return self.attend(x, k, v, positions, key_positions, past.mask, past.is_causal, past.tables)
+        distances = range(k.shape[2])
+        return self.attend(x, k, v, positions, key_positions, past.mask, past.is_causal, distances, past.tables)
 
     def _rotated(self, x: Tensor, positions: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """The first `rotary_dim` channels of each head turned by their positions, the rest as they are."""
@@ -162,15 +174,34 @@ class Attention(nn.Module):
         for document in zip(*(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True):
             one = [x.transpose(0, 1)[None] for x in document]  # [1, h, length, dh]
             positions = torch.arange(one[0].shape[2], device=q.device)
-            outs.append(self._kernel(*one, positions, positions, None, True, None)[0].transpose(0, 1))
+            out = self._kernel(*one, positions, positions, None, True, range(len(positions)), None)
+            outs.append(out[0].transpose(0, 1))
         return torch.cat(outs).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
-    def _kernel(self, q, k, v, query_positions, key_positions, mask, is_causal: bool, tables) -> Tensor:
+    def _query_block(self, q, k, v, block: QueryBlock) -> Float[Tensor, "b h w dh"]:
+        """Attention of some queries to the keys up to theirs."""
+        q, k, v = q[:, :, block.start : block.stop], k[:, :, : block.stop], v[:, :, : block.stop]
+        if self.relative is None:
+            return masked_attention(q, k, v, block.mask)
+        positions = torch.arange(block.stop, device=q.device)
+        return self._relative(q, k, v, positions[block.start :], positions, block.mask, range(block.stop))
+
+    def _kernel(self, q, k, v, query_positions, key_positions, mask, is_causal: bool, distances, tables) -> Tensor:
         """Attention of heads; q and k are turned already where positions are rotary."""
         if self.relative is None:
             return self._fused(q, k, v, mask, is_causal)
-        bias = self._relative_bias(q, query_positions, key_positions, mask, is_causal, tables)
+        if not is_causal and q.shape[2] > 1 and uses_flex(q, self.head_dim):
+            return self._relative(q, k, v, query_positions, key_positions, mask, distances)
+        bias = self._relative_bias(q, query_positions, key_positions, mask, is_causal, distances, tables)
         return self._fused(q + self.relative.content_bias[:, None], k, v, bias, False)
+
+    def _relative(self, q, k, v, query_positions, key_positions, mask, distances: range) -> Tensor:
+        """Relative positions without a bias of all pairs."""
+        aligned = range(distances.start, distances.start + -(-len(distances) // 8) * 8)  # rows of 16 bytes
+        relative = self.relative
+        content, positional = (q + bias[:, None] for bias in (relative.content_bias, relative.position_bias))
+        queries = query_positions - distances.start
+        return relative_attention(content, positional, k, v, relative.table(aligned), queries, key_positions, mask)
 
     def _fused(self, q, k, v, mask, is_causal: bool) -> Tensor:
         if suits_blocks(q, k, v, mask):
@@ -178,10 +209,10 @@ class Attention(nn.Module):
         grouped = self.num_heads != self.num_key_value_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
-    def _relative_bias(self, q, query_positions, key_positions, mask, is_causal: bool, tables) -> Tensor:
+    def _relative_bias(self, q, query_positions, key_positions, mask, is_causal: bool, distances, tables) -> Tensor:
         if is_causal:
             mask = query_positions[:, None] >= key_positions[None, :]
-        bias = self.relative(q, query_positions, key_positions, tables) * self.head_dim**-0.5
+        bias = self.relative(q, query_positions, key_positions, distances, tables) * self.head_dim**-0.5
         return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from retro.modules.attention import Attention, attendable
+from retro.modules.kernels import has_fixed_shapes
 
 
 def attending_chunks(h: Shaped[Tensor, "b n d"], chunk_len: int) -> Shaped[Tensor, "b l m d"]:
@@ -82,7 +83,7 @@ def read_chunks(
     So a gradient, though it be 0, always reaches what reads neighbors: data-parallel training waits for it.
     """
     readable = may_read(neighbor_mask, chunk_len, document_ids).flatten(0, 1)
-    if torch.compiler.is_compiling():  # a graph has fixed shapes
+    if has_fixed_shapes(neighbor_mask):
         return ReadChunks(None, neighbor_mask.flatten(0, 1), readable)
     index = neighbor_mask.flatten(2).any(-1).flatten().nonzero()[:, 0]
     nothing = len(index) == 0
@@ -193,7 +194,9 @@ class ChunkedCrossAttention(nn.Module):
         if self.attention.relative is not None:
             _, key_positions = cca_positions(self.chunk_len, r, k, h.device)
         keys, values = keys.flatten(2, 3), values.flatten(2, 3)
-        return self.attention.attend(h, keys, values, query_positions, key_positions, mask, tables=tables)
+        distances = range(self.chunk_len - r, 2 * self.chunk_len - 1)
+        given = query_positions, key_positions, mask, False, distances, tables
+        return self.attention.attend(h, keys, values, *given)
 
     def _keys(self, encoded: Float[Tensor, "c k r d"]) -> Float[Tensor, "c k r d"]:
         if self.smear is None:

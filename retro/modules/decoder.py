@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from retro.modules.attention import Attention, PastKeyValues
 from retro.modules.cross_attention import ChunkedCrossAttention, ReadChunks
 from retro.modules.feed_forward import FeedForward
+from retro.modules.kernels import QueryBlock
 from retro.modules.norm import RMSNorm
 
 
@@ -43,7 +44,7 @@ class DecoderBlock(nn.Module):
     def attend(
         self,
         h: Float[Tensor, "b n d"],
-        mask: Bool[Tensor, "b n n"] | None = None,
+        mask: Bool[Tensor, "b n n"] | tuple[QueryBlock, ...] | None = None,
         lengths: tuple[int, ...] | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "b n d"]:
@@ -52,7 +53,7 @@ class DecoderBlock(nn.Module):
         lengths: of packed documents, see Attention. rotary: `rotary_table` of the positions, if they are made already.
         """
         x = self.attention_norm(h)
-        return h + self.attention(x, None, None, rotary, rotary, mask, mask is None, lengths)
+        return h + self.attention(x, None, None, rotary, rotary, mask, mask is None, lengths, range(h.shape[1]))
 
     def extend(self, h: Float[Tensor, "b n d"], past: PastKeyValues, layer: int) -> Float[Tensor, "b n d"]:
         """H + ATTN(H) of new tokens, which attend all so far."""

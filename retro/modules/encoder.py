@@ -50,6 +50,7 @@ class EncoderBlock(nn.Module):
             keys=rearrange(condition, "b l m d -> (b l) m d"),
             query_positions=torch.arange(r, device=e.device).repeat(k),
             mask=None if condition_mask is None else rearrange(condition_mask, "b l m -> (b l) 1 m"),
+            distances=range(1 - condition.shape[2], r),
         )
         return rearrange(out, "(b l) (k r) c -> b l k r c", b=b, k=k)
 

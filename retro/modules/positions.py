@@ -59,26 +59,29 @@ class RelativePositions(nn.Module):
         q: Float[Tensor, "b h i dh"],
         query_positions: Int[Tensor, "*#b i"],
         key_positions: Int[Tensor, " j"],
+        distances: range,
         tables: dict | None = None,
     ) -> Float[Tensor, "b h i j"]:
-        """The positional part of the logits, before scaling. `tables` keeps R c(distance) from one call to the next."""
-        distance = query_positions[..., :, None] - key_positions
-        lowest, highest = int(distance.min()), int(distance.max())
-        logits = (q + self.position_bias[:, None]) @ self._table(lowest, highest, tables)  # [b, h, i, t]
-        index = (distance - lowest)[..., None, :, :]
-        return logits.gather(-1, index.expand(*q.shape[:3], -1))
+        """The positional part of the logits, before scaling; arbitrary for pairs whose distance is not in `distances`.
 
-    def _table(self, lowest: int, highest: int, tables: dict | None) -> Float[Tensor, "h dh t"]:
-        """R c(distance) of each distance from `lowest` to `highest`; what `tables` lacks is made with room to grow."""
+        `tables` keeps R c(distance) from one call to the next.
+        """
+        logits = (q + self.position_bias[:, None]) @ self.table(distances, tables)  # [b, h, i, t]
+        index = query_positions[..., None, :, None] - (key_positions + distances.start)
+        return logits.gather(-1, index.clamp(0, len(distances) - 1).expand(*q.shape[:3], -1))
+
+    def table(self, distances: range, tables: dict | None = None) -> Float[Tensor, "h dh t"]:
+        """R c(distance) of each distance; what `tables` lacks is made with room to grow."""
         if tables is None or (torch.is_grad_enabled() and self.proj.weight.requires_grad):
-            return self._project(lowest, highest)
+            return self._project(distances)
         first, table = tables.get(id(self), (0, None))
-        if table is None or lowest < first or highest >= first + table.shape[-1]:
-            last = highest if table is None else highest + table.shape[-1]
-            first, table = tables[id(self)] = (min(first, lowest), self._project(min(first, lowest), last))
-        return table[..., lowest - first : highest + 1 - first]
+        if table is None or distances.start < first or distances.stop > first + table.shape[-1]:
+            room = 0 if table is None else table.shape[-1]
+            every = range(min(first, distances.start), distances.stop + room)
+            first, table = tables[id(self)] = (every.start, self._project(every))
+        return table[..., distances.start - first : distances.stop - first]
 
-    def _project(self, lowest: int, highest: int) -> Float[Tensor, "h dh t"]:
-        every = torch.arange(lowest, highest + 1, device=self.proj.weight.device)
+    def _project(self, distances: range) -> Float[Tensor, "h dh t"]:
+        every = torch.arange(distances.start, distances.stop, device=self.proj.weight.device)
         table = self.proj(cosine_vectors(every, self.dim).to(self.proj.weight.dtype))
         return rearrange(table, "t (h dh) -> h dh t", h=self.num_heads)

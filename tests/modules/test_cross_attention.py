@@ -64,7 +64,7 @@ def test_relative_logits_match_the_closed_form_for_every_pair():
     torch.nn.init.normal_(relative.position_bias)
     q = torch.randn(3, 2, M, 4)
     queries, keys = cca_positions(M, R, 2)
-    logits = relative(q, queries, keys)
+    logits = relative(q, queries, keys, range(M - R, 2 * M - 1))
     from tests.golden import cosine_vector
 
     for i in range(M):
