@@ -30,7 +30,8 @@ def apply_rotary(
     The product of a rotated query and a rotated key depends on their distance only.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
 
 def cosine_vectors(distances: Int[Tensor, " t"], dim: int) -> Float[Tensor, "t dim"]:

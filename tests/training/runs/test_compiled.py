@@ -26,7 +26,7 @@ def test_the_recipes_model_compiled():
 
 @pytest.mark.parametrize("position", ["rotary", "relative"])
 def test_batches_share_one_graph(position, make_model, make_batch):
-    """Neighbors missing here and there or everywhere, documents that end elsewhere."""
+    """Neighbors missing here and there or everywhere, documents and padding that end elsewhere."""
     model = make_model(position=position).train()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     for seed in range(3):
@@ -35,6 +35,7 @@ def test_batches_share_one_graph(position, make_model, make_batch):
             batch["neighbor_mask"][:] = False
         ids = batch["input_ids"]
         batch["labels"] = ids.masked_fill(ids % 5 == 0, -100)
+        batch["attention_mask"] = (torch.arange(20) >= torch.tensor([[0], [seed]])).long()
         batch["document_ids"] = torch.tensor([[0] * 7 + [1] * (12 - seed) + [2] * (1 + seed), [5] * 20])
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
             loss = compiled(**batch).loss
