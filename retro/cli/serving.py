@@ -44,12 +44,15 @@ def serve(
     taken_on = GenerationLimits(**limits)
     for library in ("fastapi", "uvicorn"):
         check_installed(library, "retro serve")
+    from retro.evaluation.scorer import reads_neighbors
     from retro.serve.engine import GenerationEngine
     from retro.serve.server import load_with_stores, serve_app
     from retro.web.listening import read_api_key, run, url_of
 
     api_key = read_api_key(api_key_file)
     opened, tokenizer, stores = load_with_stores(model, store, index or "auto")
+    if not reads_neighbors(opened):
+        raise ValueError(f"{model} reads no neighbors; serve a RETRO, or a model that was fitted for them.")
     engine = GenerationEngine(opened, tokenizer, stores, taken_on)
     name = name or Path(model).resolve().name
     served, bound = serve_app(engine, name, host, port, api_key)

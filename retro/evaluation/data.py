@@ -177,7 +177,8 @@ def window_of(
     longest = min((limit for limit in limits if limit), default=None)
     if window_len is None:
         window_len = max(chunk_len, min(longest or 2048, 2048) // chunk_len * chunk_len)
-    stride = stride or max(chunk_len, window_len // 2 // chunk_len * chunk_len)
+    if stride is None:
+        stride = max(chunk_len, window_len // 2 // chunk_len * chunk_len)
     for name, value in (("window_len", window_len), ("stride", stride)):
         if value % chunk_len or value < 1:
             raise ValueError(f"{name} is {value}; it must be a multiple of the chunk length {chunk_len}.")

@@ -35,7 +35,7 @@ def open_base(base: Any, /, **options) -> Any:
             return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{base} holds a damaged model ({error}); copy it again from where it was trained.") from None
-    except (OSError, ImportError, KeyError) as error:
+    except (OSError, ImportError, KeyError, ValueError) as error:
         raise ValueError(_sentence("base", base, error)) from None
 
 

@@ -75,7 +75,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     chunk_len: int = 64
     retrieved_len: int = 128
     num_neighbors: int = 2
-    rms_norm_eps: float | None = None
+    rms_norm_eps: float | int | None = None
     key_layer: int | None = None
     key_lags: int | None = None
     start: Literal["reading", "random"] = "reading"
@@ -88,7 +88,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     encoder_hidden_size: int | None = None
     encoder_shares_embeddings: bool = True
     gate: Literal["scalar", "channel"] = "scalar"
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -237,7 +237,7 @@ def chosen_layers(wanted: Sequence[int] | str | None, num_layers: int, start: st
         if wanted != "middle":
             raise ValueError(f"cca_layers is {wanted!r}; give layers from 1 to {num_layers}, or 'middle'.")
         return [(num_layers + 1) // 2]
-    return sorted(wanted)
+    return sorted(set(wanted))
 
 
 def attention_sizes(base_config: PreTrainedConfig) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
@@ -26,6 +27,16 @@ def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     rest = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *AUTO_OPTIONS)}
     return hub, rest
+
+
+def read_config(folder: str, hub: dict[str, Any]) -> RetrofitConfig:
+    """The configuration of a fitted folder; ValueError for a folder of another model."""
+    kind = RetrofitConfig.get_config_dict(folder, **hub)[0].get("model_type")
+    if kind != RetrofitConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a {kind}, no RETRO-fitted model; open it with AutoModelForCausalLM, or fit it."
+        )
+    return RetrofitConfig.from_pretrained(folder, **hub)
 
 
 def open_fitted_base(
@@ -126,10 +137,13 @@ def _plain_name(name: str) -> str:
 
 
 def read_weights(folder: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """All weights of a folder by name; ValueError if there are none."""
+    """All weights of a folder by name; ValueError if there are none, or a file of them is damaged."""
     weights = {}
     for file in _weight_files(folder, hub):
-        weights |= load_file(file)
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); copy the folder again.") from None
     return weights
 
 

@@ -18,6 +18,15 @@ from retro.retrofit.forms import Mixture
 SLICE_LOGITS = 2**25  # that live at a time: 128 tokens of a vocabulary of 262,144
 
 
+def check_labels(labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Raise ValueError unless the text is given in one way, and with a label for each token if with any."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds.")
+    shape = list(inputs_embeds.shape[:2] if input_ids is None else input_ids.shape)
+    if labels is not None and list(labels.shape) != shape:
+        raise ValueError(f"labels has shape {list(labels.shape)}, and there are {shape} tokens; give one for each.")
+
+
 def head_inputs(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
     """What the base's output embeddings are given, and its logits: with `shorten` those of the first token only."""
     given: list[Tensor] = []

@@ -26,7 +26,7 @@ from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.hooks import RetrofitContext, active, add_hooks, bind_checkpoints
-from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
+from retro.retrofit.loss import check_labels, head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
 from retro.retrofit.saving import prepare_save
 from retro.retrofit.starts import observe
@@ -129,6 +129,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             return self.base(**inputs, **caching, labels=labels)
         if return_logits is None:
             return_logits = labels is None or not self.training
+        check_labels(labels, input_ids, kwargs.get("inputs_embeds"))
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
         if cache is not None:
             outputs = self._forward_cached(inputs, cache, neighbor_ids, neighbor_mask, labels, return_logits)
@@ -373,7 +374,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
         hub, options = loading.split_options(kwargs)
         folder = str(pretrained_model_name_or_path)
-        config = RetrofitConfig.from_pretrained(folder, **hub) if config is None else config
+        config = loading.read_config(folder, hub) if config is None else config
         weights = loading.read_weights(folder, hub)
         options = hub | options | ({} if dtype is None else {"dtype": dtype})
         base = loading.open_fitted_base(config, base, weights, folder, options)

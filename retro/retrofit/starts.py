@@ -74,6 +74,8 @@ def observe(
     beginning is read. Raises ValueError for rows without a second token, and for a base whose layers do not give one
     stream of its width.
     """
+    if text is not None and (not isinstance(text, Tensor) or text.is_floating_point()):
+        raise ValueError(f"text is {type(text).__name__} {str(text)[:40]!r}; give a tensor of token ids, [q, n].")
     if text is not None and (text.ndim != 2 or text.shape[0] < 1 or text.shape[1] < 2):
         raise ValueError(f"text has shape {list(text.shape)}; give rows of at least 2 tokens, [q, n].")
     device = base.get_input_embeddings().weight.device

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from retro.evaluation.scorer import score_batch
+from retro.evaluation.scorer import reads_neighbors, score_batch
 from retro.model.generation import stacked
 from retro.model.padding import pad_left
 from retro.sampling.sources import Attribution, attribute
@@ -44,9 +44,13 @@ def sample(
         max_new_tokens: default: 128, or as many as the model's positions leave room for.
         options: as in Hugging Face's `generate`: do_sample, streamer, stop_strings ...
 
-    Raises ValueError for prompts that are empty or longer than the model's positions leave room for, and for gains
-    without a retriever.
+    Raises ValueError for prompts that are empty or longer than the model's positions leave room for, for gains
+    without a retriever, and for a retriever beside a model that reads no neighbors.
     """
+    if retriever is not None and not reads_neighbors(model):
+        raise ValueError(
+            "the model reads no neighbors; sample without a store (--no-retrieval), or fit it for them first."
+        )
     if gains and retriever is None:
         raise ValueError("gains compare the text with and without neighbors, and there is no retriever; give one.")
     if batch_size < 1:

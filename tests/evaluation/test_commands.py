@@ -113,6 +113,8 @@ REFUSED = {
     "a window between chunks": (["evaluate", "{retro}", *READ, "--window", "20"], "multiple of the chunk length 8"),
     "k beyond 0": (["sweep", "neighbors", "{retro}", *READ, "--ks", "-1"], "k is swept over [-1]"),
     "a plain LM swept over k": (["sweep", "neighbors", "{lm}", *READ], "reads no neighbors"),
+    "a plain LM that is served": (["serve", "{lm}", "--store", "{store}"], "reads no neighbors"),
+    "a plain LM that writes from a store": (["generate", "{lm}", "w1", "--store", "{store}"], "reads no neighbors"),
     "a share above 1": (["sweep", "datastore", "{retro}", *READ, "--shares", "2"], "above 0 up to 1"),
     "an index that shares have not": (["sweep", "datastore", "{retro}", *READ, "--index", "faiss:sq8"], "faiss:sq8"),
     "shares of a server": (["sweep", "datastore", "{retro}", "--store", "http://h", *READ[2:]], "address of a server"),

@@ -54,7 +54,7 @@ def test_default_lags_are_fewer_than_the_tokens_of_a_chunk():
 
 def test_chosen_layers():
     assert chosen_layers("middle", 30, "reading") == [15] and chosen_layers("middle", 3, "random") == [2]
-    assert chosen_layers([3, 1], 3, "reading") == [1, 3]
+    assert chosen_layers([3, 1, 3], 3, "reading") == [1, 3]
 
 
 OPTIONS = {

@@ -232,6 +232,9 @@ def test_a_text_longer_than_the_bases_positions(make_fitted):
     for short in (text[:, :1], text[:0], text[0]):
         with pytest.raises(ValueError, match="text has shape .*; give rows of at least 2 tokens"):
             model.start(short)
+    for other in ("some text", text.tolist(), text.float()):
+        with pytest.raises(ValueError, match="text is .*; give a tensor of token ids"):
+            model.start(other)
 
 
 class Positions(torch.nn.Module):

@@ -363,6 +363,15 @@ def test_bases_that_are_refused(make_base, make_fitted, tmp_path):
     make_fitted().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="base has hidden_size 32, the one that was fitted 16"):
         RetrofitForCausalLM.from_pretrained(tmp_path, base=make_base(hidden_size=32))
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="model.safetensors is damaged .*; copy the folder again"):
+        RetrofitForCausalLM.from_pretrained(tmp_path, base=make_base())
+    make_base().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="plain holds a llama, no RETRO-fitted model; open it with AutoModelForCausal"):
+        RetrofitForCausalLM.from_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="base: .*plain cannot be loaded .*; give a Hugging Face name, a folder"):
+        open_base(tmp_path / "plain")
 
 
 def test_forward_refuses(make_fitted, make_neighbors):
@@ -371,6 +380,12 @@ def test_forward_refuses(make_fitted, make_neighbors):
         model(IDS, neighbors["neighbor_ids"][:, :2])
     with pytest.raises(ValueError, match="neighbor_mask is given without neighbor_ids"):
         model(IDS, neighbor_mask=neighbors["neighbor_mask"])
+    with pytest.raises(
+        ValueError, match=r"labels has shape \[2, 5\], and there are \[2, 14\] tokens; give one for each"
+    ):
+        model(IDS, **neighbors, labels=IDS[:, :5])
+    with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
+        model(**neighbors)
 
 
 @forms
@@ -388,6 +403,10 @@ def test_short_rows_and_missing_neighbors_are_the_base(form, make_fitted, make_n
     )
     missing = torch.zeros_like(neighbors["neighbor_mask"])
     assert torch.equal(model(IDS, neighbors["neighbor_ids"], missing).logits, model(IDS).logits)
+    single = neighbors["neighbor_ids"][..., :1]  # of which only the random start reads anything
+    for none in [single[:, :, :0], single[..., :0]] + [single] * (form != "random"):
+        for use_cache in (False, True):
+            torch.testing.assert_close(model(IDS, none, use_cache=use_cache).logits, model(IDS).logits)
 
 
 @pytest.mark.slow

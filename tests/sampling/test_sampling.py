@@ -317,6 +317,12 @@ def test_refuses(case, words_tokenizer, words_retriever, make_model):
         sample(model, words_tokenizer, prompts, **{"retriever": words_retriever, **options})
 
 
+def test_a_retriever_beside_a_model_that_reads_none(words_tokenizer, words_retriever, make_model):
+    model = make_model(vocab_size=len(words_tokenizer), cca_layers=[])
+    with pytest.raises(ValueError, match="the model reads no neighbors; sample without a store"):
+        sample(model, words_tokenizer, ["w1"], words_retriever)
+
+
 # the terminal
 
 
