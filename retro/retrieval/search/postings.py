@@ -3,13 +3,14 @@
 A segment (retro.retrieval.search.segments) holds counts only, which no other shard changes:
 
 index/<hash>/    counts.npy uint16, postings.npy int32 (chunk of each count, by term), starts.npy int64 (of each term),
+                 the same by chunk: chunk_counts.npy, chunk_terms.npy int32, chunk_starts.npy;
                  terms.npy (buckets) or words.json, lengths.npy int32 (words of each chunk, bm25), rows.npy, index.json
 
 What depends on all chunks that are live (in how many a term is, their average length) is reckoned over all segments
 for one generation of the store, so that a store that grew gives what a fresh one gives:
 
 index/<hash>/    weights-00000.npy float32 (of each count of the first segment, 0 in removed chunks), idf-00000.npy,
-                 index.json
+                 norms-00000.npy (of each chunk, infinite for removed ones; see `weight_of`), index.json
 
 Blocks of 1,024 chunks are cut into terms and written aside, by term; once the size of every term is known they are
 copied to their places. Memory is that of a block (some 15 MB for chunks of 64 tokens) and some 30 bytes for each term,
@@ -18,7 +19,7 @@ of which tfidf has at most 2^24.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,8 @@ from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.segments import ShardRange, row_range
 from retro.retrieval.store.store import Store
 
-KINDS = ("bm25", "tfidf")
+EXACT = ":exact"
+KINDS = ("bm25", "tfidf", f"bm25{EXACT}", f"tfidf{EXACT}")
 BUCKETS = 1 << 24
 K1, B = 1.5, 0.75  # of bm25
 _BLOCK_ROWS = 1 << 10
@@ -142,7 +144,7 @@ def write_postings(store: Store, shards: ShardRange, kind: str, rows: UInt32[np.
     np.cumsum(starts, out=starts)
     save_npy(folder / "starts.npy", starts)
     terms.save(folder, used)
-    _place(folder, parts, used, places, starts)
+    _place(folder, parts, used, places, starts, len(rows))
     save_npy(folder / "rows.npy", rows)
     if kind == "bm25":
         save_npy(folder / "lengths.npy", np.concatenate(lengths))
@@ -158,25 +160,38 @@ def _added(terms: np.ndarray, sizes: np.ndarray, new: np.ndarray, counts: np.nda
     return np.insert(terms, at, new), np.insert(sizes, at, counts)
 
 
-def _place(folder: Path, parts: list[Path], used: np.ndarray, places: np.ndarray, starts: np.ndarray) -> None:
-    """Copy the blocks to where each term's chunks go, in order of the chunks, and delete them."""
-    total, following = int(starts[-1]), starts
-    postings, counts = (
-        np.lib.format.open_memmap(folder / name, "w+", dtype, (total,)) if total else np.zeros(0, dtype)
-        for name, dtype in (("postings.npy", np.int32), ("counts.npy", np.uint16))
+def _place(
+    folder: Path, parts: list[Path], used: np.ndarray, places: np.ndarray, starts: np.ndarray, num_chunks: int
+) -> None:
+    """Copy the blocks to where each term's chunks go, in order of the chunks, and one behind the other by chunk, in
+    order of the terms; delete them.
+    """
+    total, following, at = int(starts[-1]), starts, 0
+    names = (("postings", np.int32), ("counts", np.uint16), ("chunk_terms", np.int32), ("chunk_counts", np.uint16))
+    postings, counts, chunk_terms, chunk_counts = (
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (total,)) if total else np.zeros(0, dtype)
+        for name, dtype in names
     )
+    chunk_starts = np.zeros(num_chunks + 1, np.int64)
     for part in parts:
         terms, chunks, times = open_npy(part)
+        times = np.minimum(times, np.iinfo(np.uint16).max)
         of_term = places[np.searchsorted(used, terms)]
         heads = np.flatnonzero(np.diff(of_term, prepend=-1))
         sizes = np.diff(np.append(heads, len(of_term)))
         target = np.repeat(following[of_term[heads]] - heads, sizes) + np.arange(len(of_term))
-        postings[target], counts[target] = chunks, np.minimum(times, np.iinfo(np.uint16).max)
+        postings[target], counts[target] = chunks, times
         following[of_term[heads]] += sizes
+        order, own = np.lexsort((of_term, chunks)), slice(at, at + len(chunks))
+        chunk_terms[own], chunk_counts[own] = of_term[order], times[order]
+        sizes = np.bincount(chunks - chunks.min(initial=num_chunks))
+        chunk_starts[1:][chunks.min(initial=num_chunks) :][: len(sizes)] += sizes
+        at = own.stop
         part.unlink()
+    save_npy(folder / "chunk_starts.npy", np.cumsum(chunk_starts))
     if not total:
-        save_npy(folder / "postings.npy", postings)
-        save_npy(folder / "counts.npy", counts)
+        for (name, _), empty in zip(names, (postings, counts, chunk_terms, chunk_counts), strict=True):
+            save_npy(folder / f"{name}.npy", empty)
 
 
 # Reading a segment
@@ -189,8 +204,10 @@ class Postings:
         self.shards, self.folder = shards, shards.folder
         self.kind: str = shards.record["kind"]
         self.first_row, _ = row_range(store, shards)
-        names = ("rows", "postings", "counts", "starts")
-        self.rows, self.postings, self.counts, self.starts = (open_npy(shards.folder / f"{name}.npy") for name in names)
+        names = ("rows", "postings", "counts", "starts", "chunk_terms", "chunk_counts", "chunk_starts")
+        arrays = [open_npy(shards.folder / f"{name}.npy") for name in names]
+        self.rows, self.postings, self.counts, self.starts = arrays[:4]
+        self.chunk_terms, self.chunk_counts, self.chunk_starts = arrays[4:]
         self._removed = self._removed_chunks(store)
 
     def _removed_chunks(self, store: Store) -> Bool[np.ndarray, " c"] | None:
@@ -200,7 +217,7 @@ class Postings:
         removed = np.concatenate([np.zeros(0, bool), *parts])
         return removed if removed.any() else None
 
-    def store_rows(self, chunks: Any) -> Int64[np.ndarray, " c"]:
+    def store_rows(self, chunks: Any) -> Int64[np.ndarray, "*c"]:
         """Store rows of chunks of this segment."""
         return self.first_row + np.asarray(self.rows[chunks], np.int64)
 
@@ -250,12 +267,14 @@ class Postings:
 def write_weights(segments: list[Postings], kind: str, folder: Path) -> None:
     """Write the weights of all segments over the live chunks of all; ValueError if bm25 finds no word."""
     num_chunks = sum(segment.num_live for segment in segments)
-    frequencies = _over_all(segments)
-    weigh = _tfidf if kind == "tfidf" else _bm25_of(segments, num_chunks)
-    for number, (segment, frequency) in enumerate(zip(segments, frequencies, strict=True)):
+    average = 0.0 if kind == "tfidf" else sum(segment.live_length for segment in segments) / max(num_chunks, 1)
+    for number, (segment, frequency) in enumerate(zip(segments, _over_all(segments), strict=True)):
         idf = _idf(kind, num_chunks, frequency)
+        norms = _tfidf_norms(segment, idf) if kind == "tfidf" else _bm25_norms(segment, average)
+        norms = np.where(segment.is_live(np.arange(len(norms))), norms, np.float32(np.inf))
         save_npy(folder / f"idf-{number:05d}.npy", idf)
-        weigh(segment, idf, folder / f"weights-{number:05d}.npy")
+        save_npy(folder / f"norms-{number:05d}.npy", norms)
+        _write_weights(segment, kind, idf, norms, folder / f"weights-{number:05d}.npy")
 
 
 def _over_all(segments: list[Postings]) -> list[Int64[np.ndarray, " terms"]]:
@@ -286,38 +305,38 @@ def _idf(kind: str, num_chunks: int, frequency: Int64[np.ndarray, " terms"]) -> 
     return found
 
 
-def _tfidf(segment: Postings, idf: Float32[np.ndarray, " terms"], file: Path) -> None:
-    """log(1 + count) idf, divided by the chunk's length, which is summed in the order of terms."""
-    squares = np.zeros(len(segment.rows), np.float64)
-    raw = lambda part, of_term: np.log1p(segment.counts[part].astype(np.float32)) * idf[of_term]  # noqa: E731
+def weight_of(kind: str, raw: Any, idf: Any, norm: Any) -> Any:
+    """The weight of a term in a chunk; `raw` is log(1 + count) for tfidf, the count for bm25, in float32.
+
+    norm: for tfidf the chunk's length, for bm25 k1 (1 - b + b words / average words): Lucene's variant.
+    """
+    return raw * idf / norm if kind == "tfidf" else idf * (raw / (norm + raw))
+
+
+def raw_of(kind: str) -> Float32[np.ndarray, "65536"]:
+    """What `weight_of` takes for each count."""
+    counts = np.arange(np.iinfo(np.uint16).max + 1, dtype=np.float32)
+    return np.log1p(counts) if kind == "tfidf" else counts
+
+
+def _tfidf_norms(segment: Postings, idf: Float32[np.ndarray, " terms"]) -> Float32[np.ndarray, " c"]:
+    """Of log(1 + count) idf over a chunk's terms, summed in their order."""
+    squares, raw = np.zeros(len(segment.rows), np.float64), raw_of("tfidf")
     for part, of_term in segment.parts():
-        np.add.at(squares, segment.postings[part], np.square(raw(part, of_term), dtype=np.float64))
-    lengths = np.maximum(np.sqrt(squares), 1e-9).astype(np.float32)
-    _write_weights(segment, file, lambda part, of_term, chunks: raw(part, of_term) / lengths[chunks])
+        weights = raw[segment.counts[part]] * idf[of_term]
+        np.add.at(squares, segment.postings[part], np.square(weights, dtype=np.float64))
+    return np.maximum(np.sqrt(squares), 1e-9).astype(np.float32)
 
 
-def _bm25_of(segments: list[Postings], num_chunks: int) -> Callable[[Postings, np.ndarray, Path], None]:
-    """idf count / (count + k1 (1 - b + b length / average length)): Lucene's variant."""
-    average = sum(segment.live_length for segment in segments) / max(num_chunks, 1)
-
-    def weigh(segment: Postings, idf: Float32[np.ndarray, " terms"], file: Path) -> None:
-        norms = (K1 * (1 - B + B * segment.lengths / max(average, 1e-9))).astype(np.float32)
-
-        def weights(part: slice, of_term: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-            counts = segment.counts[part].astype(np.float32)
-            return idf[of_term] * (counts / (norms[chunks] + counts))
-
-        _write_weights(segment, file, weights)
-
-    return weigh
+def _bm25_norms(segment: Postings, average: float) -> Float32[np.ndarray, " c"]:
+    return (K1 * (1 - B + B * segment.lengths / max(average, 1e-9))).astype(np.float32)
 
 
-def _write_weights(segment: Postings, file: Path, weights: Callable[..., np.ndarray]) -> None:
+def _write_weights(segment: Postings, kind: str, idf: np.ndarray, norms: np.ndarray, file: Path) -> None:
     if not len(segment.postings):
         save_npy(file, np.zeros(0, np.float32))
         return
-    out = np.lib.format.open_memmap(file, "w+", np.float32, (len(segment.postings),))
+    out, raw = np.lib.format.open_memmap(file, "w+", np.float32, (len(segment.postings),)), raw_of(kind)
     for part, of_term in segment.parts():
-        chunks = segment.postings[part]
-        out[part] = np.where(segment.is_live(chunks), weights(part, of_term, chunks), 0)
+        out[part] = weight_of(kind, raw[segment.counts[part]], idf[of_term], norms[segment.postings[part]])
     out.flush()

@@ -269,7 +269,7 @@ class ShardedSearcher:
         self.timeout, self.partial = timeout, partial
         self.names = parse_kind(kind, is_keyless(store))
         self.kind, self.num_rows = "+".join(self.names), store.num_searchable
-        self.recall = 1.0 if set(self.names) <= {"exact", *lexical.KINDS} else _recall(store, self.names)
+        self.recall = _recall(store, self.names)
         self.shards_total = len(plan)
         self._options = {"max_restarts": -1, **actor_options}
         self._place = str(store.path.resolve())
@@ -418,9 +418,11 @@ class _ScatterGather:
 
 
 def _recall(store: Store, names: list[str]) -> float:
-    """The least recall of the segments that serve the kinds, as they were tuned."""
-    shard_ranges = [shards for name in names if name not in lexical.KINDS for shards in served_by(store, name)]
-    return float(min((shards.record["recall"]["recall"] for shards in shard_ranges), default=1.0))
+    """The least recall of what serves the kinds, as it was measured."""
+    by_words = [lexical.build_lexical(store, name).recall for name in names if name in lexical.KINDS]
+    by_keys = [name for name in names if name not in ("exact", *lexical.KINDS)]
+    of_segments = [shards.record["recall"]["recall"] for name in by_keys for shards in served_by(store, name)]
+    return float(min([1.0, *by_words, *of_segments]))
 
 
 def _nodes(ray: Any) -> list[str]:

@@ -1,0 +1,136 @@
+"""What retro.retrieval.search.candidates does, compiled by numba: the same sums in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without what checks of types put around it; kept for later processes where there is a place to keep it."""
+    function = getattr(function, "__wrapped__", function)
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return njit(nogil=True)(function)
+
+
+@compiled
+def _highest(chunks, sums, most, documents, blocked):
+    """The chunks of the highest sums outside blocked documents, equal sums by chunk, in order of chunks: a heap with
+    the worst of them on top.
+    """
+    heap, size = np.empty(most, np.int64), 0
+    for chunk in chunks:
+        if size == most and not _is_worse(sums, heap[0], chunk):
+            continue
+        allowed = sums[chunk] > 0
+        for document in blocked:
+            allowed = allowed and documents[chunk] != document
+        if not allowed:
+            continue
+        if size < most:  # from the end upwards
+            at, size = size, size + 1
+            while at and _is_worse(sums, chunk, heap[(at - 1) // 2]):
+                heap[at] = heap[(at - 1) // 2]
+                at = (at - 1) // 2
+        else:  # from the top downwards
+            at = 0
+            while 2 * at + 1 < size:
+                child = 2 * at + 1
+                if child + 1 < size and _is_worse(sums, heap[child + 1], heap[child]):
+                    child += 1
+                if _is_worse(sums, chunk, heap[child]):
+                    break
+                heap[at], at = heap[child], child
+        heap[at] = chunk
+    return np.sort(heap[:size])
+
+
+@compiled
+def _is_worse(sums, chunk, other):
+    return sums[chunk] < sums[other] or (sums[chunk] == sums[other] and chunk > other)
+
+
+@compiled
+def _score(chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, is_tfidf, terms, times, chunk):
+    """Over the terms that query and chunk share, both in ascending order."""
+    total, t, norm = np.float32(0), 0, norms[chunk]
+    for place in range(chunk_starts[chunk], chunk_starts[chunk + 1]):
+        term = chunk_terms[place]
+        while t < len(terms) and terms[t] < term:
+            t += 1
+        if t == len(terms):
+            break
+        if terms[t] == term:
+            value = raw[chunk_counts[place]]
+            weight = value * idf[term] / norm if is_tfidf else idf[term] * (value / (norm + value))
+            total += weight * times[t]
+    return total
+
+
+@compiled
+def best_chunks(
+    starts, postings, weights, chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, documents, is_tfidf,
+    query_starts, terms, times, blocked_starts, blocked, most_postings, least_postings, most, chunks, scores,
+):  # fmt: skip
+    """Fill `chunks` and `scores` [q, k]; which queries found fewer than k."""
+    num_queries, k = chunks.shape
+    few, sums = np.zeros(num_queries, np.bool_), np.zeros(len(norms), np.float32)
+    for q in range(num_queries):
+        own = terms[query_starts[q] : query_starts[q + 1]]
+        own_times = times[query_starts[q] : query_starts[q + 1]]
+        sizes = np.empty(len(own), np.int64)
+        for t in range(len(own)):
+            sizes[t] = starts[own[t] + 1] - starts[own[t]]
+        finds, total, room = np.zeros(len(own), np.bool_), 0, 0
+        for t in np.argsort(sizes, kind="mergesort"):
+            if total + sizes[t] <= most_postings or total < least_postings:
+                finds[t] = True
+                room += sizes[t]
+            total += sizes[t]
+        touched, num_touched = np.empty(room, np.int64), 0
+        for t in range(len(own)):
+            if not finds[t]:
+                continue
+            for place in range(starts[own[t]], starts[own[t] + 1]):
+                chunk = postings[place]
+                if sums[chunk] == 0:
+                    touched[num_touched] = chunk
+                    num_touched += 1
+                sums[chunk] += weights[place] * own_times[t]
+        candidates = _highest(
+            touched[:num_touched], sums, most, documents, blocked[blocked_starts[q] : blocked_starts[q + 1]]
+        )
+        few[q] = len(candidates) < k
+        if not few[q]:
+            exact = np.empty(len(candidates), np.float32)
+            for c in range(len(candidates)):
+                exact[c] = _score(
+                    chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, is_tfidf, own, own_times, candidates[c]
+                )
+            order = np.argsort(-exact, kind="mergesort")[:k]
+            chunks[q], scores[q] = candidates[order], exact[order]
+        for chunk in touched[:num_touched]:
+            sums[chunk] = 0
+    return few
+
+
+@compiled
+def score_chunks(
+    starts, postings, weights, chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, documents, is_tfidf,
+    query_starts, terms, times, chunks,
+):  # fmt: skip
+    scores = np.zeros(chunks.shape, np.float32)
+    for q in range(chunks.shape[0]):
+        own = terms[query_starts[q] : query_starts[q + 1]]
+        own_times = times[query_starts[q] : query_starts[q + 1]]
+        for c in range(chunks.shape[1]):
+            if chunks[q, c] >= 0:
+                scores[q, c] = _score(
+                    chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, is_tfidf, own, own_times, chunks[q, c]
+                )
+    return scores
