@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 
-from retro.model.step import AttendingChunks, CachedStep
+from retro.model.fixed import FixedRows, FixedStep, in_all_rows
+from retro.model.step import AttendingChunks, CachedStep, on_device
 from retro.modules.attention import attendable
 from retro.modules.cross_attention import ChunkedCrossAttention, cca_positions
 from retro.modules.positions import rotary_table
 
 
 class RetroCache(Cache):
-    """What a RETRO keeps while it generates. It keeps no gradients, and is not for torch.compile.
+    """What a RETRO keeps while it generates. It keeps no gradients; for torch.compile see retro.model.fixed.
 
     Columns of a batch, and positions in its rows::
 
@@ -53,6 +55,8 @@ class RetroCache(Cache):
         self.tables: dict = {}  # of positions; see `rotary_table` and RelativePositions
         self._furthest: list[int] = []  # how far each row had come before it was cropped
         self._decode_mask: tuple[Tensor | None] | None = None
+        self._fixed: FixedRows | None = None
+        self._unread: Tensor | None = None  # of fixed steps
 
     # One step
 
@@ -66,7 +70,12 @@ class RetroCache(Cache):
             self.padding, self.reading, self._furthest = ([0] * batch_size for _ in range(3))
         if len(self.padding) != batch_size:
             raise ValueError(f"the cache holds {len(self.padding)} rows, and {batch_size} are given.")
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        in_text = length == 1 and self.length > max(self.padding)  # padding is over; a GPU is not asked each time
+        if (
+            isinstance(attention_mask, Tensor)
+            and attention_mask.ndim == 2
+            and not (in_text and attention_mask.device.type != "cpu")
+        ):
             self.padding = self._padding(attention_mask, length)
         first = [self.length - padding for padding in self.padding]
         return CachedStep(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))
@@ -88,21 +97,57 @@ class RetroCache(Cache):
         return padding
 
     def set_neighbors(
-        self, step: CachedStep, neighbor_ids: Int[Tensor, "b l k r"] | None, neighbor_mask: Tensor | None
+        self,
+        step: CachedStep,
+        neighbor_ids: Int[Tensor, "b l k r"] | None,
+        neighbor_mask: Tensor | None,
+        device: torch.device,
     ) -> None:
-        """Give a step its neighbors; None for none."""
+        """Give a step its neighbors, None for none, and move those that it needs to the device."""
         step.set_neighbors(neighbor_ids, neighbor_mask)
+        if step.found:
+            step.neighbor_ids = on_device(step.neighbor_ids, device)
+            step.neighbor_mask = on_device(step.neighbor_mask, device)
         if step.is_decode and step.found:
             self.hold("mask", step.neighbor_mask, step)
 
     def end(self, step: CachedStep, input_ids: Int[Tensor, "b s"] | None) -> None:
         """Count the tokens of a step that is over."""
+        self._fixed = None
         if input_ids is not None:
             self.record("tokens", input_ids, step, 2 * self.chunk_len)
         if step.found and not step.is_decode:
             self.hold("mask", step.neighbor_mask, step)
         self.length += step.length
         self.reading = step.reading
+
+    def plan(
+        self,
+        step: CachedStep,
+        neighbor_ids: Int[Tensor, "b l k r"] | None,
+        neighbor_mask: Tensor | None,
+        device: torch.device,
+    ) -> FixedStep | None:
+        """The step with its neighbors as a fixed one, counted as over; None where it cannot be one.
+
+        That is for more than one token a row, without a static cache, and for the first neighbors or larger ones, for
+        which there is no place yet.
+        """
+        if not (self.is_compileable and step.is_decode and self.length):
+            return None
+        step.set_neighbors(neighbor_ids, neighbor_mask)
+        new = in_all_rows(step, self.rows.get("mask")) if step.found else ()
+        if new is None:
+            return None
+        if self._fixed is None:
+            padding = on_device(self.padding, device)
+            self._fixed = FixedRows(self.chunk_len, self.attention, self.rows, self.tables, padding, self.length)
+            self._unread = None
+        if self._unread is None or step.completed:
+            self._unread = on_device([not number for number in step.reading], device)
+            self._decode_mask = None
+        self.length, self.reading = self.length + 1, step.reading
+        return FixedStep(self._fixed, self._unread, *(on_device(x, device) for x in new))
 
     def rotary_table(
         self, start: int, stop: int, dim: int, theta: float, device: torch.device
@@ -126,7 +171,7 @@ class RetroCache(Cache):
         if kept == 1 and len(set(ends)) == 1:
             ring[:, (ends[0] - 1) % size] = x[:, -1]
             return
-        positions = torch.tensor(ends, device=x.device)[:, None] + torch.arange(-kept, 0, device=x.device)
+        positions = on_device(ends, x.device)[:, None] + torch.arange(-kept, 0, device=x.device)
         ring[torch.arange(x.shape[0], device=x.device)[:, None], positions % size] = x[:, -kept:]
 
     def before(self, name: str, x: Shaped[Tensor, "b s d"], step: CachedStep, count: int) -> Shaped[Tensor, "b c d"]:
@@ -136,21 +181,28 @@ class RetroCache(Cache):
         ring = self.rows[name]
         for row, first in enumerate(step.first):
             self._check_intact(row, max(first - count, 0), ring.shape[1])
-        positions = torch.tensor(step.first, device=ring.device)[:, None] + torch.arange(-count, 0, device=ring.device)
+        positions = on_device(step.first, ring.device)[:, None] + torch.arange(-count, 0, device=ring.device)
         return ring[torch.arange(x.shape[0], device=ring.device)[:, None], positions % ring.shape[1]].to(x)
 
-    def tokens(self, step: CachedStep, input_ids: np.ndarray, row: int, start: int, stop: int) -> np.ndarray:
-        """Tokens of a row by position: among the last 2m and the step's own `input_ids` [b, s]."""
-        positions = np.arange(start, stop)
-        new, out = positions >= step.first[row], np.empty(stop - start, dtype=np.int64)
-        out[new] = input_ids[row, positions[new] - step.first[row]]
-        if not new.all():
-            if "tokens" not in self.rows:
-                raise ValueError("the cache was begun with embeddings; retrieval needs input_ids from the start.")
-            self._check_intact(row, start, 2 * self.chunk_len)
-            ring = self.rows["tokens"][row].cpu().numpy()
-            out[~new] = ring[positions[~new] % len(ring)]
-        return out
+    def tokens(
+        self, step: CachedStep, input_ids: Int[Tensor, "b s"]
+    ) -> Callable[[int, int, int], Int[np.ndarray, " t"]]:
+        """What gives tokens (row, start, stop) by position: among the last 2m and the step's own."""
+        own = input_ids.cpu().numpy()
+        ring = self.rows["tokens"].cpu().numpy() if "tokens" in self.rows else None
+
+        def tokens(row: int, start: int, stop: int) -> np.ndarray:
+            positions = np.arange(start, stop)
+            new, out = positions >= step.first[row], np.empty(stop - start, dtype=np.int64)
+            out[new] = own[row, positions[new] - step.first[row]]
+            if not new.all():
+                if ring is None:
+                    raise ValueError("the cache was begun with embeddings; retrieval needs input_ids from the start.")
+                self._check_intact(row, start, ring.shape[1])
+                out[~new] = ring[row, positions[~new] % ring.shape[1]]
+            return out
+
+        return tokens
 
     def conditions(self, h: Float[Tensor, "b s d"], step: CachedStep) -> Float[Tensor, "c m d"] | None:
         """H_u of each chunk of `step.found`, from the states held and the new ones, which are held from now on::
@@ -168,7 +220,7 @@ class RetroCache(Cache):
             held = self.rows["hidden"].to(h) if "hidden" in self.rows else h.new_zeros(h.shape[0], m, h.shape[2])
             states = torch.cat([held, h], dim=1)
             where = [(chunk.row, step.first[chunk.row], chunk.number * m) for chunk in step.found]
-            rows, first, ends = torch.tensor(where, device=device).T[..., None]
+            rows, first, ends = on_device(where, device).T[..., None]
             positions = ends + torch.arange(-m, 0, device=device)
             columns = torch.where(positions < first, positions % m, m + positions - first)
             conditions = states[rows, columns]
@@ -187,13 +239,12 @@ class RetroCache(Cache):
     def hold(self, name: str, new: Shaped[Tensor, "c *s"], step: CachedStep) -> None:
         """Keep for each row what belongs to the last of its chunks in `step.found`."""
         last = {chunk.row: i for i, chunk in enumerate(step.found)}
-        index = torch.tensor(list(last.values()), device=new.device)
-        new = new.detach()[index]
+        new = new.detach()[on_device(list(last.values()), new.device)]
         if len(last) < len(step.first):
             held = self.rows.get(name)
             held = new.new_zeros(len(step.first), *new.shape[1:]) if held is None else held
             held, new = _same_shape(held, new)
-            new = held.index_copy(0, torch.tensor(list(last), device=new.device), new)
+            new = held.index_copy(0, on_device(list(last), new.device), new)
         self.rows[name] = new
         if name == "mask":
             self._decode_mask = None
@@ -229,9 +280,9 @@ class RetroCache(Cache):
         if step.is_decode:
             self._hold_both(names, new, step)
             keys, values = (self.rows[name] for name in names)
-            positions = step.query_positions.to(h.device)
+            positions = on_device(step.query_positions, h.device)
             out = cca.attend(h, keys, values, self.decode_mask(h.device), positions, self.tables)
-            return out if step.unread is None else out.masked_fill(step.unread.to(h.device)[:, None, None], 0.0)
+            return out if step.unread is None else out.masked_fill(on_device(step.unread, h.device)[:, None, None], 0.0)
         chunks = step.attending_chunks(h.device)
         keys, values = (self.gather(name, x, chunks, step) for name, x in zip(names, new, strict=True))
         mask = self.gather("mask", step.neighbor_mask, chunks, step).to(h.device)
@@ -254,7 +305,8 @@ class RetroCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        return False
+        """Whether its decode steps can be fixed; see retro.model.fixed."""
+        return type(self.attention) is StaticCache and not self.attention.offloading and self.attention.is_compileable
 
     def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return self.attention.update(*args, **kwargs)
@@ -285,8 +337,8 @@ class RetroCache(Cache):
         self.padding, self.reading, self._furthest = (
             [values[row] for row in rows] for values in (self.padding, self.reading, self._furthest)
         )
-        self.rows = {name: x[torch.tensor(rows, device=x.device)] for name, x in self.rows.items()}
-        self._decode_mask = None
+        self.rows = {name: x[on_device(rows, x.device)] for name, x in self.rows.items()}
+        self._decode_mask = self._fixed = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove tokens; ValueError if that needs neighbors that are no longer held."""
@@ -297,6 +349,7 @@ class RetroCache(Cache):
                     f"{-tokens_to_remove} tokens cannot be taken back: in row {row} they reach across the end of a "
                     "chunk, whose neighbors are no longer held."
                 )
+        self._fixed = None
         if self.attention is not None:
             self.attention.crop(tokens_to_remove)
         if tokens_to_remove:

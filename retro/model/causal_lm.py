@@ -14,10 +14,11 @@ from transformers.utils.generic import can_return_tuple
 
 from retro.model.cache import GrowingLayer, RetroCache, cache_for, require_retro_cache
 from retro.model.config import RetroConfig
+from retro.model.fixed import FixedRows, FixedStep
 from retro.model.generation import RetrievalGeneration, refuse_assisted
 from retro.model.padding import Alignment
 from retro.model.start import FinalNorm, RetroPreTrainedModel
-from retro.model.step import CachedStep
+from retro.model.step import CachedStep, on_device
 from retro.modules import DecoderBlock, NeighborEncoder
 from retro.modules.attention import PastKeyValues, attendable
 from retro.modules.cross_attention import ReadChunks, checked_neighbors, read_chunks
@@ -69,8 +70,9 @@ class RetroModel(RetroPreTrainedModel):
         h = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if past_key_values is not None:
             step = past_key_values.begin(*h.shape[:2], attention_mask)
-            past_key_values.set_neighbors(step, neighbor_ids, neighbor_mask)
-            states = self._forward_cached(h, past_key_values, step)
+            past_key_values.set_neighbors(step, neighbor_ids, neighbor_mask, h.device)
+            past = self._past_key_values(h, past_key_values, step)
+            states = self._forward_cached(h, past_key_values, step, past)
             past_key_values.end(step, input_ids)
         else:
             states = self._forward_whole(h, neighbor_ids, neighbor_mask, attention_mask, document_ids)
@@ -129,13 +131,27 @@ class RetroModel(RetroPreTrainedModel):
             return None
         return rotary_table(torch.arange(h.shape[1], device=h.device), self.config.head_dim, self.config.rope_theta)
 
-    def _forward_cached(self, h, cache: RetroCache, step: CachedStep) -> list[Float[Tensor, "b s d"]]:
+    def forward_fixed(self, input_ids: Int[Tensor, "b 1"], step: FixedStep) -> list[Float[Tensor, "b 1 d"]]:
+        """The embeddings and every layer's output of one token of each row, the last one normalised."""
+        cache = step.cache
+        if step.found:
+            cache.hold("mask", step.neighbor_mask, step)
+        past = cache.past_key_values(self.config.head_dim, self.config.rope_theta)
+        states = self._forward_cached(self._scaled(self.embed_tokens(input_ids)), cache, step, past)
+        cache.end(input_ids)
+        step.encoded = None  # else a graph would give it back
+        states[-1] = self.norm(states[-1])
+        return states
+
+    def _forward_cached(
+        self, h, cache: RetroCache | FixedRows, step: CachedStep | FixedStep, past: PastKeyValues
+    ) -> list[Float[Tensor, "b s d"]]:
         """The same for new tokens, after those that the cache has seen.
 
         E_u needs H_u of all of C_u: at a chunk's last token the stack runs to ATTN of the first layer of P, then the
         neighbors are encoded, then CCA reads them.
         """
-        past, states = self._past_key_values(h, cache, step), [h]
+        states = [h]
         for number, layer in enumerate(self.layers, start=1):
             h = layer("extend", h, past, number - 1)
             if number in self.config.cca_layers:
@@ -163,7 +179,7 @@ class RetroModel(RetroPreTrainedModel):
             keys = torch.arange(columns, device=h.device)
             mask = (keys <= positions[:, None])[None]
             if any(padding):
-                mask = mask & (keys >= torch.tensor(padding, device=h.device)[:, None])[:, None]
+                mask = mask & (keys >= on_device(padding, h.device)[:, None])[:, None]
         rotary = cache.rotary_table(start, start + s, self.config.head_dim, self.config.rope_theta, h.device)
         return PastKeyValues(cache.update, positions, rotary, attendable(mask), mask is None and s > 1, cache.tables)
 
@@ -226,6 +242,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        fixed: FixedStep | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats.
 
@@ -249,9 +266,14 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             use_cache: Whether to give `past_key_values`. Default: if some are given.
             num_items_in_batch: Labels over which the mean is taken, where these rows are a part of a batch; as a
                 Trainer counts them, over all micro-batches and processes of an update. Default: those of these rows.
+            fixed: From generate() with a static cache: what goes with `input_ids`, in place of all else.
 
         Raises ValueError for what does not fit together, and for `document_ids` beside a cache.
         """
+        if fixed is not None:
+            states = self.model.forward_fixed(input_ids, fixed)
+            logits = self.lm_head(states[-1])
+            return CausalLMOutputWithPast(logits=logits, hidden_states=tuple(states) if output_hidden_states else None)
         if output_attentions:
             raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
@@ -288,6 +310,13 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         if given is None and cache is not None:
             grows = type(cache) is DynamicCache and not cache.offloading
             model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, None if grows else cache)
+
+    def _plan(self, cache: RetroCache, step: CachedStep, **neighbors: Tensor) -> FixedStep | None:
+        """Tables of relative positions are made long enough before, since in a graph nothing grows."""
+        if cache.is_compileable and self.config.position == "relative":
+            for layer in self.model.layers:
+                layer.attention.relative.table(range(cache.attention.get_max_length()), cache.tables)
+        return cache.plan(step, neighbors.get("neighbor_ids"), neighbors.get("neighbor_mask"), self.device)
 
     def _that_matter(
         self, neighbor_ids, neighbor_mask, labels, document_ids

@@ -13,10 +13,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from retro.model.cache import RetroCache
+from retro.model.fixed import FixedStep
 from retro.model.step import CachedStep, CompletedChunk
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import CompileConfig, GenerationConfig
 
     from retro.retrieval.neighbors import Neighbors
 
@@ -81,17 +82,12 @@ class RetrievalSession:
         """The neighbors of the chunks that the step completes; None if there is no such chunk."""
         if is_prompt:
             self.padding, self.prompt_lens = cache.padding, [max(first + step.length, 0) for first in step.first]
-        if not step.completed and not self.lookahead:
+        ahead = self._chunks_ahead(step, is_prompt)
+        if not step.completed and not ahead:
             return None
-        ids = input_ids.cpu().numpy()
-
-        def tokens(row: int, start: int, stop: int) -> np.ndarray:
-            return cache.tokens(step, ids, row, start, stop)
-
+        tokens = cache.tokens(step, input_ids)
         found = self._search([self._query(tokens, *chunk[:2]) for chunk in step.completed], step.completed)
-        if self.lookahead:
-            ahead = [CompletedChunk(row, end // self.chunk_len, 0) for row, end in self._ends_ahead(step)]
-            self._start([self._query(tokens, *chunk[:2]) for chunk in ahead], ahead)
+        self._start([self._query(tokens, *chunk[:2]) for chunk in ahead], ahead)
         return stacked(found) if found else None
 
     def of_sequences(self, sequences: Int[Tensor, "q n"]) -> list[list[Neighbors]]:
@@ -114,14 +110,15 @@ class RetrievalSession:
         end = end if end <= self.prompt_lens[row] else end - self.lookahead
         return np.ascontiguousarray(tokens(row, max(end - m, 0), end), dtype=np.int64)
 
-    def _ends_ahead(self, step: CachedStep) -> list[tuple[int, int]]:
-        """Rows with a chunk that ends within `lookahead` tokens of what is known, and where."""
+    def _chunks_ahead(self, step: CachedStep, is_prompt: bool) -> list[CompletedChunk]:
+        """The chunks to search for now: those that end `lookahead` tokens on, after a prompt no more than that."""
         m, found = self.chunk_len, []
-        for row, first in enumerate(step.first):
+        for row, first in enumerate(step.first if self.lookahead else []):
             known = max(first + step.length, 0)
-            end = (known // m + 1) * m
-            if end - self.lookahead <= known and end > self.prompt_lens[row]:
-                found.append((row, end))
+            number = known // m + 1
+            left = number * m - known
+            if left == self.lookahead or (is_prompt and left < self.lookahead):
+                found.append(CompletedChunk(row, number, 0))
         return found
 
     def _search(
@@ -353,7 +350,7 @@ class RetrievalGeneration:
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         inputs = {
-            "input_ids": input_ids.to(device),
+            "input_ids": input_ids.to(device).clone(memory_format=torch.contiguous_format),  # for graphs always so
             "attention_mask": attention_mask if attention_mask is None else attention_mask.to(device),
             "past_key_values": past_key_values,
             "logits_to_keep": logits_to_keep,
@@ -369,24 +366,32 @@ class RetrievalGeneration:
         attention_mask: Int[Tensor, "b columns"] | None,
         cache: RetroCache | None,
         is_prompt: bool,
-    ) -> dict[str, Tensor]:
-        """neighbor_ids and neighbor_mask for `forward`, if these tokens complete a chunk."""
+    ) -> dict[str, Any]:
+        """neighbor_ids and neighbor_mask for `forward`, if these tokens complete a chunk; or all as a fixed step."""
         m, (b, length) = self.config.chunk_len, input_ids.shape
         start = RetroCache(m) if cache is None else cache
         step = start.begin(b, length, attention_mask)
-        if retrieval is None:
-            return {}
-        found = retrieval.of_step(start, step, input_ids, is_prompt)
-        if found is None:
-            return {}
-        num_slots = length // m if cache is None else max(chunk.slot for chunk in step.completed) + 1
-        rows, slots = [chunk.row for chunk in step.completed], [chunk.slot for chunk in step.completed]
+        found = None if retrieval is None else retrieval.of_step(start, step, input_ids, is_prompt)
         filled = {}
-        for name, x in zip(("neighbor_ids", "neighbor_mask"), found, strict=True):
-            filled[name] = x.new_zeros(b, num_slots, *x.shape[1:])
-            filled[name][rows, slots] = x
-            filled[name] = filled[name].to(self.device)
-        return filled
+        if found is not None:
+            num_slots = length // m if cache is None else max(chunk.slot for chunk in step.completed) + 1
+            rows, slots = [chunk.row for chunk in step.completed], [chunk.slot for chunk in step.completed]
+            for name, x in zip(("neighbor_ids", "neighbor_mask"), found, strict=True):
+                filled[name] = x.new_zeros(b, num_slots, *x.shape[1:])
+                filled[name][rows, slots] = x
+        if cache is None:
+            return {name: x.to(self.device) for name, x in filled.items()}
+        fixed = None if is_prompt else self._plan(cache, step, **filled)
+        return filled if fixed is None else {"fixed": fixed}
+
+    def _plan(self, cache: RetroCache, step: CachedStep, **neighbors: Tensor) -> FixedStep | None:
+        """A step of `generate` as a fixed one; None where it cannot be one, as in any step of a RETRO-fit."""
+        return None
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """Hugging Face's for fixed steps; others, which come once in a text, run as they are."""
+        compiled = super().get_compiled_call(compile_config)
+        return lambda fixed=None, **inputs: self(**inputs) if fixed is None else compiled(fixed=fixed, **inputs)
 
 
 def refuse_assisted(generation_mode: str, model_kwargs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -34,6 +34,11 @@ def chunk_read_at(position: int, chunk_len: int) -> int:
 def attending_positions(number: int, chunk_len: int) -> range:
     """The positions of C_u+, which read E_u: from the last token of C_u on."""
     return range(number * chunk_len - 1, number * chunk_len - 1 + chunk_len)
+
+
+def on_device(values: Any, device: torch.device) -> Tensor:
+    """A tensor of the host's values; a GPU's work that is under way is not waited for."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 class CompletedChunk(NamedTuple):
@@ -96,7 +101,7 @@ class CachedStep:
     @property
     def reads(self) -> bool:
         """Whether any of its tokens may have something to read."""
-        return any(self.reading) or (not self.is_decode and any(self.held))
+        return any(self.reading) or (not self.is_decode and (any(self.held) or bool(self.found)))
 
     def set_neighbors(self, neighbor_ids: Int[Tensor, "b l k r"] | None, neighbor_mask: Tensor | None) -> None:
         """Take the neighbors of `completed`, by row and slot; further ones are ignored."""
@@ -167,7 +172,8 @@ class CachedStep:
                     chunks.append((row, b + found[row, number], column))
                 elif number == self.held[row]:
                     chunks.append((row, row, column))
-        rows, source, columns = torch.tensor(chunks, dtype=torch.long, device=device).reshape(-1, 3).unbind(-1)
+        chunks = torch.tensor(chunks, dtype=torch.long).reshape(-1, 3)
+        rows, source, columns = on_device(chunks, device).unbind(-1)
         return AttendingChunks(rows, source, columns[:, None] + torch.arange(m, device=device))
 
     def scatter(

@@ -17,6 +17,7 @@ from retro.model import RetroCache
 from retro.model.cache import cache_for, require_retro_cache
 from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
 from retro.model.padding import Alignment
+from retro.model.step import on_device
 from retro.modules.cross_attention import checked_neighbors
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import linear_cross_entropy, of_items
@@ -176,10 +177,10 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             )
         tokens = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
         step = cache.begin(*tokens.shape[:2], inputs["attention_mask"])
-        cache.set_neighbors(step, neighbor_ids, neighbor_mask)
+        cache.set_neighbors(step, neighbor_ids, neighbor_mask, tokens.device)
         check_cache(self.base, cache.attention, step, cache.length, any(cache.padding))
         if inputs.get("position_ids") is None:
-            padding = torch.tensor(cache.padding, device=tokens.device)
+            padding = on_device(cache.padding, tokens.device)
             inputs |= positions_of(self.base, padding, cache.length, step.length)
         keep = inputs.pop("logits_to_keep", 0)
         last = _last_logits(keep) if labels is None else {}

@@ -104,6 +104,15 @@ def test_every_prompt_length_around_a_border(start, make_model, make_batch):
     assert_same(cached, whole, batch["attention_mask"])
 
 
+def test_what_only_an_earlier_chunk_of_a_prompt_reads(make_model, make_batch):
+    model = make_model()
+    batch = make_batch(model, 10, b=1)
+    batch["neighbor_mask"][:, 0], batch["neighbor_mask"][:, 1] = True, False
+    with torch.no_grad():
+        whole = model(**batch).logits
+    assert_same(in_pieces(model, batch, [9, 1], RetroCache(4)), whole)
+
+
 def test_k_and_r_may_change_from_call_to_call(make_model, make_batch):
     """As if the fewer neighbors had been filled up with missing ones."""
     model = make_model()

@@ -162,8 +162,8 @@ WAYS = {
 CACHES = {"growing": {}, "static": {"cache_implementation": "static"}, "prompt in pieces": {"prefill_chunk_size": 5}}
 
 
-def ragged(lens: list[int], vocab_size: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def ragged(lens: list[int], vocab_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     longest = max(lens)
     ids = torch.randint(3, vocab_size, (len(lens), longest), generator=generator)
     mask = (torch.arange(longest) >= longest - torch.tensor(lens)[:, None]).long()

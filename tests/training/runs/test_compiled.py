@@ -5,12 +5,15 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.attention import flex_attention
+from transformers import CompileConfig
 
 from retro.common.settings import find_config, read_yaml
 from retro.evaluation.copying import copying_text
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.modules import Attention, attention, kernels
 from retro.modules.cross_attention import ChunkedCrossAttention
+from tests.model.test_generation import ragged
+from tests.searches import RandomNeighbors
 
 
 @torch.no_grad()
@@ -111,3 +114,25 @@ def test_relative_logits_are_not_kept_for_the_backward_pass(monkeypatch):
     module, x = Attention(8, 2, 4, position="relative"), torch.randn(1, 64, 8, requires_grad=True)
     torch.compile(module, backend=backend, fullgraph=True)(x)
     assert kept and max(shape.numel() for shape in kept) < 2 * 64 * 64
+
+
+@pytest.mark.parametrize(("position", "backend"), [("rotary", "aot_eager"), ("relative", "eager")])
+def test_fixed_steps_compile_once(position, backend):
+    """One graph for tokens, another for those that bring neighbors, whichever text they are of."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, cca_layers=[2])
+    model = RetroForCausalLM(
+        RetroConfig(**sizes, chunk_len=4, retrieved_len=8, encoder_num_layers=1, position=position)
+    ).eval()
+    config = CompileConfig(backend=backend, mode="default", fullgraph=True)
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 18, "do_sample": False, "eos_token_id": 60, "pad_token_id": 0}
+    torch._dynamo.utils.counters.clear()
+    for seed in (0, 1):
+        prompts, search = ragged([5, 9, 10], 61, seed), RandomNeighbors(61)
+        grown = model.generate(**prompts, retriever=search, **options)
+        fixed = model.generate(
+            **prompts, retriever=search, cache_implementation="static", compile_config=config, **options
+        )
+        assert torch.equal(fixed, grown)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
