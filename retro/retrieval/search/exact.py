@@ -7,12 +7,15 @@ anew from the differences, by the same arithmetic wherever a key is compared, so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 
 from retro.retrieval.store.store import Store
+
+if TYPE_CHECKING:
+    from retro.retrieval.search.on_device import DeviceKeys
 
 _OVER_SELECT = 16  # candidates kept beyond k, so that rounding of the matrix product cannot displace a true neighbor
 _BLOCK_SCORES = 1 << 24  # scores held at a time by exact search
@@ -59,6 +62,7 @@ def exact_search(
     k: int,
     query_documents: Int64[np.ndarray, " q"] | None = None,
     rows: tuple[int, int] | None = None,
+    device: str | None = None,
 ) -> Hits:
     """The k nearest searchable rows of each query, in bounded memory; equal scores are ordered by row.
 
@@ -68,11 +72,18 @@ def exact_search(
     Arguments:
         query_documents: rows of this document row are left out for the query (-1: nothing is).
         rows: search start .. stop - 1 only; None is the whole store.
+        device: where the products are computed, see retro.retrieval.search.on_device; None is the first GPU, else the
+            CPU.
     """
     import torch
 
     check_k(k)
     first, last = _row_range(store, rows)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type != "cpu":
+        from retro.retrieval.search.on_device import keys_on
+
+        return search_on_device(keys_on(store, where), queries, k, query_documents, (first, last))
     num_queries = min(len(queries), 1024) or 1
     block = max(_BLOCK_SCORES // num_queries, 1024)
     best, distances = no_hits(len(queries), k)
@@ -84,6 +95,33 @@ def exact_search(
             new_rows, new_distances = found.nearest(queries[part], k, documents, distances[part, -1])
             best[part], distances[part] = merge(best[part], distances[part], new_rows, new_distances, k)
     return as_hits(best, distances)
+
+
+def search_on_device(
+    keys: DeviceKeys,
+    queries: Float32[np.ndarray, "q d"],
+    k: int,
+    query_documents: Int64[np.ndarray, " q"] | None,
+    rows: tuple[int, int],
+) -> Hits:
+    """As `exact_search`: a device proposes candidates; queries with more near the k-th than these are searched here."""
+    found, top, scale = keys.candidates(queries, k + _OVER_SELECT, query_documents, *rows)
+    norms = np.square(queries, dtype=np.float64).sum(1)
+    tolerance = _tolerance(scale, norms)
+    needed = np.isfinite(top) & (top >= (top[:, k - 1] - 2 * tolerance)[:, None])
+    distances = rescore(keys.store, queries, np.where(needed, found, -1))
+    best, distances = merge(*no_hits(len(queries), k), found, distances, k)
+    unsure = np.flatnonzero(needed[:, -1])
+    if len(unsure):
+        documents = None if query_documents is None else query_documents[unsure]
+        best[unsure], scores, _ = exact_search(keys.store, queries[unsure], k, documents, rows, device="cpu")
+        distances[unsure] = -scores
+    return as_hits(best, distances)
+
+
+def _tolerance(scale: float, norms: Float64[np.ndarray, " q"]) -> Float64[np.ndarray, " q"]:
+    """More than rounding can move a score, in the matrix product and to float32 in the end."""
+    return 1e-5 * (scale + np.sqrt(norms * 2 * scale)) + 1.2e-7 * norms + 1e-30
 
 
 def _row_range(store: Store, rows: tuple[int, int] | None) -> tuple[int, int]:
@@ -117,8 +155,7 @@ class _KeyBlock:
         self.keys = keys if len(self.rows) == stop - start else keys[self.rows - start]
         self.documents = store.document_rows(self.rows)
         self.torch = torch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.matrix = torch.from_numpy(np.ascontiguousarray(self.keys)).to(self.device)
+        self.matrix = torch.from_numpy(np.ascontiguousarray(self.keys))
         self.halves = self.matrix.square().sum(1) / 2
         self.scale = float(self.halves.max()) if len(self.rows) else 0.0
 
@@ -132,10 +169,9 @@ class _KeyBlock:
         if not len(self.rows):
             return np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0))
         scores = self._scores(queries, documents)
-        top, chosen = (x.cpu().numpy() for x in scores.topk(min(k + _OVER_SELECT, len(self.rows)), dim=1))
+        top, chosen = (x.numpy() for x in scores.topk(min(k + _OVER_SELECT, len(self.rows)), dim=1))
         norms = np.square(queries, dtype=np.float64).sum(1)
-        # more than rounding can move a score, in the matrix product and to float32 in the end
-        tolerance = 1e-5 * (self.scale + np.sqrt(norms * 2 * self.scale)) + 1.2e-7 * norms + 1e-30
+        tolerance = _tolerance(self.scale, norms)
         needed = np.isfinite(top) & (norms[:, None] - 2 * top <= (border + 4 * tolerance)[:, None])
         distances = _distances(self.keys.__getitem__, queries, chosen, needed)
         rows = self.rows[chosen]
@@ -148,21 +184,13 @@ class _KeyBlock:
     def _scores(self, queries: np.ndarray, documents: np.ndarray | None) -> Any:
         """Inner product - |key|^2 / 2 [q, c]: the order of -squared L2; -inf where the document is excluded."""
         from retro.common.products import fast_products
+        from retro.retrieval.search.on_device import own_rows
 
-        batch = self.torch.from_numpy(queries).to(self.device)
         with fast_products():
-            scores = self.torch.addmm(-self.halves, batch, self.matrix.T)
-        for first, last, low, high in () if documents is None else self._own_rows(documents):
-            scores[first:last, low:high] = -self.torch.inf
+            scores = self.torch.addmm(-self.halves, self.torch.from_numpy(queries), self.matrix.T)
+        for own, columns in () if documents is None else own_rows(documents, self.documents):
+            scores[own, columns] = -self.torch.inf
         return scores
-
-    def _own_rows(self, documents: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-        """Queries first .. last - 1 of one document, and the range of the block's rows that belongs to it."""
-        first = np.flatnonzero(np.diff(documents, prepend=-2))
-        last = np.append(first[1:], len(documents))
-        low, high = (np.searchsorted(self.documents, documents[first], side) for side in ("left", "right"))
-        found = low < high
-        return zip(*(borders[found].tolist() for borders in (first, last, low, high)), strict=True)
 
     def _uncertain(self, top: np.ndarray, needed: np.ndarray, tolerance: np.ndarray, k: int) -> list[int]:
         """Queries with more rows near the k-th score than candidates were kept (many duplicates)."""
@@ -175,7 +203,7 @@ class _KeyBlock:
         self, query: np.ndarray, scores: Any, least: float | np.floating, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The `width` nearest of all rows whose score is at least `least`."""
-        close = (scores >= float(least)).nonzero()[:, 0].cpu().numpy()
+        close = (scores >= float(least)).nonzero()[:, 0].numpy()
         distances = _distances(self.keys.__getitem__, query[None], close[None], np.ones((1, len(close)), bool))[0]
         order = np.lexsort((close, distances))[:width]
         return self.rows[close[order]], distances[order]

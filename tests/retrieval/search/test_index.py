@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.synthetic import write_synthetic_store
 from retro.planning import index_plan
@@ -14,6 +15,7 @@ from retro.retrieval.search import index as index_module
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, Segment, tune
 from retro.retrieval.search.engines import ENGINES, EngineKind, IndexLayout, choose_layout
 from retro.retrieval.search.index import exact_search, measured_recall, resolve_kind
+from retro.retrieval.search.on_device import DeviceKeys
 from retro.retrieval.search.segments import ShardRange
 from tests.stand_ins import make_store, words
 
@@ -69,6 +71,27 @@ def test_exact_search_against_the_oracle(monkeypatch, copies, block):
         found = exact_search(store, queries, k, excluded, rows=(100, 1700))
         np.testing.assert_array_equal(found[0], oracle(store, queries, k, excluded, (100, 1700)))
         np.testing.assert_array_equal(found[2], found[0] >= 0)
+
+
+@pytest.mark.parametrize("copies", [1, 40])
+@pytest.mark.parametrize("kept", [0, 3, 7])
+def test_keys_on_a_device_give_what_exact_search_gives(copies, kept):
+    """Also with more copies of a key than there are candidates; cells that fit are read once."""
+    rng = np.random.default_rng(0)
+    keys = np.repeat(rng.normal(size=(2000 // copies, 12)), copies, axis=0).astype(np.float32)
+    store, read = Keys(keys, np.arange(len(keys)) // 7, np.flatnonzero(np.arange(len(keys)) % 10 != 3)), []
+    on_device = DeviceKeys(store, torch.device("cpu"), kept * 300 * 12 * 4, cell_rows=300)
+    store.key_block = lambda start, stop: read.append(start) or keys[start:stop]
+    queries = np.concatenate([keys[:90:6], 300 + rng.normal(size=(1, 12))]).astype(np.float32)
+    excluded = np.arange(len(queries)) - 1
+    for documents, rows in ((None, (0, 2000)), (excluded, (100, 1700)), (None, (5, 17)), (None, (40, 40))):
+        found = exact.search_on_device(on_device, queries, 5, documents, rows)
+        for one, other in zip(found, exact_search(store, queries, 5, documents, rows), strict=True):
+            np.testing.assert_array_equal(one, other)
+    read.clear()
+    on_device.candidates(queries, 21, None, 0, 2000)
+    assert len(read) == 7 - kept
+    assert exact.search_on_device(on_device, queries[:0], 5, None, (0, 2000))[0].shape == (0, 5)
 
 
 def test_exact_search_of_ranges_merged_by_score_is_that_of_the_whole():
