@@ -26,6 +26,7 @@ TINY = Shape(64, 128, 1, layers=2, cca_layers=(2,), encoder_layers=1, heads=2)
 # In the order of interest: the first are measured where time is short, and what compiles takes a minute each.
 EAGER = ("ON-packed", "ON", "OFF", "relative", "retro-pytorch", "llama", "labml", "liger", "paper")
 COMPILED = ("ON-packed", "OFF", "relative", "paper", "llama", "ON", "retro-pytorch")
+RUNS = {"retro train": {}, "retro train, retrieval=false": {"retrieval": False}}  # what differs from the defaults
 
 
 def training(bench: Bench) -> None:
@@ -91,14 +92,9 @@ def run(bench: Bench) -> None:
         rows = shape.batch * shape.num_chunks * bench.pick(64, 8)
         store = write_synthetic_store(Path(folder) / "store", rows, 64, document_chunks=5)
         build_neighbors(store, shape.k)
-        for label, changes in runs(bench).items():
+        for label, changes in RUNS.items():
             output = str(Path(folder) / label.replace(" ", "-"))
             bench.case(label, partial(trained, bench, store, shape, output, steps, changes))
-
-
-def runs(bench: Bench) -> dict[str, dict[str, Any]]:
-    """What differs from the settings that a user gets."""
-    return {"retro train": {}, "retro train, retrieval=false": {"retrieval": False}}
 
 
 def trained(bench: Bench, store: Store, shape: Shape, output: str, steps: int, changes: dict[str, Any]) -> Figures:
