@@ -23,7 +23,7 @@ KINDS = ("embeddings", "vectors", "matrices", "packed")
 
 
 def fingerprint(base: Any, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """The numbers of a base's weights, adapters left out.
+    """The numbers of a base's weights, adapters left out; none where weights are not in memory (the meta device).
 
     Matrices in few bits, which change as they are used, are known by the logits that they give ("packed"), unless
     adapters change these.
@@ -41,6 +41,8 @@ def fingerprint(base: Any, weights: Mapping[str, Tensor] | None = None) -> dict[
         if not name.startswith(adapters) and weight.is_floating_point() and not (tied and name.startswith(names[1])):
             kind = "packed" if packed and name not in own else "vectors" if weight.ndim < 2 else "matrices"
             groups["embeddings" if name.startswith(tuple(names)) else kind].append(weight)
+    if any(weight.is_meta for group in groups.values() for weight in group):
+        return {}
     if packed:
         groups |= {"matrices": [], "packed": [] if adapters else [run_probe(base, probe_tokens(base))]}
     return {kind: _number(group) for kind, group in groups.items() if group}

@@ -94,8 +94,9 @@ def check_base(config: RetrofitConfig, base: nn.Module) -> None:
         return
     quantized = is_quantized(config.base_config) or is_quantized(base.config)
     exact = not quantized and str(base.dtype).removeprefix("torch.") == config.base_dtype
-    kind = differing_kind(fingerprint(base), config.base_fingerprint, exact)
-    if kind is not None:
+    found = fingerprint(base)
+    kind = differing_kind(found, config.base_fingerprint, exact)
+    if found and kind is not None:
         raise ValueError(
             f"base {getattr(base, 'name_or_path', '') or type(base).__name__} has other weights ({kind}) than the one "
             f"that was fitted, though its sizes are the same; {remedy}"

@@ -344,6 +344,9 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
         Raises ValueError for what could not be loaded again: adapters of others, a quantized base that was changed.
         """
+        for name in ("variant", "distributed_checkpoint"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is {kwargs[name]!r}, and a fitted folder has one file format; leave it out.")
         weights = prepare_save(self, self.state_dict() if state_dict is None else state_dict, save_directory)
         super().save_pretrained(save_directory, state_dict=weights, **kwargs)
 

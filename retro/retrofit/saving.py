@@ -38,7 +38,11 @@ def prepare_save(model: Any, weights: dict[str, Tensor], folder: str | Path) -> 
     if config.base_fingerprint is None or dtype != config.base_dtype:
         config.base_dtype, config.base_fingerprint = dtype, _of_named(model)
     is_named = config.base_name_or_path is not None and config.base_fingerprint is not None
-    if not is_named or differing_kind(found, config.base_fingerprint, exact=True):
+    if not found and not is_named:
+        raise ValueError(
+            "the base's weights are not in memory (the meta device); load it without offloading to save it."
+        )
+    if not is_named or (found and differing_kind(found, config.base_fingerprint, exact=True)):
         if is_quantized(base.config):
             raise ValueError(
                 f"the base is quantized, and not as {config.base_name_or_path or 'any place'} gives it; save it alone "
@@ -63,7 +67,7 @@ def _of_named(model: Any) -> dict[str, float] | None:
         options["revision"] = config.base_revision
     try:
         with torch.random.fork_rng(devices=[]):
-            return fingerprint(open_base(config.base_name_or_path, **options))
+            return fingerprint(open_base(config.base_name_or_path, **options)) or None
     except ValueError:
         return None
 

@@ -55,6 +55,10 @@ class RetrofitModelFactory:
     def __init__(self, settings: RetrofitSettings):
         revision = {} if settings.revision is None else {"revision": settings.revision}
         self.settings = settings
+        if Path(settings.output).resolve() == Path(settings.base).resolve():
+            raise ValueError(
+                f"output: {settings.output} is the folder of the base, which it would overwrite; give another"
+            )
         self.base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype), **revision)
         self.fitted: RetrofitForCausalLM | None = None
         self.store: Store | None = None

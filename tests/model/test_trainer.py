@@ -83,9 +83,6 @@ def test_micro_batches_add_up_to_the_batch(name, makers, tmp_path):
     whole = update(make(), rows, tmp_path)
     assert update(make(), rows, tmp_path, 1, 4) == pytest.approx(whole, rel=1e-3)
     assert update(make(), rows, tmp_path, 1, 4, compute_loss_func=own_loss) == pytest.approx(whole, rel=1e-3)
-    smooth = update(make(), rows, tmp_path, label_smoothing_factor=0.2)
-    assert smooth != pytest.approx(whole, rel=1e-3)
-    assert update(make(), rows, tmp_path, 2, 2, label_smoothing_factor=0.2) == pytest.approx(smooth, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +93,7 @@ def test_label_smoothing_is_that_of_the_logits(name, makers, tmp_path):
     log_p = make().train()(**batch).logits[:, :-1].log_softmax(-1)[labels != -100]
     kept = labels[labels != -100]
     expected = 0.8 * F.nll_loss(log_p, kept) - 0.2 * log_p.mean()
-    found = update(make(), make_rows(reads), tmp_path, label_smoothing_factor=0.2)[0]
+    found = update(make(), make_rows(reads), tmp_path, 2, 2, label_smoothing_factor=0.2)[0]
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -112,7 +109,7 @@ def test_the_loss_is_a_share_of_the_batchs(name, makers):
     assert model(**batch, num_items_in_batch=count).loss == 0
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama"])
+@pytest.mark.parametrize("name", ["retro", "joint"])
 def test_ragged_rows_are_padded_with_their_neighbors(name, makers, tmp_path):
     make, reads = makers[name]
     rows, model = make_rows(reads, (14, 9, 3, 12)), make().eval()
@@ -122,8 +119,7 @@ def test_ragged_rows_are_padded_with_their_neighbors(name, makers, tmp_path):
     for row, found in zip(rows, logits, strict=True):
         alone = {key: value[None] for key, value in row.items() if key != "labels"}
         torch.testing.assert_close(found[: len(row["input_ids"])], model(**alone).logits[0], rtol=1e-4, atol=1e-5)
-    whole = update(make(), rows, tmp_path)
-    assert update(make(), rows, tmp_path, 1, 4) == pytest.approx(whole, rel=1e-3)
+    assert update(make(), rows, tmp_path, 1, 4)[0] == pytest.approx(model(**batch).loss.item(), rel=1e-3)
     trainer = make_trainer(make(), rows, tmp_path)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(model(**DataCollatorWithNeighbors(4)(rows)).loss.item())
     assert trainer.predict(rows).predictions.shape == (4, 14, 61)

@@ -175,6 +175,9 @@ def test_the_folder_of_the_base_is_not_overwritten(place, make_open):
     with pytest.raises(ValueError, match="base is the folder of the base, which would be overwritten; save to another"):
         make_open(base).save_pretrained(base)
     assert AutoModelForCausalLM.from_pretrained(base).config.model_type == "llama"
+    with pytest.raises(ValueError, match="variant is 'fp16', and a fitted folder has one file format; leave it out"):
+        make_open(base).save_pretrained(base.parent / "fitted", variant="fp16")
+    assert not (base.parent / "fitted").exists()
     with pytest.raises(ValueError, match="base is a RetrofitForCausalLM, which reads neighbors already; give a plain"):
         retrofit(make_open(base))
 
@@ -270,6 +273,24 @@ def test_an_adapter_merged_into_few_bits_is_noticed(bits, place, make_fitted, tm
         make_fitted(base=merged, form="pointer").save_pretrained(tmp_path / "merged")
 
 
+def test_embeddings_of_a_fit_are_resized_and_set(make_fitted, make_neighbors):
+    """Those of the base, and the encoder's own."""
+    model, neighbors = make_fitted("gpt2", form="random", encoder_shares_embeddings=False).eval(), make_neighbors(2, 3)
+    before, ids = model(IDS, **neighbors).logits, IDS.clone()
+    model.resize_token_embeddings(70, pad_to_multiple_of=16)
+    torch.testing.assert_close(model(IDS, **neighbors).logits[..., :64], before)
+    ids[0, 0] = neighbors["neighbor_ids"][0, 0, 0, 0] = 79
+    assert (
+        model(ids, **neighbors).logits.shape[-1] == model.config.vocab_size == len(model.form.encoder_embedding.weight)
+    )
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.set_input_embeddings(torch.nn.Embedding(80, 16))
+    model.set_output_embeddings(torch.nn.Linear(16, 80))
+    assert model.base.transformer.wte.weight.std() > 0.5
+    loss = model(ids, **neighbors, labels=ids, return_logits=False).loss
+    torch.testing.assert_close(loss, model(ids, **neighbors, labels=ids).loss)
+
+
 def test_fingerprints(make_base):
     """The same numbers wherever weights lie and in whatever order; rounding is told from another base."""
     base = make_base(hidden_size=32)
@@ -280,6 +301,7 @@ def test_fingerprints(make_base):
     rounded = fingerprint(copy.deepcopy(base).bfloat16())
     assert differing_kind(found, rounded, exact=False) is None and differing_kind(found, rounded, exact=True)
     assert differing_kind(found, other, exact=False) == "embeddings"
+    assert fingerprint(copy.deepcopy(base).to("meta")) == {}
     config = retro.RetrofitConfig(base_config=base.config, base_fingerprint=found, chunk_len=4, retrieved_len=8)
     assert config.base_fingerprint == found
     assert retrofit(base, form="pointer", chunk_len=4, retrieved_len=8).config.base_fingerprint is None

@@ -8,7 +8,7 @@ import torch
 
 from retro.common.modes import evaluating
 
-MOST = 6  # interruptions of a run
+MOST = 3  # interruptions of a run
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(3))
 
 
@@ -33,8 +33,8 @@ def in_between(modules, run, others):
 def check_in_between(modules, ways):
     ways = [torch.no_grad()(way) for way in ways]
     expected = [way() for way in ways]
-    for way, alone in zip(ways, expected, strict=True):
-        out, found = in_between(modules, way, ways)
+    for number, (way, alone) in enumerate(zip(ways, expected, strict=True)):
+        out, found = in_between(modules[number % 2 :: 2], way, ways)
         assert torch.equal(out, alone)
         for results in found:
             assert all(map(torch.equal, results, expected))
