@@ -344,10 +344,8 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
 
         Raises ValueError for what could not be loaded again: adapters of others, a quantized base that was changed.
         """
-        for name in ("variant", "distributed_checkpoint"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is {kwargs[name]!r}, and a fitted folder has one file format; leave it out.")
-        weights = prepare_save(self, self.state_dict() if state_dict is None else state_dict, save_directory)
+        weights = self.state_dict() if state_dict is None else state_dict
+        weights = prepare_save(self, weights, save_directory, kwargs)
         super().save_pretrained(save_directory, state_dict=weights, **kwargs)
 
     @classmethod

@@ -18,13 +18,18 @@ logger = logging.getLogger(__name__)
 BASE_PREFIX = "base."
 
 
-def prepare_save(model: Any, weights: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+def prepare_save(
+    model: Any, weights: dict[str, Tensor], folder: str | Path, options: dict[str, Any]
+) -> dict[str, Tensor]:
     """The weights that a fitted folder must hold; the model's configuration then says where the base is.
 
     Those of the base belong to it, as a whole, where its name gives others or it has none; those of its adapter always.
     Raises ValueError for what could not be loaded again.
     """
     base, config = model.base, model.config
+    for name in ("variant", "distributed_checkpoint"):
+        if options.get(name):
+            raise ValueError(f"{name} is {options[name]!r}, and a fitted folder has one file format; leave it out.")
     if config.base_name_or_path is not None and Path(folder).resolve() == Path(config.base_name_or_path).resolve():
         raise ValueError(f"{folder} is the folder of the base, which would be overwritten; save to another.")
     prefixes = _checked_adapters(model)
