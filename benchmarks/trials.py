@@ -23,7 +23,7 @@ from retro.retrieval import Store, open_neighbors
 from retro.text.chunks import decode_chunks
 from retro.text.documents import Document
 from retro.training.batches import count_targets
-from retro.training.loop import StepTimer, train_step
+from retro.training.loop import StepTimer, read_results, train_step
 from retro.training.pretrain import model_config
 from retro.training.settings import TrainSettings
 from retro.training.setup import TrainingRun, setup
@@ -101,6 +101,7 @@ def probe(settings: TrainSettings, data: EvaluationData, seconds: float) -> dict
         while not pace.steps or pace.seconds < seconds:
             with pace:
                 step(run, batches)
+                read_results(run)
     _, few = part_of(data, settings.window_len, PROBE_TOKENS)
     scoring = sum(one.elapsed_seconds for one in score(run, few).values()) / max(1, int(few.scored.sum()))
     del run
@@ -120,6 +121,8 @@ def train(settings: TrainSettings, data: dict[str, EvaluationData], points: int)
             while state.step < stop:
                 with pace:
                     step(run, batches)
+            with pace:
+                read_results(run)
             about = dict(tokens=state.tokens, loss=state.loss_sum / max(1, state.loss_tokens), seconds=pace.seconds)
             state.loss_sum, state.loss_tokens = 0.0, 0
             for name in list(data)[: None if stop == last else 1]:

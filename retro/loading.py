@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from retro.common.devices import find_device, find_dtype
 from retro.provenance import check_store, own_index, read_provenance
 from retro.retrieval import RemoteRetriever, Retriever, Store
 from retro.retrieval.remote.client import RemoteStore, is_url
@@ -46,12 +47,14 @@ def load(
         tokenizer: Itself, its folder or its name. Default: the one beside the model, or, of a model in memory, the
             store's.
         base: Of a RETRO-fitted model: where its base lies, or the base itself, in the place of what its folder names.
-        device: Default: the accelerator if there is one, else the CPU; a model in memory stays where it is.
-        dtype: As in from_pretrained.
+        device: Default: the environment's RETRO_DEVICE, else the accelerator if there is one, else the CPU; a model in
+            memory stays where it is.
+        dtype: As in from_pretrained, or one of the names float32, bfloat16 and float16. Default: the environment's
+            RETRO_DTYPE, else that in which the model was saved.
         filters: What is kept out of the neighbors, as for `Retriever`. A server has filters of its own.
 
     Raises ValueError for a model that cannot be loaded, for a store of another tokenizer or chunk length, for an index
-    that is not there, and for options that mean nothing without a store or beside a server.
+    or a device that is not there, and for options that mean nothing without a store or beside a server.
     """
     given = filters | ({} if embedder is None else {"embedder": embedder})
     how = {name: value for name, value in (("dtype", dtype), ("base", base)) if value is not None}
@@ -121,7 +124,6 @@ def _model_and_tokenizer(
 
 
 def _opened(model: Any, device: Any, how: dict[str, Any]) -> Any:
-    import torch
     from transformers import PreTrainedConfig
 
     named = isinstance(model, (str, Path))
@@ -129,10 +131,12 @@ def _opened(model: Any, device: Any, how: dict[str, Any]) -> Any:
         raise ValueError(f"{model} holds no model (config.json is missing); give the folder of a trained model.")
     if "base" in how and not (named and PreTrainedConfig.get_config_dict(model)[0].get("model_type") == "retrofit"):
         raise ValueError(f"base is for a RETRO-fitted model that is loaded here, and {model!r} is none; leave it out.")
+    place = find_device(device) if named or device is not None else None
+    if named or "dtype" in how:
+        dtype = find_dtype(how.get("dtype"))
+        how = how if dtype is None else {**how, "dtype": dtype}
     opened = open_base(model, **how).eval()
-    if named or device is not None:
-        opened = opened.to(device or torch.accelerator.current_accelerator() or "cpu")
-    return opened
+    return opened if place is None else opened.to(place)
 
 
 def _tokenizer_beside(name: str | None) -> Any:

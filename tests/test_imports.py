@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "retro.model": ("retro.common", "retro.modules", "retro.retrieval.neighbors"),
     "retro.retrofit": ("retro.common", "retro.modules", "retro.model"),
     "retro.provenance": ("retro.version", "retro.common", "retro.retrieval"),
-    "retro.loading": ("retro.provenance", "retro.retrieval", "retro.retrofit"),
+    "retro.loading": ("retro.common", "retro.provenance", "retro.retrieval", "retro.retrofit"),
     "retro.evaluation.scorer": ("retro.common",),
     "retro.sampling": ("retro.common", "retro.text", "retro.retrieval", "retro.model", "retro.evaluation.scorer"),
     "retro.evaluation": (

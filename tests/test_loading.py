@@ -90,7 +90,7 @@ def test_a_server_in_place_of_a_store(folder, store):
                 retro.load(folder, url, **{name: value})
 
 
-def test_what_is_given_goes_before_what_is_recorded(folder, store):
+def test_what_is_given_goes_before_what_is_recorded(folder, store, monkeypatch):
     given = dict(index="exact", num_neighbors=1, embedder=HashingEmbedder())
     assert settings(retro.load(folder, store, **given).retriever) == ("exact", 1, 16)
     search = Retriever(store, "exact", HashingEmbedder()).index
@@ -98,6 +98,9 @@ def test_what_is_given_goes_before_what_is_recorded(folder, store):
     filtered = retro.load(folder, store, deduplicate=True, max_date="2020", undated="keep").retriever
     assert filtered.index.kind.startswith("tfidf;") and "max_date=2020" in filtered.index.kind
     assert retro.load(folder, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    monkeypatch.setenv("RETRO_DTYPE", "float16")
+    assert retro.load(folder).model.dtype == torch.float16
+    assert retro.load(folder, dtype="bfloat16").model.dtype == torch.bfloat16
     assert retro.load(folder).retriever is None
 
 

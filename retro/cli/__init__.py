@@ -27,6 +27,7 @@ from retro.cli.serving import serve, serve_store
 from retro.cli.tasks import finetune, lambada, lm_eval, qa, recall, summaries
 from retro.cli.training import retrofit, train
 from retro.cli.updating import add, compact, remove, verify
+from retro.common.devices import DEVICE, DTYPE
 from retro.common.extras import EXTRAS, missing
 from retro.training.settings import FinetuneSettings, RetrofitSettings, TrainSettings
 from retro.version import __version__
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; what the user can mend is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _prepare_terminal()
-    words = sys.argv[1:] if argv is None else list(argv)
+    words, before = sys.argv[1:] if argv is None else list(argv), dict(os.environ)
     try:
         for word in words:
             _check_text(word)
@@ -110,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("retro: stopped", file=sys.stderr)
         return 130
+    finally:
+        for name in (DEVICE, DTYPE):  # of this verb alone
+            os.environ.pop(name, None)
+            os.environ |= {name: before[name]} if name in before else {}
 
 
 def _prepare_terminal() -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal, Unpack
 
 from retro.cli.options import argument, options
-from retro.cli.shared import IndexKind, JsonFile, stamp, write_json
+from retro.cli.shared import IndexKind, JsonFile, stamp, use_device, write_json
+from retro.common.devices import DeviceSettings
 from retro.planning import PlanSettings, make_plan, plan_table
 from retro.retrieval.building.settings import BuildSettings, ExecutorSettings
 from retro.retrieval.filters.hits import QueryFilters
 
 Inputs = argument(BuildSettings, "inputs")
 TextField = argument(BuildSettings, "text_field")
-PlanOptions = options(PlanSettings, without=["inputs"])
-BuildOptions = options(BuildSettings, without=["store", "inputs"])
-ExecutorOptions = options(ExecutorSettings)
-FilterOptions = options(QueryFilters, without=["against"])
+PlanOptions = options(PlanSettings, DeviceSettings, without=["inputs"])
+BuildOptions = options(BuildSettings, DeviceSettings, without=["store", "inputs"])
+ExecutorOptions = options(ExecutorSettings, DeviceSettings)
+FilterOptions = options(QueryFilters, DeviceSettings, without=["against"])
 
 
 def plan(
@@ -25,6 +26,7 @@ def plan(
 
     Disk, memory, operations and hours follow from a sample of the documents and from how fast this machine embeds it.
     """
+    use_device(settings)
     result = make_plan(PlanSettings(inputs, **settings))
     print(plan_table(result))
     write_json(json, result)
@@ -44,6 +46,7 @@ def build(
     """
     from retro.retrieval import build_store
 
+    use_device(settings)
     made = build_store(BuildSettings(store, inputs, **settings), progress=True)
     counts = made.manifest["counts"]
     print(f"{made.path}: {counts['documents']} documents, {counts['chunks']} chunks, {counts['tokens']} tokens")
@@ -98,6 +101,7 @@ def neighbors(
     from retro.retrieval import Store, build_neighbors
     from retro.retrieval.search.searchers import is_keyless
 
+    use_device(work)
     opened = Store.open(store)
     index = index or ("tfidf" if is_keyless(opened) else "exact")
     table = build_neighbors(opened, k, queries and Store.open(queries), exclude, index, progress=True, **work)
@@ -130,6 +134,7 @@ def search(
         raise ValueError("the text to search for is empty; give some words")
     from retro.loading import open_retriever
 
+    use_device(filters)
     retriever = open_retriever(store, index, num_neighbors=k, retrieved_len=retrieved_len, **filters)
     hits = retriever.show(text)
     for rank, hit in enumerate(hits, start=1):

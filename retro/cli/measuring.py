@@ -18,12 +18,14 @@ from retro.cli.shared import (
     ResultFiles,
     StoreFolder,
     held_out,
+    use_device,
 )
+from retro.common.devices import DeviceSettings
 from retro.evaluation.settings import KS, SHARES, BaselineSettings, ScoringSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingSettings(ResultFiles, ScoringSettings):
+class ReadingSettings(DeviceSettings, ResultFiles, ScoringSettings):
     """What is read.
 
     Arguments:
@@ -44,6 +46,7 @@ class ReadingSettings(ResultFiles, ScoringSettings):
         """The model, what retrieves for it, and the plain LM beside it or None."""
         from retro.loading import load, load_model
 
+        self.use()
         opened, _, retriever = load(model, self.store, index=self.index or "auto")
         return opened, retriever, self.lm and load_model(self.lm, retriever.store)
 
@@ -67,7 +70,7 @@ NeighborsOptions = options(ReadingSettings, without=["progress", "num_neighbors"
 DatastoreOptions = options(ReadingSettings, without=["progress", "index", "store"])
 ModelsOptions = options(ReadingSettings, without=["progress", "index", "lm"])
 EvaluateOptions = options(ReadingSettings, without=["progress", "csv", "plot"])
-BaselineOptions = options(BaselineSettings, ResultFiles, without=["plot"])
+BaselineOptions = options(BaselineSettings, DeviceSettings, ResultFiles, without=["plot"])
 
 
 def evaluate(model: ModelFolder, /, **given: Unpack[EvaluateOptions]) -> None:
@@ -148,6 +151,7 @@ def sweep_datastore(
     from retro.retrieval import Store
 
     asked, whole = ReadingSettings(**given, store=store, progress=True), Store.open(store)
+    asked.use()
     opened, baseline = load_model(model, whole), asked.lm and load_model(asked.lm, whole)
     read = dict(num_neighbors=asked.num_neighbors, baseline=baseline, index=index, scoring=asked)
     asked.show_sweep(sweep_datastore(opened, asked.held_out(), whole, shares, draws, **read))
@@ -163,6 +167,7 @@ def sweep_models(models: list[str], /, *, index: IndexKind = "auto", **given: Un
     from retro.loading import load_model, open_retriever
 
     asked = ReadingSettings(**given, progress=True)
+    asked.use()
     retriever = open_retriever(asked.store, index)
     opened = ((name, load_model(name, retriever.store)) for name in models)
     asked.show_sweep(sweep_models(opened, asked.held_out(), retriever, asked.num_neighbors, asked))
@@ -211,6 +216,7 @@ def baselines(
     from retro.loading import load, load_model
     from retro.retrieval import Store
 
+    use_device(given)
     files, settings = ResultFiles(**taken(given, ResultFiles)), BaselineSettings(**given)
     again = next((name for name in models if models.count(name) > 1), None)
     if again is not None:

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Unpack
 from cyclopts import Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import JsonFile, ModelFolder, OwnIndex, check_file, stamp, write_json
+from retro.cli.shared import JsonFile, ModelFolder, OwnIndex, check_file, stamp, use_device, write_json
+from retro.common.devices import DeviceSettings
 from retro.retrieval.filters.hits import QueryFilters
 from retro.sampling.settings import DecodingSettings
 
-GenerateOptions = options(DecodingSettings, QueryFilters, without=["against"])
+GenerateOptions = options(DecodingSettings, QueryFilters, DeviceSettings, without=["against"])
 
 
 def generate(
@@ -49,6 +50,7 @@ def generate(
         batch_size: Prompts that are continued together.
         html: File to write one page to, with the texts and beside them what they read.
     """
+    use_device(given)
     filters = taken(given, QueryFilters)
     DecodingSettings(**given)
     if not store and not no_retrieval:
@@ -99,7 +101,7 @@ def _write_texts(
         Path(html).write_text(html_page(texts, about), encoding="utf-8")
 
 
-def demo(*, output: str = "demo", seed: int = 0) -> None:
+def demo(*, output: str = "demo", seed: int = 0, **place: Unpack[options(DeviceSettings)]) -> None:
     """Go from text to a trained RETRO, measured and sampled from, without any download.
 
     It reads the documentation of the Python packages installed here.
@@ -110,4 +112,5 @@ def demo(*, output: str = "demo", seed: int = 0) -> None:
     """
     from retro.demo import run_demo
 
+    use_device(place)
     print(run_demo(Path(output), seed))

@@ -9,13 +9,14 @@ from typing import Annotated, Unpack
 from cyclopts import Group, Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import ApiKeyFile, Host, IndexKind, ModelFolder, OwnIndex, Port, StoreFolder
+from retro.cli.shared import ApiKeyFile, Host, IndexKind, ModelFolder, OwnIndex, Port, StoreFolder, use_device
+from retro.common.devices import DeviceSettings
 from retro.common.extras import check_installed
 from retro.retrieval.filters.hits import QueryFilters
 from retro.retrieval.remote.limits import RetrievalLimits
 from retro.serve.limits import GenerationLimits
 
-ServeStoreOptions = options(RetrievalLimits, QueryFilters, without=["against"])
+ServeStoreOptions = options(RetrievalLimits, QueryFilters, DeviceSettings, without=["against"])
 SHARDS = Parameter(group=Group("Shards", "A search that is spread over the nodes of a Ray cluster."))
 
 
@@ -29,7 +30,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: ApiKeyFile = None,
-    **limits: Unpack[options(GenerationLimits)],
+    **limits: Unpack[options(GenerationLimits, DeviceSettings)],
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes with sources, and a page for people.
 
@@ -41,6 +42,7 @@ def serve(
             the default. NAME=FOLDER gives a store a name other than its folder's.
         name: Name by which requests call the model. Default: its folder's.
     """
+    use_device(limits)
     taken_on = GenerationLimits(**limits)
     for library in ("fastapi", "uvicorn"):
         check_installed(library, "retro serve")
@@ -90,6 +92,7 @@ def serve_store(
     for name, value in (("ray-address", ray_address), ("partial", partial or None)):
         if shards is None and value is not None:
             raise ValueError(f"--{name} means nothing without --shards; give the number of shards.")
+    use_device(given)
     limits = RetrievalLimits(**taken(given, RetrievalLimits))
     for library in ("fastapi", "uvicorn"):
         check_installed(library, "retro serve-store")

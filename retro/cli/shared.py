@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from retro.cli.options import taken
+from retro.common.devices import DeviceSettings
+
 if TYPE_CHECKING:
     from retro.text.documents import Document
 
@@ -27,6 +30,11 @@ _INDEX = (
 IndexKind = Annotated[str, Parameter(help=f"{_INDEX}auto is the best one built, else exact search.")]
 _OWN_INDEX = f"{_INDEX}Default: auto, or the kind of the model's training if that is lexical."
 OwnIndex = Annotated[str | None, Parameter(help=_OWN_INDEX)]
+
+
+def use_device(given: dict[str, Any]) -> None:
+    """Let the verb's models run where and in which type was given, which is taken out of `given`."""
+    DeviceSettings(**taken(given, DeviceSettings)).use()
 
 
 def check_file(file: str | None) -> None:

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from retro.cli.options import options
 from retro.cli.shared import JsonFile, OwnIndex, ReadStore, ResultFiles, first, held_out
 from retro.cli.training import Config, KeyValue, run_recipe
+from retro.common.devices import DeviceSettings
 from retro.common.extras import check_installed
 from retro.evaluation.settings import ReaderSettings
 
@@ -17,7 +18,7 @@ AnyModel = Annotated[str, Parameter(help="A model of this library, or any Huggin
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings(ResultFiles, ReaderSettings):
+class TaskSettings(DeviceSettings, ResultFiles, ReaderSettings):
     """What the task reads from.
 
     Arguments:
@@ -34,6 +35,7 @@ class TaskSettings(ResultFiles, ReaderSettings):
         """What reads the task."""
         from retro.evaluation.tasks import open_reader
 
+        self.use()
         cache = None if self.cache is True else self.cache
         self.refuse_without_store(index=self.index, k=self.num_neighbors, cache=cache)
         given = {field.name: getattr(self, field.name) for field in fields(ReaderSettings)}
@@ -139,6 +141,7 @@ def recall(
     documents: int | None = None,
     seed: int = 0,
     json: JsonFile = None,
+    **given: Unpack[options(DeviceSettings)],
 ) -> None:
     """Measure for how many questions one of the first k passages is of the right document, or holds a right answer.
 
@@ -155,7 +158,8 @@ def recall(
     from retro.loading import open_retriever
     from retro.provenance import versions
 
-    asked, results = TaskSettings(store=store, json=json), {}
+    asked, results = TaskSettings(store=store, json=json, **given), {}
+    asked.use()
     asked.refuse_without_store(index=index)
     questions = first(read_questions(data), documents)
     for kind in index or ["auto"] if store else []:
@@ -198,6 +202,7 @@ def lm_eval(
     from retro.evaluation.harness import RetroLM, run_tasks
 
     asked = TaskSettings(**settings)
+    asked.use()
     asked.refuse_without_store(index=asked.index, k=k)
     given = dict(align=asked.align, batch_size=asked.batch_size, seed=asked.seed, max_length=asked.max_len)
     read = dict(num_neighbors=k, reading=reading, retrieval=retrieval, **given)

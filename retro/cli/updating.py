@@ -8,11 +8,13 @@ from cyclopts import Parameter
 
 from retro.cli.datastore import Inputs, print_counts
 from retro.cli.options import options
-from retro.cli.shared import JsonFile, StoreFolder, stamp, write_json
+from retro.cli.shared import JsonFile, StoreFolder, stamp, use_device, write_json
+from retro.common.devices import DeviceSettings
 from retro.retrieval.building.settings import BuildSettings
 from retro.retrieval.building.updates import FIXED
 
-AddOptions = options(BuildSettings, without=FIXED, defaults=False)
+AddOptions = options(BuildSettings, DeviceSettings, without=FIXED, defaults=False)
+PlaceOptions = options(DeviceSettings)
 NoIndex = Annotated[bool, Parameter(help="Leave the indexes of the datastore as they are.")]
 
 
@@ -47,6 +49,7 @@ def add(
     """
     from retro.retrieval import add_documents
 
+    use_device(settings)
     if no_decontaminate:
         settings["decontaminate"] = []
     changed = add_documents(store, inputs, index=not no_index, progress=True, **settings)
@@ -97,7 +100,16 @@ def compact(store: StoreFolder, /, *, no_index: NoIndex = False, json: JsonFile 
     _report(compacted, json, {"shards": len(compacted.shards)})
 
 
-def verify(store: StoreFolder, /, *, full: bool = False, embed: int = 0, seed: int = 0, json: JsonFile = None) -> None:
+def verify(
+    store: StoreFolder,
+    /,
+    *,
+    full: bool = False,
+    embed: int = 0,
+    seed: int = 0,
+    json: JsonFile = None,
+    **place: Unpack[PlaceOptions],
+) -> None:
     """Check that a datastore is whole: its files agree with its manifest and with each other.
 
     The first file that differs is named.
@@ -109,6 +121,7 @@ def verify(store: StoreFolder, /, *, full: bool = False, embed: int = 0, seed: i
     """
     from retro.retrieval import Store, verify_store
 
+    use_device(place)
     opened = Store.open(store)
     checked = verify_store(opened, "full" if full else "quick", embed, seed)
     counts = f"{checked['documents']} documents, {checked['chunks']} chunks"

@@ -27,6 +27,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from retro.common.devices import find_device
 from retro.common.files import stable_hash
 from retro.evaluation.bits import neighbors_of
 from retro.evaluation.scorer import reads_neighbors
@@ -102,7 +103,7 @@ class RetroLM(TemplateLM):
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             logger.warning("there is no CUDA here; the model stays on %s", reader.model.device)  # lm_eval's default
         elif device is not None:
-            reader.model.to(device)
+            reader.model.to(find_device(device))
         longest = getattr(reader.model.config.get_text_config(), "max_position_embeddings", None) or 2048
         k = num_neighbors or (3 if reading == "prompt" else None)
         self.reader: Reader = replace(reader, max_len=max_length or longest, num_neighbors=k)

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SLICE_TOKENS = 512
+GPU_SLICE_LOGITS = 1 << 26  # of a slice, if that is more: fewer and larger kernels, 256 MB in float32
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,13 +61,16 @@ def linear_cross_entropy(
     hidden: Float[Tensor, "t d"],
     weight: Float[Tensor, "v d"],
     labels: Int[Tensor, " t"],
-    slice_tokens: int = SLICE_TOKENS,
+    slice_tokens: int | None = None,
 ) -> Float[Tensor, ""]:
     """Mean of -log softmax(hidden W^T)[label] over the labels >= 0, in nats; 0 where there is none.
 
-    At most `slice_tokens` rows of logits live at a time. Under autocast the product runs in the autocast type.
+    At most `slice_tokens` rows of logits live at a time; default: 512, on a GPU those of 2^26 logits if more. Under
+    autocast the product runs in the autocast type.
     """
     device_type = hidden.device.type
+    if slice_tokens is None:
+        slice_tokens = SLICE_TOKENS if device_type == "cpu" else max(SLICE_TOKENS, GPU_SLICE_LOGITS // weight.shape[0])
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -10,7 +10,6 @@ output/
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -25,10 +24,12 @@ from tqdm import tqdm
 from retro.common.products import fast_products
 from retro.training.batches import count_targets, sum_over_processes, to_device
 from retro.training.checkpoint import last_checkpoint
+from retro.training.optimizer import step_if_finite
 from retro.training.output import finish, log_metrics, prepare_output, save
 from retro.training.settings import learning_rate
 from retro.training.setup import TrainingRun
 from retro.training.sharding import whole
+from retro.training.unread import ReadStep, StepResult
 from retro.training.validation import validate
 from retro.training.windows import Batch
 
@@ -38,10 +39,12 @@ logger = logging.getLogger(__name__)
 def fit(run: TrainingRun) -> bool:
     """Train to the last step; True if it was reached, False if SIGTERM or SIGINT asked to stop (the state is saved).
 
-    Raises ValueError, naming the step, if the loss is not finite; the last good checkpoint stays.
+    Raises ValueError, naming the step, if a loss or a gradient is not finite: at the next log, evaluation or
+    checkpoint, since nobody looks at the numbers before. The last good checkpoint stays.
     """
     settings, state, accelerator = run.settings, run.state, run.accelerator
     prepare_output(run)
+    intervals = settings.log_every, settings.eval_every, settings.save_every
     started_at, elapsed_before = time.monotonic(), state.elapsed_seconds
     last_saved, since_log = state.step, StepTimer()
     with stop_requests() as stop, _progress(run) as progress, closing(iter(run.loader)) as batches:
@@ -51,17 +54,20 @@ def fit(run: TrainingRun) -> bool:
                 num_targets, stopping = _agree(accelerator, micro_batches, stop.is_requested)
                 if stopping:
                     break
-                grad_norm = train_step(run, micro_batches, num_targets)
-            state.position = dict(run.loader.position)
+                train_step(run, micro_batches, num_targets)
+                state.position = dict(run.loader.position)
+                logs, evaluates, saves = (_is_due(run, every) for every in intervals)
+                grad_norm = read_results(run) if logs or evaluates or saves else None
             state.elapsed_seconds = elapsed_before + time.monotonic() - started_at
             progress.update()
-            if _is_due(run, settings.log_every):
+            if logs:
                 _log_training(run, progress, grad_norm, since_log)
-            if run.valid is not None and _is_due(run, settings.eval_every):
+            if run.valid is not None and evaluates:
                 log_metrics(run, validate(run))
-            if _is_due(run, settings.save_every):
+            if saves:
                 save(run)
                 last_saved = state.step
+        read_results(run)
         if state.step > last_saved:
             save(run)
     if state.step < run.num_steps:
@@ -72,11 +78,14 @@ def fit(run: TrainingRun) -> bool:
 
 
 @fast_products()
-def train_step(run: TrainingRun, micro_batches: list[Batch], num_targets: int) -> float:
+def train_step(run: TrainingRun, micro_batches: list[Batch], num_targets: int) -> None:
     """One step of the optimizer: the loss is the mean over all predicted tokens of all processes' micro-batches.
 
     The model gives the mean over its own micro-batch, and data-parallel gradients are averaged over processes; so each
-    micro-batch is weighted by its tokens * processes / tokens of the step. Returns the gradient's norm before clipping.
+    micro-batch is weighted by its tokens * processes / tokens of the step.
+
+    The host waits for no result: losses and the gradient's norm before clipping are left in `run.unread`, and a step
+    whose norm is not finite leaves weights and moments as they are.
     """
     state, accelerator = run.state, run.accelerator
     rate = learning_rate(state.step, run.num_steps, run.settings)
@@ -90,15 +99,27 @@ def train_step(run: TrainingRun, micro_batches: list[Batch], num_targets: int) -
             loss = run.wrapped(**to_device(batch, accelerator.device)).loss
             accelerator.backward(loss * (own_targets * accelerator.num_processes / max(1, num_targets)))
         losses.append((loss.detach(), own_targets))
-    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), run.settings.max_grad_norm)).item()
-    (loss_sum,) = sum_over_processes(accelerator, sum(loss.item() * weight for loss, weight in losses))
-    _require_finite(run, loss_sum / max(1, num_targets), grad_norm)
-    state.optimizer.step()
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), run.settings.max_grad_norm))
+    step_if_finite(state.optimizer, grad_norm)
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * accelerator.num_processes
-    state.loss_sum, state.loss_tokens = state.loss_sum + loss_sum, state.loss_tokens + num_targets
-    return grad_norm
+    run.unread.results.append(StepResult(state.step, losses, grad_norm, num_targets))
+
+
+def read_results(run: TrainingRun) -> float | None:
+    """Read what the steps gave since the last time into the state; the last gradient's norm, None without steps.
+
+    Raises ValueError for the first step with a loss or a gradient that is not finite.
+    """
+    state, read = run.state, run.unread.read()
+    if not read:
+        return None
+    sums = sum_over_processes(run.accelerator, *(result.loss_sum for result in read))
+    for result in (result._replace(loss_sum=one) for result, one in zip(read, sums, strict=True)):
+        _require_finite(run, result)
+        state.loss_sum, state.loss_tokens = state.loss_sum + result.loss_sum, state.loss_tokens + result.num_targets
+    return read[-1].grad_norm
 
 
 def _agree(accelerator: Accelerator, micro_batches: list[Batch], stop_requested: bool) -> tuple[int, bool]:
@@ -108,13 +129,12 @@ def _agree(accelerator: Accelerator, micro_batches: list[Batch], stop_requested:
     return int(total), stops > 0
 
 
-def _require_finite(run: TrainingRun, loss: float, grad_norm: float) -> None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+def _require_finite(run: TrainingRun, result: ReadStep) -> None:
+    if result.wrong is None:
         return
     kept = last_checkpoint(run.output)
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
     raise ValueError(
-        f"{what} at step {run.state.step + 1}, so the run stops before its weights are spoiled; "
+        f"{result.wrong} at step {result.step}, so the run stops before its weights are spoiled; "
         f"{f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'}; "
         "try a lower lr or a longer warm-up"
     )

@@ -83,6 +83,20 @@ def parameter_groups(
     ]
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer | MuonAndAdamW, grad_norm: torch.Tensor) -> None:
+    """A step, but none if the norm of its gradient is not finite: weights and moments then stay as they are.
+
+    The fused AdamW is told so on the device, as GradScaler tells it; Muon knows no such thing, so that the host looks.
+    """
+    skips = (~grad_norm.isfinite()).float()
+    if isinstance(optimizer, MuonAndAdamW):
+        if not skips.item():
+            optimizer.step()
+        return
+    optimizer.found_inf = skips
+    optimizer.step()
+
+
 class MuonAndAdamW:
     """torch's Muon for the groups that are its own and AdamW for the rest, used, saved and loaded as one optimizer.
 

@@ -9,7 +9,7 @@ WARMUP_START_LR = 1e-7
 # Stores are told apart by fingerprint, the share of a batch that one process takes by the windows of all in one step.
 FREE_FIELDS = (
     "output", "store", "valid_store", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "fsdp", "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every", "tracker",
+    "device", "compile", "fsdp", "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every", "tracker",
 )  # fmt: skip
 
 
@@ -120,13 +120,19 @@ class HardwareSettings:
     """How the run uses its processors and their memory.
 
     Arguments:
+        device: Where to train, such as cpu or cuda:1, if it is a single process; several take one accelerator each.
+            Default: the environment's RETRO_DEVICE, else the accelerator if there is one, else the CPU.
         mixed_precision: "bf16" runs the products in bfloat16; weights and optimizer stay in float32.
+        compile: Whether to train through torch.compile: a RETRO as a whole, of a fitted base the layers that nothing is
+            added inside of. Default: a RETRO on a GPU.
         gradient_checkpointing: Whether to compute activations again in the backward pass rather than keep them.
         fsdp: Whether to spread weights, gradients and moments over the processes (FSDP2), for a RETRO from scratch that
             is too large for each of them; the run is the same.
     """
 
+    device: str | None = None
     mixed_precision: Literal["none", "bf16"] = "none"
+    compile: bool | None = None
     gradient_checkpointing: bool = False
     fsdp: bool = False
 
@@ -217,6 +223,7 @@ class FinetuneSettings(TrainSettings):
         valid_store: Not for fine-tuning; leave it out.
         random_neighbors: Not for fine-tuning; leave it out.
         model: Not for fine-tuning; leave it out.
+        compile: Not for fine-tuning, whose windows are of many lengths; leave it out.
     """
 
     start: str
@@ -225,9 +232,10 @@ class FinetuneSettings(TrainSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("valid_store", "model", "random_neighbors"):
+        for name in ("valid_store", "model", "random_neighbors", "compile"):
             if getattr(self, name):
                 raise ValueError(f"{name}: {getattr(self, name)} means nothing in fine-tuning; leave it out")
+        self.compile = False
 
 
 _POSITIVE = (

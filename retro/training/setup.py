@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from retro.common.devices import find_device
 from retro.common.settings import to_plain
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import NeighborTable, Store, open_neighbors
+from retro.retrofit import RetrofitForCausalLM
 from retro.training.checkpoint import TrainState, check_identity, last_checkpoint, load_checkpoint
+from retro.training.compiling import compile_base, compiled, wants_compile
 from retro.training.memory import keep_freed_memory
 from retro.training.optimizer import make_optimizer
 from retro.training.settings import FREE_FIELDS, RetrofitSettings, TrainSettings
 from retro.training.sharding import shard
+from retro.training.unread import Unread
 from retro.training.windows import Loader, Windows, check_window
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,7 @@ class TrainingRun:
     identity: dict[str, Any]
     output: Path
     num_steps: int
+    unread: Unread = field(default_factory=Unread)
 
 
 # Setup
@@ -111,15 +116,25 @@ def make_model(
 
 
 def spread(model: PreTrainedModel, settings: TrainSettings, accelerator: Accelerator) -> nn.Module:
-    """The model as the processes run it together: each a whole one, or sharded in place."""
-    if not settings.fsdp:
-        return accelerator.prepare_model(model)
+    """The model as the processes run it together: each a whole one, or sharded in place; compiled, if it shall be."""
+    compiles = wants_compile(settings, model, accelerator.device)
+    if settings.fsdp:
+        return _sharded(model, accelerator, compiles)
+    if compiles and isinstance(model, RetrofitForCausalLM):
+        compile_base(model)
+    if compiles and isinstance(model, RetroForCausalLM):
+        accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast, for validation
+        return accelerator.prepare_model(compiled(model, settings.gradient_checkpointing))
+    return accelerator.prepare_model(model)
+
+
+def _sharded(model: PreTrainedModel, accelerator: Accelerator, compiles: bool) -> nn.Module:
     if not isinstance(model, RetroForCausalLM):
         raise ValueError(f"fsdp is true, and {type(model).__name__} is no RetroForCausalLM; leave it out")
     if accelerator.num_processes == 1:
         raise ValueError("fsdp is true with a single process; launch several, or leave it out")
     wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast alone
-    shard(model, accelerator.device.type)
+    shard(model, accelerator.device.type, compiles)
     return wrapped
 
 
@@ -136,15 +151,18 @@ def make_loader(
         world_size=accelerator.num_processes,
         position=position,
         drop_neighbors=settings.drop_neighbors,
+        pin_memory=accelerator.device.type == "cuda",
     )
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """Device, processes and precision as accelerate finds them, with the settings' tracker."""
-    tracker = None if settings.tracker == "none" else settings.tracker
+    tracker, device = None if settings.tracker == "none" else settings.tracker, find_device(settings.device)
+    if device.index is not None and device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     try:
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # several processes without a GPU then talk by gloo
+            cpu=device.type == "cpu",  # several processes without a GPU then talk by gloo
             mixed_precision="no" if settings.mixed_precision == "none" else settings.mixed_precision,
             log_with=tracker,
             project_dir=settings.output,

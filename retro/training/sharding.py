@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from retro.model import RetroForCausalLM
+from retro.training.compiling import compile_forward
 
 
-def shard(model: RetroForCausalLM, device_type: str) -> None:
-    """Spread a model's weights over all processes, in place; each unit is gathered while it runs.
+def shard(model: RetroForCausalLM, device_type: str, compiles: bool) -> None:
+    """Spread a model's weights over all processes, in place; each unit is gathered while it runs, and compiled alone.
 
     A gradient is the mean over processes, as in data-parallel training, and the products run in the types that autocast
     gives them there, so that both train alike.
@@ -24,6 +25,8 @@ def shard(model: RetroForCausalLM, device_type: str) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing here writes into
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     for unit in _units(model):
+        if compiles:
+            compile_forward(unit)
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # whatever comes next, be it a checkpoint
 

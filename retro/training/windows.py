@@ -182,7 +182,7 @@ class Loader:
     `position` is where the next step starts, {"epoch": e, "window": i}: given to a new Loader it goes on exactly there,
     with any number of ranks. `prefetch` steps are read ahead by one background thread, which changes no result.
     `drop_neighbors` is the probability with which a chunk comes without its neighbors, a pure function of the seed and
-    of the chunk's place in the stream.
+    of the chunk's place in the stream. `pin_memory` puts batches where a GPU copies them from by itself.
     """
 
     def __init__(
@@ -197,6 +197,7 @@ class Loader:
         position: dict[str, int] | None = None,
         prefetch: int = 2,
         drop_neighbors: float = 0.0,
+        pin_memory: bool = False,
     ):
         if not len(windows):
             raise ValueError(
@@ -204,7 +205,7 @@ class Loader:
             )
         self.windows, self.batch_size, self.seed, self.prefetch = windows, batch_size, seed, prefetch
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
-        self.drop_neighbors = drop_neighbors
+        self.drop_neighbors, self.pin_memory = drop_neighbors, pin_memory
         self.position = dict(position or {"epoch": 0, "window": 0})
         self._order: tuple[int, np.ndarray] = -1, np.empty(0, np.int64)
 
@@ -241,7 +242,7 @@ class Loader:
             chunks = places[:, None] * mask.shape[1] + np.arange(mask.shape[1])  # [b, l]
             kept = hash64(chunks, self.seed, _OF_DROPS) / 2.0**64 >= self.drop_neighbors
             batch["neighbor_mask"] = mask & torch.from_numpy(kept)[..., None, None]
-        return batch
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
 
     def __iter__(self) -> Iterator[list[Batch]]:
         ahead, reads = self.position, deque()

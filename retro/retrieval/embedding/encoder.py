@@ -45,7 +45,7 @@ class Encoder:
         model: Any,
         encoder_config: EncoderConfig,
         max_length: int,
-        device: str,
+        device: str | torch.device,
         dtype: str | None = None,
         bounded: bool = False,
     ) -> None:
@@ -191,7 +191,7 @@ def load_encoder(
     encoder_config: EncoderConfig,
     bidirectional: bool,
     asked_length: int | None,
-    device: str,
+    device: torch.device,
     dtype: str | None,
     bounded: bool,
 ) -> Encoder:

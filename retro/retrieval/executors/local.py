@@ -15,6 +15,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from retro.common.devices import DEVICE
 from retro.retrieval.executors.tasks import OnDone, Task, TaskQueue, attempt, raise_error
 
 _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -74,15 +75,17 @@ def default_workers() -> int:
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; of one that was asked for, its own."""
     if "torch" not in sys.modules and not Path("/proc/driver/nvidia").exists():
         return []
     import torch
 
-    count = torch.cuda.device_count()
-    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(
-        map(str, range(count))
-    )
+    kind, _, number = os.environ.get(DEVICE, "").partition(":")
+    if kind == "cpu":
+        return []
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = named or list(map(str, range(torch.cuda.device_count())))
+    return [names[int(number)]] if number else names
 
 
 class _Pool:
@@ -142,6 +145,7 @@ class _Pool:
         environment = {**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+            environment.pop(DEVICE, None)  # the only one there
         code = "from retro.retrieval.executors.local import serve_tasks; serve_tasks()"
         worker = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment

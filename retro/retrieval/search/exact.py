@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 
+from retro.common.devices import find_device
 from retro.retrieval.store.store import Store
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def exact_search(
 
     check_k(k)
     first, last = _row_range(store, rows)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = find_device(device)
     if where.type != "cpu":
         from retro.retrieval.search.on_device import keys_on
 
