@@ -79,6 +79,20 @@ def test_a_run_in_two_parts_is_one_run(form, make_settings, tmp_path, monkeypatc
     assert whole == RunWeights(tmp_path / "cut")
 
 
+def test_a_compiled_fit_is_the_fit(make_settings, tmp_path, monkeypatch):
+    from retro.training import compiling
+    from retro.training.loop import fit
+    from retro.training.retrofit import prepare_run
+
+    monkeypatch.setattr(compiling, "BACKEND", "eager")  # no test waits for a compiler
+    stats = torch._dynamo.utils.counters["stats"]
+    for name, compiles in (("plain", False), ("compiled", True)):
+        stats.clear()
+        assert fit(prepare_run(make_settings(name, "joint", max_steps=3, drop_neighbors=0.3, compile=compiles)))
+        assert (stats["unique_graphs"] > 0) == compiles
+    assert RunWeights(tmp_path / "plain") == RunWeights(tmp_path / "compiled")
+
+
 class RunWeights:
     def __init__(self, folder):
         from safetensors.torch import load_file
