@@ -122,10 +122,13 @@ def spread(model: PreTrainedModel, settings: TrainSettings, accelerator: Acceler
         return _sharded(model, accelerator, compiles)
     if compiles and isinstance(model, RetrofitForCausalLM):
         compile_base(model)
+    wrapped = accelerator.prepare_model(model)
     if compiles and isinstance(model, RetroForCausalLM):
-        accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast, for validation
-        return accelerator.prepare_model(compiled(model, settings.gradient_checkpointing))
-    return accelerator.prepare_model(model)
+        graph = compiled(model, settings.gradient_checkpointing)
+        if wrapped is model:
+            return graph
+        wrapped.module = graph  # inside of DistributedDataParallel, which is no part of it
+    return wrapped
 
 
 def _sharded(model: PreTrainedModel, accelerator: Accelerator, compiles: bool) -> nn.Module:
