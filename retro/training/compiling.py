@@ -29,8 +29,8 @@ def wants_compile(settings: TrainSettings, model: PreTrainedModel, device: torch
 def compiled(model: RetroForCausalLM, checkpoints: bool) -> nn.Module:
     """A RETRO as one graph of fixed shapes.
 
-    In DistributedDataParallel the graph is cut where gradients are sent, so that sending overlaps with the backward
-    pass; but not with `checkpoints`, where the parts that are computed again cannot be cut.
+    Inside of DistributedDataParallel torch may cut it where gradients are sent (optimize_ddp), but not with
+    `checkpoints`: parts that are computed again cannot be cut.
     """
     if checkpoints:
         torch._dynamo.config.optimize_ddp = False
