@@ -73,15 +73,15 @@ def exact_search(
     Arguments:
         query_documents: rows of this document row are left out for the query (-1: nothing is).
         rows: search start .. stop - 1 only; None is the whole store.
-        device: where the products are computed, see retro.retrieval.search.on_device; None is the first GPU, else the
-            CPU.
+        device: where the products are computed, see retro.retrieval.search.on_device; None is the
+            environment's RETRO_DEVICE, else the first GPU. Accelerators other than CUDA's leave it to the CPU.
     """
     import torch
 
     check_k(k)
     first, last = _row_range(store, rows)
     where = find_device(device)
-    if where.type != "cpu":
+    if where.type == "cuda":
         from retro.retrieval.search.on_device import keys_on
 
         return search_on_device(keys_on(store, where), queries, k, query_documents, (first, last))
