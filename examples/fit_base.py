@@ -8,7 +8,7 @@ with its tokenizer. TEXTS is as in own_text.py. The base stays frozen, and bit f
 retrieved; OUTPUT/run holds only the new weights, 4.7 M for a base of 135 M, and where the base is.
 
 It costs some five minutes on two CPU cores for the recipe's 131,072 tokens and a base of 135 M weights.
-What to change: RECIPE = "retrofit_smollm2_paper" for the paper's encoder and chunked cross-attention alone; INDEX for a
+What to change: model.form=paper behind OUTPUT for the paper's encoder and chunked cross-attention alone; INDEX for a
 search by keys, with an embedder in BuildSettings; num_neighbors=8 in `retro.load` for more neighbors than in training.
 """
 
