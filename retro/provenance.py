@@ -20,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 def versions() -> dict[str, str]:
     """The versions that a result or a checkpoint was made with."""
-    import torch
-    import transformers
+    from importlib.metadata import version  # importing torch takes seconds
 
-    return {"retro": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"retro": __version__, "torch": version("torch"), "transformers": version("transformers")}
 
 
 def describe(store: Store, index: str | None = None) -> dict[str, Any]:

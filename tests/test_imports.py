@@ -250,6 +250,20 @@ def test_import_retro_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_search_by_words_loads_no_models(tmp_path, words_tokenizer):
+    """Nor is a setting that is wrong told only after they are loaded."""
+    from tests.stand_ins import make_store
+
+    store = make_store(tmp_path, ["w1 w2 w3", "w4 w5"], words_tokenizer)
+    for index in ("tfidf", "ivf"):
+        asked = ["search", str(store.path), "w1 w2", "--index", index, "--json", str(tmp_path / "found.json")]
+        code = (
+            f"import sys; from retro.cli import main; print(main({asked!r}), {{'torch', 'faiss'}} & set(sys.modules))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.strip().endswith(f"{2 if index == 'ivf' else 0} set()"), done.stderr
+
+
 def test_one_checkout_is_all_of_the_library(tmp_path):
     """Whatever else is installed: modules and configurations come from the folder of `retro` itself."""
     code = """

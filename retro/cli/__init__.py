@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_terminal() -> None:
-    """What a terminal cannot show is shown as ?; help wants a few columns, or it never ends."""
+    """What a terminal cannot show is shown as ?; help wants a few columns, or it never ends; bars are for terminals."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # those of other libraries
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

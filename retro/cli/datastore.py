@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Unpack
 
 from retro.cli.options import argument, options
-from retro.cli.shared import IndexKind, JsonFile, stamp, use_device, write_json
+from retro.cli.shared import IndexKind, JsonFile, RunFile, stamp, use_device, write_json
 from retro.common.devices import DeviceSettings
 from retro.planning import PlanSettings, make_plan, plan_table
 from retro.retrieval.building.settings import BuildSettings, ExecutorSettings
@@ -17,6 +17,7 @@ PlanOptions = options(PlanSettings, DeviceSettings, without=["inputs"])
 BuildOptions = options(BuildSettings, DeviceSettings, without=["store", "inputs"])
 ExecutorOptions = options(ExecutorSettings, DeviceSettings)
 FilterOptions = options(QueryFilters, DeviceSettings, without=["against"])
+_QUERIES = 256  # searched for at a time
 
 
 def plan(
@@ -111,34 +112,60 @@ def neighbors(
 
 def search(
     store: str,
-    text: str,
+    text: str | None = None,
     /,
     *,
+    queries: str | None = None,
     k: int = 5,
     index: IndexKind = "auto",
     retrieved_len: int = 128,
+    run: RunFile = None,
     json: JsonFile = None,
     **filters: Unpack[FilterOptions],
 ) -> None:
-    """Show what the datastore holds nearest to a text.
+    """Show what the datastore holds nearest to a text, or to many.
 
-    Every neighbor is printed with its continuation, its score (-squared L2 distance) and its source.
+    Every neighbor is printed with its continuation, its score and its source.
 
     Arguments:
         store: Folder of the datastore to search, or the address of a retrieval server.
         text: The text to search for.
+        queries: File of texts to search for: .txt with one a line, JSON Lines with "text" and perhaps "_id" (BEIR), or
+            .tsv with an id and a text (TREC).
         k: Neighbors to show.
         retrieved_len: Tokens of a neighbor and what follows it, r in the paper.
     """
-    if not text.strip():
+    if (text is None) == (queries is None):
+        raise ValueError("give a text to search for, or a file of them with --queries")
+    if text is not None and not text.strip():
         raise ValueError("the text to search for is empty; give some words")
+    from retro.evaluation.tasks.runs import ranking, read_queries, write_run
     from retro.loading import open_retriever
 
     use_device(filters)
+    asked = [("1", text)] if queries is None else read_queries(queries)
     retriever = open_retriever(store, index, num_neighbors=k, retrieved_len=retrieved_len, **filters)
-    hits = retriever.show(text)
+    shown, ranked = [], {}
+    for start in range(0, len(asked), _QUERIES):
+        part = asked[start : start + _QUERIES]
+        found = retriever([own for _, own in part])
+        for (name, own), hits, sources, scores in zip(
+            part, retriever.records(found), found.sources, found.scores, strict=True
+        ):
+            if queries is not None:
+                print(f"== {name}: {own}")
+            _print_hits(hits, retriever.measure)
+            shown.append({"id": name, "text": own, "neighbors": hits})
+            ranked[name] = ranking(sources, scores.tolist())
+    if run:
+        write_run(run, ranked, retriever.index.kind)
+    about = {"index": retriever.index.kind, "measure": retriever.measure}
+    result = shown[0] if queries is None else {"queries": shown}
+    write_json(json, result | about | stamp(retriever.store))
+
+
+def _print_hits(hits: list[dict[str, Any]], measure: str) -> None:
     for rank, hit in enumerate(hits, start=1):
         title = hit["title"] or hit["document_id"]
-        print(f"[{rank}] score {hit['score']:.4f}  {title}  chunk {hit['position']}  {hit['source']}")
+        print(f"[{rank}] {measure} {hit['score']:.4f}  {title}  chunk {hit['position']}  {hit['source']}")
         print(f"{hit['neighbor'].strip()}\n  ...\n{hit['continuation'].strip()}\n")
-    write_json(json, {"text": text, "index": retriever.index.kind, "neighbors": hits} | stamp(retriever.store))

@@ -17,6 +17,7 @@ from retro.cli.shared import (
     ReadStore,
     ResultFiles,
     StoreFolder,
+    check_file,
     held_out,
     use_device,
 )
@@ -243,8 +244,7 @@ def report(runs: list[str], /, *, output: str) -> None:
 
     if Path(output).suffix not in (".html", ".htm"):
         raise ValueError(f"--output is {output}; let it end in .html.")
-    if not Path(output).parent.is_dir():
-        raise ValueError(f"the folder of {output} is not there; make it first.")
+    check_file(output)
     read = read_runs(runs)
     Path(output).write_text(report_page(read), encoding="utf-8")
     print(f"{output}: {len(read.results)} results, {len(read.models)} trained models, {len(read.stores)} stores")

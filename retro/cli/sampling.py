@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 from cyclopts import Parameter
 
@@ -27,6 +27,7 @@ def generate(
     no_retrieval: bool = False,
     k: int | None = None,
     index: OwnIndex = None,
+    align: Literal["start", "end"] | None = None,
     lookahead: int | None = None,
     gains: bool = False,
     prompt_file: str | None = None,
@@ -44,6 +45,8 @@ def generate(
         store: Folder of the datastore to read from, or the address of a retrieval server.
         no_retrieval: Read nothing, RETRO[OFF]; give this or a store.
         k: Neighbors of a chunk. Default: the model's.
+        align: Where a prompt stands in the chunks: "end" fills it up in front, so that its last token ends one and what
+            that finds is read at once, by a prompt shorter than a chunk too. Default: start.
         lookahead: Tokens before the end of a chunk at which its neighbors are searched. Default: 0.
         gains: Measure each token's loss without retrieval less that with it, in bits.
         prompt_file: A .txt file with one prompt, or a .jsonl file whose lines have the field "prompt".
@@ -55,7 +58,15 @@ def generate(
     DecodingSettings(**given)
     if not store and not no_retrieval:
         raise ValueError("--store is missing; name a datastore, or say --no-retrieval.")
-    retrieval = {"store": store, "k": k, "index": index, "lookahead": lookahead, "gains": gains or None, **filters}
+    retrieval = {
+        "store": store,
+        "k": k,
+        "index": index,
+        "align": align,
+        "lookahead": lookahead,
+        "gains": gains or None,
+        **filters,
+    }
     for name, value in retrieval.items():
         if no_retrieval and value is not None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing beside --no-retrieval; leave one of them out.")
@@ -74,8 +85,7 @@ def generate(
     opened, tokenizer, retriever = load(model, store, index=index or "auto", **filters)
     color = wants_color(sys.stdout)
     torch.manual_seed(given.pop("seed", 0))
-    if lookahead is not None:
-        given["lookahead"] = lookahead
+    given |= {name: value for name, value in (("lookahead", lookahead), ("align", align)) if value is not None}
     streams = len(texts_of) == given.get("num_beams", 1) == given.get("num_return_sequences", 1) == 1
     if streams:
         given["streamer"] = terminal_stream(tokenizer, partial(print, end="", flush=True), color)

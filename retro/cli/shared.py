@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +39,29 @@ def use_device(given: dict[str, Any]) -> None:
 
 
 def check_file(file: str | None) -> None:
-    """Refuse, before anything is done, a file that could not be written."""
-    if file is not None and Path(file).is_dir():
+    """Before anything is done, make the folder of a file to write; ValueError for one that could not be written."""
+    if file is None:
+        return
+    path = Path(file)
+    if path.is_dir():
         raise ValueError(f"{file!r} is a folder; name a file.")
-    if file is not None and not Path(file).parent.is_dir():
-        raise ValueError(f"the folder of {file} is not there; make it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written; name another file.")
 
 
 JsonFile = Annotated[
     str | None,
     Parameter(help="File to write the result to, as JSON.", validator=lambda hint, file: check_file(file)),
+]
+
+
+RunFile = Annotated[
+    str | None,
+    Parameter(
+        help="File to write the rankings of documents to: in TREC's form, or in .json as BEIR and MTEB read them.",
+        validator=lambda hint, file: check_file(file),
+    ),
 ]
 
 
@@ -85,7 +99,7 @@ class ResultFiles:
             from retro.evaluation.plots import check_plot
 
             check_plot(self.plot)
-        for file in (self.json, self.csv):
+        for file in (self.json, self.csv, self.plot):
             check_file(file)
 
     def show(self, result: dict[str, Any], draw: Any = None) -> None:

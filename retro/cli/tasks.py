@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Unpack
 from cyclopts import Parameter
 
 from retro.cli.options import options
-from retro.cli.shared import JsonFile, OwnIndex, ReadStore, ResultFiles, first, held_out
+from retro.cli.shared import JsonFile, OwnIndex, ReadStore, ResultFiles, RunFile, first, held_out
 from retro.cli.training import Config, KeyValue, run_recipe
 from retro.common.devices import DeviceSettings
 from retro.common.extras import check_installed
@@ -138,15 +138,19 @@ def recall(
     store: ReadStore | None = None,
     index: list[str] | None = None,
     ks: tuple[int, ...] = (1, 5, 20, 100),
+    qrels: str | None = None,
     documents: int | None = None,
     seed: int = 0,
+    run: RunFile = None,
     json: JsonFile = None,
     **given: Unpack[options(DeviceSettings)],
 ) -> None:
     """Measure for how many questions one of the first k passages is of the right document, or holds a right answer.
 
     Arguments:
-        data: File of questions, as for `retro task qa`.
+        data: File of questions, as for `retro task qa`, or with --qrels of queries, as for `retro search`.
+        qrels: File that says which documents are right, in TREC's or BEIR's form; nDCG@10, RR@10 and recall are
+            measured over documents.
         store: Folder of the datastore to find passages in, or address of a retrieval server. Default: the passages are
             those of the file.
         index: One or several indexes to search, as for `retro search`. Default: auto.
@@ -155,17 +159,38 @@ def recall(
         seed: Seed of the intervals.
     """
     from retro.evaluation.tasks import find_passages, read_questions, recall
+    from retro.evaluation.tasks.passages import Question, rankings
+    from retro.evaluation.tasks.runs import ranking_measures, read_qrels, read_queries, write_run
     from retro.loading import open_retriever
     from retro.provenance import versions
 
-    asked, results = TaskSettings(store=store, json=json, **given), {}
+    asked, results, ranked = TaskSettings(store=store, json=json, **given), {}, {}
     asked.use()
-    asked.refuse_without_store(index=index)
-    questions = first(read_questions(data), documents)
-    for kind in index or ["auto"] if store else []:
+    asked.refuse_without_store(index=index, qrels=qrels)
+    kinds = index or ["auto"]
+    if run and len(kinds) > 1:
+        raise ValueError(f"--run is one file, and --index names {len(kinds)} searches; name one.")
+    judged = read_qrels(qrels) if qrels else {}
+    if qrels:
+        check_installed("ir_measures", "--qrels")
+        questions = [Question(name, text, ()) for name, text in read_queries(data) if name in judged]
+        if not questions:
+            raise ValueError(f"no query of {data} is judged in {qrels}; give the files of one collection.")
+    else:
+        questions = read_questions(data)
+    questions = first(questions, documents)
+    for kind in kinds if store else []:
         found = find_passages(questions, open_retriever(store, kind), max(ks), progress=True)
-        results[kind] = recall(found, ks, seed)
+        ranked = rankings(found)
+        if qrels:
+            own = {one.id: judged[one.id] for one in questions}
+            by_document = ranking_measures(own, ranked, ks, seed)
+            results[kind] = {"questions": len(found), "by_id": None, "by_answer": None, "by_document": by_document}
+        else:
+            results[kind] = recall(found, ks, seed)
     results = results or {"the file's": recall(questions, ks, seed)}
+    if run:
+        write_run(run, ranked or rankings(questions), kinds[0])
     asked.show_as("task", {"task": "recall", "seed": seed, "recall": results, "versions": versions()}, data)
 
 

@@ -37,8 +37,10 @@ def retrofit(config: Config, /, *settings: KeyValue) -> int:
 
 def run_recipe(main: Callable[[str, Sequence[str]], bool], config: str, settings: Sequence[str]) -> int:
     """Run a recipe to its end, or until it is stopped."""
+    from retro.training.sayings import speak
     from retro.training.script import leave
 
+    speak()
     if not main(config, settings):
         print("stopped; the same command goes on from the last checkpoint")
     return leave(0)

@@ -7,6 +7,7 @@ EXTRAS = {
     "datasketch": "minhash",
     "fastapi": "serve",
     "gguf": "gguf",
+    "ir_measures": "eval",
     "lm_eval": "eval",
     "matplotlib": "eval",
     "pydantic": "eval",

@@ -146,8 +146,13 @@ def save_json(path: Path, value: Any) -> None:
 
 def save_json_lines(path: Path, records: list[dict]) -> None:
     """Write one JSON object a line, atomically."""
+    write_with(path, lambda handle: handle.write(json_lines(records)) and None)
+
+
+def json_lines(records: list[dict]) -> bytes:
+    """One JSON object a line."""
     text = "".join(json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n" for record in records)
-    write_with(path, lambda handle: handle.write(text.encode("utf-8", "replace")) and None)
+    return text.encode("utf-8", "replace")
 
 
 def write_result(file: str | Path, value: Any) -> None:

@@ -101,7 +101,7 @@ def prepare(
     if exclude not in EXCLUDE:
         raise ValueError(f"exclude is {exclude!r}; choose one of {', '.join(EXCLUDE)}.")
     pieces, ids, words, line_ends = [], [], [], []
-    for number, document in enumerate(tqdm(documents, desc="reading", unit="document", disable=not progress)):
+    for number, document in enumerate(tqdm(documents, desc="reading", unit="document", disable=not progress or None)):
         if not isinstance(document, Document):
             raise ValueError(f"documents[{number}] is a {type(document).__name__}; give a Document(id=..., text=...)")
         pieces.append(_chunks_of(document, tokenizer, chunk_len, number))

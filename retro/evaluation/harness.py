@@ -40,6 +40,7 @@ from retro.version import __version__
 
 READING = ("neighbors", "prompt")
 logger = logging.getLogger(__name__)
+_AUTO_BATCH = 64
 _WHAT_MADE_IT = "retro-lm"  # key of a response cache
 
 
@@ -63,8 +64,9 @@ class RetroLM(TemplateLM):
         align: Where contexts stand in the chunks; see `retro.evaluation.tasks.reading`.
         tokenizer: Of a model in memory; default the store's.
         max_length: Tokens of an input; default the model's positions, else 2048.
-        batch_size, device, dtype: As in lm_eval; the batch size is a number.
-        max_batch_size: None; "auto" batch sizes are not there.
+        batch_size, device, dtype: As in lm_eval. "auto" takes as many texts as leave their logits room, at most
+            `max_batch_size` of them.
+        max_batch_size: For "auto"; default 64.
         seed: Of random neighbors.
     """
 
@@ -86,8 +88,7 @@ class RetroLM(TemplateLM):
         seed: int = 0,
     ):
         super().__init__()
-        if not str(batch_size).isdigit() or max_batch_size is not None:
-            raise ValueError(f"batch_size is {batch_size!r}, max_batch_size {max_batch_size}; give one number.")
+        batch_size = _batch_size(batch_size, max_batch_size)
         if reading not in READING:
             raise ValueError(f"reading is {reading!r}; choose one of {', '.join(READING)}.")
         if reading == "prompt" and (store is None or align != "start" or retrieval is not None):
@@ -97,7 +98,7 @@ class RetroLM(TemplateLM):
         retrieval = "off" if reading == "prompt" else retrieval
         options = {} if retrieval is None else {"retrieval": retrieval}
         reader = open_reader(
-            pretrained, store, index, tokenizer, dtype, align=align, batch_size=int(batch_size), cache=False, seed=seed,
+            pretrained, store, index, tokenizer, dtype, align=align, batch_size=batch_size, cache=False, seed=seed,
             max_len=max_length, **options,
         )  # fmt: skip
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
@@ -165,7 +166,8 @@ class RetroLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in lm_eval's windows: disjoint, each after one token, of `max_length` tokens.
 
-        Chunks are counted from the start of each window.
+        The first token is bos, or eos where there is none; it is not scored. Chunks are counted from the start of each
+        window.
         """
         examples, owners = [], []
         for owner, request in enumerate(requests):
@@ -204,7 +206,8 @@ class RetroLM(TemplateLM):
         return Example(reader.place(ids), np.asarray(continuation, np.int64))
 
     def _windows(self, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+        tokens = self.tok_encode(text, add_special_tokens=False)
+        windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
         return [tuple(np.asarray(part, np.int64) for part in make_disjoint_window(one)) for one in windows]
 
     def _generate(self, contexts: list[str], given: dict[str, Any], progress: bool) -> list[str]:
@@ -294,6 +297,16 @@ class RetroLM(TemplateLM):
                 )
             answers[_WHAT_MADE_IT] = self.fingerprint
         super().set_cache_hook(cache_hook)
+
+
+def _batch_size(batch_size: int | str, most: int | None) -> int:
+    """A number, or for "auto" the most: batches of the scorer are of as many texts as their logits leave room for."""
+    if str(batch_size).partition(":")[0] == "auto":
+        return _AUTO_BATCH if most is None else int(most)
+    if not str(batch_size).isdigit() or int(batch_size) < 1 or most is not None:
+        said = f"batch_size is {batch_size!r}, max_batch_size {most}"
+        raise ValueError(f"{said}; give one number, or batch_size auto with or without a maximum.")
+    return int(batch_size)
 
 
 def run_tasks(

@@ -83,7 +83,7 @@ def random_neighbors(store: Store, rows: Int[np.ndarray, "c k"], seed: int) -> I
 def _search(retriever, tokens, mask, num_neighbors: int, excluded, progress: bool) -> np.ndarray:
     k = min(num_neighbors, retriever.index.num_rows)
     rows = np.full((len(tokens), num_neighbors), -1, np.int64)
-    with tqdm(total=len(tokens), desc="retrieving", unit=" chunks", disable=not progress) as bar:
+    with tqdm(total=len(tokens), desc="retrieving", unit=" chunks", disable=not progress or None) as bar:
         for start in range(0, len(tokens), _BATCH_CHUNKS):
             part = slice(start, start + _BATCH_CHUNKS)
             names = None if excluded is None else [{name} for name in excluded[part]]

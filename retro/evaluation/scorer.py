@@ -65,7 +65,10 @@ def score_tokens(
         read = {i: np.concatenate([[bos], text[1:]]) for i, text in read.items()}
     k, m, r = (0, 1, 0) if rows is None else (rows[0].shape[1], model.config.chunk_len, model.config.retrieved_len)
     num_logits = {i: logits * _num_logits(model, rows is not None, len(read[i]), places[i]) for i in chosen}
-    with evaluating(model), tqdm(total=len(chosen), desc=progress, unit="text", disable=progress is None) as bar:
+    with (
+        evaluating(model),
+        tqdm(total=len(chosen), desc=progress, unit="text", disable=progress is None or None) as bar,
+    ):
         for batch in batches(read, num_logits, model.config.get_text_config().vocab_size, k * r / m, batch_size):
             inputs = padded([read[i] for i in batch])
             if rows is not None:

@@ -366,13 +366,13 @@ def _recall(by_index: dict[str, Any]) -> Table:
     records = [
         {"index": index, "right": kind.replace("_", " "), **one[kind]}
         for index, one in by_index.items()
-        for kind in ("by_id", "by_answer")
-        if one[kind]
+        for kind in ("by_id", "by_answer", "by_document")
+        if one.get(kind)
     ]
     ks = [name for name in _fields(records) if name not in ("index", "right")]
     columns = [_column(name, name, str, label=True) for name in ("index", "right")]
-    note = "By id: a passage of the right document; by answer: one that holds a right answer. In brackets: 95%."
-    columns += [_column(f"@{k}", k, _task_cell) for k in ks]
+    note = "By id, by document: a passage of a right document; by answer: it holds a right answer. In brackets: 95%."
+    columns += [_column(k if "@" in str(k) else f"@{k}", k, _task_cell) for k in ks]
     return Table("Recall of the right passage", columns, records, note)
 
 

@@ -109,6 +109,10 @@ class Neighbors:
                 origins[q][k] = Source(str(ids[q, k]), "", "", 0) if sources is None else sources[q][k]
         return cls(ids, tokens, mask, found, origins)
 
+    def __repr__(self) -> str:
+        (q, k), r = self.ids.shape, self.tokens.shape[-1]
+        return f"Neighbors(q={q}, k={k}, r={r}, found {int((self.ids >= 0).sum())} of {q * k})"
+
     def __getitem__(self, queries: slice) -> Neighbors:
         """The neighbors of some of the queries."""
         arrays = (self.ids, self.tokens, self.mask, self.scores)

@@ -15,7 +15,7 @@ from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
 from retro.retrieval.neighbors import Neighbors, Source, Sources
 from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import Queries, as_lists
-from retro.retrieval.search.searchers import Searcher, goes_by_words, open_searcher
+from retro.retrieval.search.searchers import COSINE, Searcher, goes_by_words, measure_of, open_searcher
 from retro.retrieval.store.store import Store
 from retro.text.chunks import decode_chunks
 
@@ -144,17 +144,28 @@ class Retriever:
             found.append(Source(name, title, source, position, date))
         return [[found[place] for place in line] for line in places.reshape(rows.shape).tolist()]
 
+    @property
+    def measure(self) -> str:
+        """What the scores of `show` are, such as cosine."""
+        return measure_of(self.index.kind, self.store.manifest["embedder"])
+
     def show(self, text: str, num_neighbors: int | None = None) -> list[dict[str, Any]]:
         """The neighbors of one text as records to read: score, source, and the texts of N and of F."""
-        found = self([text], num_neighbors)
+        return self.records(self([text], num_neighbors))[0]
+
+    def records(self, found: Neighbors) -> list[list[dict[str, Any]]]:
+        """The neighbors of each query as `show` gives them; where keys have length 1 the score is their cosine."""
         m, shown = self.store.chunk_len, []
-        for row, source, score, tokens, mask in zip(
-            found.ids[0], found.sources[0], found.scores[0], found.tokens[0], found.mask[0], strict=True
-        ):
-            if source is not None:
-                parts = decode_chunks(self.store.tokenizer, [tokens[:m][mask[:m]], tokens[m:][mask[m:]]])
-                texts = dict(zip(("neighbor", "continuation"), parts, strict=True))
-                shown.append({"row": int(row), "score": float(score), **asdict(source), **texts})
+        scores = 1 + found.scores / 2 if self.measure == COSINE else found.scores
+        for q, sources in enumerate(found.sources):
+            shown.append([])
+            for row, source, score, tokens, mask in zip(
+                found.ids[q], sources, scores[q], found.tokens[q], found.mask[q], strict=True
+            ):
+                if source is not None:
+                    parts = decode_chunks(self.store.tokenizer, [tokens[:m][mask[:m]], tokens[m:][mask[m:]]])
+                    texts = dict(zip(("neighbor", "continuation"), parts, strict=True))
+                    shown[-1].append({"row": int(row), "score": float(score), **asdict(source), **texts})
         return shown
 
     def _check_against(self, against: Sequence[str] | None, num_queries: int) -> None:
@@ -188,3 +199,15 @@ class Retriever:
         if self._document_rows is None:
             self._document_rows = {name: row for row, name in enumerate(self.store.document_ids)}
         return [{self._document_rows[name] for name in wanted if name in self._document_rows} for wanted in names]
+
+
+def passages(
+    retriever: Any, text: str, num_neighbors: int | None = None
+) -> list[tuple[str, str, float, dict[str, Any]]]:
+    """The neighbors of a text as other libraries take them: name, text [N, F], score, and all that is known beside."""
+    found = []
+    for hit in retriever.show(text, num_neighbors):
+        about = {name: value for name, value in hit.items() if name not in ("neighbor", "continuation")}
+        name, text = f"{hit['document_id']}:{hit['position']}", hit["neighbor"] + hit["continuation"]
+        found.append((name, text, hit["score"], about | {"measure": retriever.measure}))
+    return found

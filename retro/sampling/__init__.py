@@ -13,6 +13,7 @@ _HOME = {
     "attribute": "retro.sampling.sources",
     "html_fragment": "retro.sampling.page",
     "html_page": "retro.sampling.page",
+    "filled_up": "retro.sampling.sampler",
     "prompt_tokens": "retro.sampling.sampler",
     "sample": "retro.sampling.sampler",
     "terminal_stream": "retro.sampling.terminal",

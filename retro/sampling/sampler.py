@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ def sample(
     retriever: Any = None,
     num_neighbors: int | None = None,
     *,
+    align: Literal["start", "end"] = "start",
     gains: bool = False,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
@@ -39,6 +40,9 @@ def sample(
     Arguments:
         retriever: as in the model's `generate`; None samples RETRO[OFF].
         num_neighbors: k; default: the model's.
+        align: "start": chunks are counted from the prompt's first token, so that one shorter than a chunk reads nothing
+            yet; "end": the prompt is filled up in front until its last token ends a chunk, whose neighbors are then
+            read from the first new token on.
         gains: whether to measure each token's loss OFF - ON, by two more forward passes over every text.
         batch_size: prompts that are continued together.
         max_new_tokens: default: 128, or as many as the model's positions leave room for.
@@ -56,6 +60,10 @@ def sample(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     rows = prompt_tokens(tokenizer, prompts)
+    if align not in ("start", "end"):
+        raise ValueError(f"align is {align!r}; choose start or end.")
+    if align == "end" and retriever is not None:
+        rows = [filled_up(tokenizer, ids, model.config.chunk_len) for ids in rows]
     options["max_new_tokens"] = _num_new_tokens(model, rows, max_new_tokens)
     if retriever is not None:
         options |= {"retriever": retriever, "num_neighbors": num_neighbors}
@@ -81,6 +89,13 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
             raise ValueError(f"{which} has no tokens; give at least one character.")
         rows.append(ids)
     return rows
+
+
+def filled_up(tokenizer: Any, ids: list[int], chunk_len: int) -> list[int]:
+    """The tokens of a prompt, the last one at the end of a chunk: in front stand eos tokens (pad without an eos), which
+    the model sees as text, and queries and what is shown leave out."""
+    filler = pad_token_id(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return [filler] * (-len(ids) % chunk_len) + ids
 
 
 def _num_new_tokens(model: Any, rows: list[list[int]], wanted: int | None) -> int:

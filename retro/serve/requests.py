@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from retro.sampling import prompt_tokens
+from retro.sampling import filled_up, prompt_tokens
 from retro.serve.engine import GenerationEngine
 from retro.serve.rows import Row
 from retro.web.errors import HALF, ApiError, shown
@@ -92,6 +92,7 @@ class RetroOptions(_Strict):
     retrieval: bool = True
     store: str | None = Field(None, description="a name of /v1/stores; default: the first")
     num_neighbors: int | None = Field(None, ge=1, description="k; default: the model's")
+    align: Literal["start", "end"] = Field("start", description="end: what the prompt's end finds is read at once")
 
 
 class _Sampling(_Strict):
@@ -213,6 +214,8 @@ class RowMaker:
         longest = max(map(len, request.stops), default=0)
         if longest > self.engine.limits.max_stop_chars:
             raise bad(f"stop has {longest} characters; at most {self.engine.limits.max_stop_chars} are taken.", "stop")
+        if request.retro and request.retro.retrieval and request.retro.align == "end":
+            prompts = [filled_up(self._tokenizer, ids, self.engine.model.config.chunk_len) for ids in prompts]
         lengths = [self._length(request.max_tokens, default_tokens, len(ids), param) for ids in prompts]
         seed = secrets.randbits(31) if request.seed is None else request.seed
         store, k = self._retrieval(request.retro or RetroOptions())

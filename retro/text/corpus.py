@@ -1,4 +1,4 @@
-"""Documents in: JSON Lines, Parquet, plain text, a `datasets` name or folder, the documentation of installed packages.
+"""Documents in: files of many kinds, folders of them, `datasets`, the documentation of installed packages.
 
 Every record read is accounted for: it becomes a `Document` (with empty text if it has none to offer, as a blank
 line), or a `Reject` that names file, line and reason.
@@ -6,39 +6,41 @@ line), or a `Reject` that names file, line and reason.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from retro.text.compression import ENDINGS, ending_of
 from retro.text.documents import Document, Input, InputPartition, Reject
 from retro.text.formats import read_partition
+from retro.text.hugging_face import STREAM, input_of, is_dataset, is_saved, parse_name
+from retro.text.lines import is_whole_json
 
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".ndjson.gz": "jsonl",
-    ".json.gz": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-}
+Inputs = Any  # a name or path, an object of `datasets`, or several of these
+
+_LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv"}
+_KINDS = _LINES | dict.fromkeys((".txt", ".md", ".rst"), "text")  # these may be compressed
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+_KNOWN = f"{', '.join(_KINDS)} (also with {', '.join(ENDINGS)} behind it), {', '.join(_TABLES)}"
+_SHOWN_FILES = 5
+
+log = logging.getLogger(__name__)
 
 
 def read_documents(
-    inputs: Sequence[str], on_bad: Literal["error", "reject"] = "error", text_field: str = "text"
+    inputs: Inputs, on_bad: Literal["error", "reject"] = "error", text_field: str = "text"
 ) -> Iterator[Document | Reject]:
     """All records of `inputs`, in the order of their frozen names.
 
     Arguments:
-        inputs: files (.jsonl, .json, .ndjson, each also .gz; .parquet; .txt, .md, .rst), folders of those, a
-            `datasets` name or saved folder (optionally ":split", else "train"), or "package:NAME" for an installed
-            package's documentation.
+        inputs: files (.jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .rst, each also .gz, .bz2, .xz or .zst; .parquet,
+            .arrow, .feather), folders of those, "package:NAME" for an installed package's documentation, and
+            `datasets`: names, saved folders or objects (see `retro.text.hugging_face`). A .json file may be one array.
         on_bad: "error" raises ValueError at the first bad record, naming file and line; "reject" yields it as a
             `Reject`.
         text_field: the field or column that holds the text.
@@ -55,13 +57,17 @@ def read_documents(
             yield record
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[Input]:
+def as_list(inputs: Inputs) -> list[Any]:
+    """One input, or several, as a list of names and of objects of `datasets`."""
+    several = not isinstance(inputs, (str, os.PathLike)) and not is_dataset(inputs)
+    return [one if is_dataset(one) else os.fspath(one) for one in (inputs if several else [inputs])]
+
+
+def expand_inputs(inputs: Inputs) -> list[Input]:
     """The frozen list: folders opened, names relative to the files' common folder, sorted; ValueError if empty."""
-    if isinstance(inputs, (str, os.PathLike)):
-        inputs = [inputs]
     found: list[Input] = []
-    for given in map(os.fspath, inputs):
-        found += _expand_one(given)
+    for given in as_list(inputs):
+        found += _expand_object(given, found) if is_dataset(given) else _expand_one(given)
     if not found:
         raise ValueError("no input was given; name at least one file, folder, dataset or package:NAME")
     found = _relative_names(found)
@@ -80,8 +86,21 @@ def read_input(item: Input, text_field: str = "text") -> Iterator[Document | Rej
 
 
 def _kind_of_file(path: str) -> str | None:
+    """By the name alone; a file that is "jsonl" may turn out to be one array (see `_input_of_file`)."""
     name = os.path.basename(path).lower()
-    return next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(suffix)), None)
+    base = name.removesuffix(ending_of(name))
+    return (_KINDS if base != name else _KINDS | _TABLES).get(os.path.splitext(base)[1])
+
+
+def _input_of_file(path: str, kind: str) -> Input:
+    return Input(os.path.abspath(path), "json" if kind == "jsonl" and is_whole_json(path) else kind, path)
+
+
+def _expand_object(given: Any, others: Sequence[Input]) -> list[Input]:
+    item = input_of(given)
+    names = [one.name for one in others if one.kind == "object" and one.path != item.path]
+    count = sum(name.partition("#")[0] == item.name for name in names)
+    return [replace(item, name=f"{item.name}#{count + 1}") if count else item]
 
 
 def _expand_one(given: str) -> list[Input]:
@@ -90,29 +109,44 @@ def _expand_one(given: str) -> list[Input]:
     if os.path.isfile(given):
         kind = _kind_of_file(given)
         if kind is None:
-            raise ValueError(f"{given} is of no known kind; known endings are {', '.join(_SUFFIXES)}")
-        return [Input(os.path.abspath(given), kind, given)]
-    path, _, split = given.partition(":") if not os.path.exists(given) else (given, "", "")
+            raise ValueError(f"{given} is of no known kind; known endings are {_KNOWN}")
+        return [_input_of_file(given, kind)]
+    kind = "stream" if given.startswith(STREAM) else "dataset"
+    name = given.removeprefix(STREAM)
+    path, config, split = (name, "", "") if os.path.exists(name) else parse_name(name)
+    if os.path.isdir(path) and (kind == "stream" or split or is_saved(path)):
+        if is_saved(path) and (kind == "stream" or config):
+            raise ValueError(
+                f"{path} is a saved dataset, which is neither streamed nor has configurations; leave that out"
+            )
+        return [Input(os.path.abspath(path) + name.removeprefix(path), kind, path, split, config)]
     if os.path.isdir(path):
-        if any(os.path.exists(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json")):
-            return [Input(os.path.abspath(given), "dataset", path, split)]
-        if not split:
-            return _expand_folder(path)
-    if _kind_of_file(given) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", given):
+        return _expand_folder(path)
+    if _kind_of_file(given) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise FileNotFoundError(f"{given} does not exist")
-    return [Input(given, "dataset", path, split)]
+    return [Input(given, kind, path, split, config)]
 
 
 def _expand_folder(folder: str) -> list[Input]:
-    found = []
+    found, left_out = [], []
     for parent, folders, names in os.walk(folder, onerror=_raise):
+        left_out += [os.path.join(parent, name, "") for name in folders if os.path.islink(os.path.join(parent, name))]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(parent, name)
             if (kind := _kind_of_file(name)) and not name.startswith("."):
-                found.append(Input(os.path.abspath(path), kind, path))
+                found.append(_input_of_file(path, kind))
+            else:
+                left_out.append(path)
     if not found:
-        raise ValueError(f"the folder {folder} holds no document files; known endings are {', '.join(_SUFFIXES)}")
+        raise ValueError(f"the folder {folder} holds no document files; known endings are {_KNOWN}")
+    if left_out:
+        shown = ", ".join(os.path.relpath(path, folder) for path in sorted(left_out)[:_SHOWN_FILES])
+        more = ", ..." if len(left_out) > _SHOWN_FILES else ""
+        log.warning(
+            "%d of the %d files of the folder %s are left out, being of no known kind or hidden: %s",
+            *(len(left_out), len(left_out) + len(found), folder, shown + more),
+        )
     return found
 
 
@@ -128,4 +162,4 @@ def _relative_names(found: list[Input]) -> list[Input]:
     def relative(item: Input) -> str:
         return Path(item.name).relative_to(common).as_posix() if os.path.isabs(item.name) else item.name
 
-    return [Input(relative(item), item.kind, item.path, item.split) for item in found]
+    return [replace(item, name=relative(item)) for item in found]

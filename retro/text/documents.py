@@ -32,21 +32,22 @@ class Reject:
 class Input:
     """One input, frozen: a name without absolute paths, what kind it is, how large, and its checksum.
 
-    kind is "jsonl", "parquet", "text", "dataset" or "package"; path is where it is now (for a dataset, what to load).
+    kind is one that `retro.text.formats` reads; path is where it is now (for a dataset, what to load).
     """
 
     name: str
     kind: str
     path: str
     split: str = ""
+    config: str = ""
 
 
 @dataclass(frozen=True)
 class InputPartition:
     """A range of one input's records.
 
-    start, stop: bytes of a plain JSONL file, lines of a compressed one, row groups of a Parquet file, rows of a
-    dataset; None is the end. first: the number of the first record. bytes: about how much there is to read.
+    start, stop: bytes of a file of lines, lines of a compressed one, row groups of a Parquet file, batches of an Arrow
+    one, rows of a dataset; None is the end. first: the number of the first record. bytes: about how much there is.
     """
 
     item: Input

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from retro.text.chunks import TokenIds, tokenize_ids
+from retro.text.compression import DAMAGE, ending_of, open_bytes
 from retro.text.corpus import expand_inputs
 from retro.text.documents import Document, Input, InputPartition
 from retro.text.formats import read_partition
@@ -54,7 +54,7 @@ def estimate_corpus(
     Filters, duplicates and rejected records are not foreseen. ValueError if there is no text.
     """
     items, draw = expand_inputs(inputs), np.random.default_rng(0)
-    sizes = [os.path.getsize(item.path) if item.kind in ("jsonl", "parquet", "text") else 0 for item in items]
+    sizes = [os.path.getsize(item.path) if os.path.isfile(item.path) else 0 for item in items]
     wanted, read = min(1.0, read_bytes / max(sum(sizes), 1)), 0.0
     documents = num_bytes = kept_bytes = 0
     kept: list[tuple[float, Document]] = []
@@ -99,7 +99,7 @@ def _with_text(records: Iterator[Any]) -> Iterator[Document]:
 
 def _beginning(item: Input, size: int, wanted: float) -> tuple[InputPartition, float]:
     """The first records of a file, of about so large a share of its bytes, and the share that they are."""
-    if wanted == 1 or item.kind not in ("jsonl", "parquet"):
+    if wanted == 1 or item.kind not in ("jsonl", "csv", "parquet"):
         return InputPartition(item), 1.0
     if item.kind == "parquet":
         import pyarrow.parquet as pq
@@ -109,12 +109,12 @@ def _beginning(item: Input, size: int, wanted: float) -> tuple[InputPartition, f
         stop = int(np.searchsorted(rows, wanted * metadata.num_rows)) + 1
         return InputPartition(item, 0, stop), float(rows[stop - 1] / metadata.num_rows)
     with open(item.path, "rb") as raw:
-        if not item.path.lower().endswith(".gz"):
+        if not ending_of(item.path):
             raw.seek(int(wanted * size))
             raw.readline()
             return InputPartition(item, 0, raw.tell()), raw.tell() / size
         packed, lines = io.BytesIO(raw.read(int(wanted * size))), 0
-    with gzip.open(packed) as handle, suppress(EOFError):
+    with suppress(*DAMAGE), open_bytes(item.path, packed) as handle:
         for lines, _ in enumerate(handle, start=1):  # noqa: B007
             pass
     return InputPartition(item, 0, lines), packed.tell() / size

@@ -8,6 +8,7 @@ into the text.
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from retro.common.files import folder_written_aside
 from retro.text.corpus import read_documents
 from retro.text.documents import Document
+from retro.text.hugging_face import is_dataset
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -42,12 +44,27 @@ def train_tokenizer(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is in use; choose another path for the tokenizer")
-    inputs = [os.fspath(inputs)] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    if isinstance(inputs, (str, os.PathLike)) or is_dataset(inputs):
+        inputs = [inputs]
+    inputs = list(inputs)
     documents = inputs if inputs and isinstance(inputs[0], Document) else read_documents(inputs, text_field=text_field)
     tokenizer = _hugging_face(_train(_segments(documents), vocab_size))
     with folder_written_aside(out) as aside:
         tokenizer.save_pretrained(aside)
     return tokenizer
+
+
+def open_tokenizer(folder: str | Path) -> Any:
+    """The Hugging Face tokenizer saved in a folder; one without code of its own is opened without importing torch."""
+    file = Path(folder) / "tokenizer_config.json"
+    kind = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    if kind in ("TokenizersBackend", "PreTrainedTokenizerFast") and (file.parent / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _segments(documents: Iterable[Any]) -> Iterator[str]:

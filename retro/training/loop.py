@@ -26,6 +26,7 @@ from retro.training.batches import count_targets, sum_over_processes, to_device
 from retro.training.checkpoint import last_checkpoint
 from retro.training.optimizer import step_if_finite
 from retro.training.output import finish, log_metrics, prepare_output, save
+from retro.training.sayings import say_begin, say_end, say_line
 from retro.training.settings import learning_rate
 from retro.training.setup import TrainingRun
 from retro.training.sharding import whole
@@ -45,6 +46,7 @@ def fit(run: TrainingRun) -> bool:
     settings, state, accelerator = run.settings, run.state, run.accelerator
     prepare_output(run)
     intervals = settings.log_every, settings.eval_every, settings.save_every
+    say_begin(run)
     started_at, elapsed_before = time.monotonic(), state.elapsed_seconds
     last_saved, since_log = state.step, StepTimer()
     with stop_requests() as stop, _progress(run) as progress, closing(iter(run.loader)) as batches:
@@ -63,7 +65,7 @@ def fit(run: TrainingRun) -> bool:
             if logs:
                 _log_training(run, progress, grad_norm, since_log)
             if run.valid is not None and evaluates:
-                log_metrics(run, validate(run))
+                say_line(run, progress, log_metrics(run, validate(run)))
             if saves:
                 save(run)
                 last_saved = state.step
@@ -74,6 +76,7 @@ def fit(run: TrainingRun) -> bool:
         logger.info("stopped after step %d as asked", state.step)
         return False
     finish(run)
+    say_end(run)
     return True
 
 
@@ -146,7 +149,8 @@ def _log_training(run: TrainingRun, progress: tqdm, grad_norm: float, pace: Step
     loss, rate = state.loss_sum / max(1, state.loss_tokens), learning_rate(state.step - 1, run.num_steps, run.settings)
     tokens = pace.steps * run.loader.windows_per_step * run.settings.window_len
     speed = round(tokens / max(1e-9, pace.seconds), 1)
-    log_metrics(run, {"loss": loss, "lr": rate, "grad_norm": grad_norm, "tokens_per_second": speed})
+    line = log_metrics(run, {"loss": loss, "lr": rate, "grad_norm": grad_norm, "tokens_per_second": speed})
+    say_line(run, progress, line)
     state.loss_sum, state.loss_tokens, pace.steps, pace.seconds = 0.0, 0, 0, 0.0
     progress.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:,.0f}", refresh=False)
 

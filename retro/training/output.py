@@ -34,8 +34,8 @@ def prepare_output(run: TrainingRun) -> None:
         run.accelerator.init_trackers("retro", config=flat, init_kwargs={"wandb": {"dir": str(run.output)}})
 
 
-def log_metrics(run: TrainingRun, values: dict[str, float]) -> None:
-    """One line of metrics.jsonl, and the same for the tracker."""
+def log_metrics(run: TrainingRun, values: dict[str, float]) -> dict[str, float]:
+    """One line of metrics.jsonl, which is returned, and the same for the tracker."""
     state = run.state
     line = {"step": state.step, "tokens": state.tokens, **values, "elapsed_seconds": round(state.elapsed_seconds, 3)}
     if run.accelerator.is_main_process:
@@ -43,6 +43,7 @@ def log_metrics(run: TrainingRun, values: dict[str, float]) -> None:
             file.write(json.dumps(line) + "\n")
     if run.settings.tracker != "none":
         run.accelerator.log(values, step=state.step)
+    return line
 
 
 def save(run: TrainingRun) -> Path:

@@ -22,7 +22,7 @@ from retro.retrieval import Store
 from retro.retrofit import RetrofitConfig, RetrofitForCausalLM, base_tokenizer, open_base, retrofit
 from retro.training.loop import fit
 from retro.training.settings import RetrofitSettings
-from retro.training.setup import TrainingRun, setup
+from retro.training.setup import TrainingRun, check_start, setup
 from retro.training.windows import Windows
 
 START_TOKENS, START_CHUNKS = 16_384, 8
@@ -81,6 +81,10 @@ class RetrofitModelFactory:
 
     def __call__(self, config: RetrofitConfig) -> PreTrainedModel:
         """A model at the start of its training, drawn again with the loop's seed."""
+        if self.settings.start:
+            started = self.from_pretrained(self.settings.start)
+            check_start(Path(self.settings.start), self.store, started.config, config)
+            return started
         start_from(self.store, self.fitted)
         return self.fitted
 

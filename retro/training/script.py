@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch import distributed
 
+from retro.training.sayings import speak
+
 
 def run_script(main: Callable[[str, Sequence[str]], bool]) -> int:
     """Run a recipe as a script: its arguments are CONFIG key=value ...; a user's error is one line and exit code 2."""
@@ -17,6 +19,7 @@ def run_script(main: Callable[[str, Sequence[str]], bool]) -> int:
         print(f"usage: {Path(sys.argv[0]).name} CONFIG [key=value ...]", file=sys.stderr)
         print("retro train, retrofit and task finetune list the settings with --help", file=sys.stderr)
         return 0 if len(sys.argv) > 1 else 2
+    speak()
     try:
         if not main(sys.argv[1], sys.argv[2:]):
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -9,7 +9,8 @@ WARMUP_START_LR = 1e-7
 # Stores are told apart by fingerprint, the share of a batch that one process takes by the windows of all in one step.
 FREE_FIELDS = (
     "output", "store", "valid_store", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "device", "compile", "fsdp", "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every", "tracker",
+    "device", "compile", "fsdp", "max_steps", "max_tokens", "eval_every", "eval_windows", "save_every",
+    "keep_checkpoints", "log_every", "tracker",
 )  # fmt: skip
 
 
@@ -50,7 +51,8 @@ class LengthSettings:
         batch_size: Windows of a process and micro-batch; a step of all processes takes batch_size *
             gradient_accumulation_steps * processes windows.
         gradient_accumulation_steps: Micro-batches of a step.
-        max_steps: Steps of the run; give this or max_tokens.
+        max_steps: Steps of the run; give this or max_tokens. More of them prolong a run; the learning rate then follows
+            the new length.
         max_tokens: Tokens of the run; give this or max_steps.
     """
 
@@ -99,7 +101,7 @@ class OutputSettings:
         output: Folder of the run; a run that finds its own checkpoint there goes on from it.
         save_every: Steps between two checkpoints.
         keep_checkpoints: The number of checkpoints kept, the last ones.
-        eval_every: Steps between two measurements of the validation store.
+        eval_every: Steps between two measurements of `valid_store`; without one nothing is measured.
         eval_windows: Windows of the validation store that are measured, evenly spread; null takes all.
         log_every: Steps between two lines of the log.
         tracker: Where metrics go besides metrics.jsonl, which is always written; wandb stays on this machine with
@@ -112,7 +114,7 @@ class OutputSettings:
     eval_every: int = 500
     eval_windows: int | None = 64
     log_every: int = 10
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
 
 @dataclass(kw_only=True)
@@ -144,10 +146,13 @@ class TrainSettings(HardwareSettings, OutputSettings, OptimizerSettings, LengthS
     Arguments:
         model: Any field of RetroConfig, as in model.hidden_size=256, or `preset` and the fields to change in it. The
             vocabulary, the special tokens and the chunk length come from the store.
+        start: Folder of a trained model of the same configuration, whose weights the run begins with. Default: weights
+            are drawn.
         seed: Seed of everything that is drawn, from 0 to below 2^32.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -226,7 +231,7 @@ class FinetuneSettings(TrainSettings):
         compile: Not for fine-tuning, whose windows are of many lengths; leave it out.
     """
 
-    start: str
+    start: str = field()
     questions: str
     base_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 

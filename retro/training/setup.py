@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from retro.common.devices import find_device
 from retro.common.settings import to_plain
 from retro.model import RetroConfig, RetroForCausalLM
+from retro.provenance import check_store
 from retro.retrieval import NeighborTable, Store, open_neighbors
 from retro.retrofit import RetrofitForCausalLM
 from retro.training.checkpoint import TrainState, check_identity, last_checkpoint, load_checkpoint
@@ -78,7 +79,10 @@ def setup(
     if checkpoint is not None:
         check_identity(checkpoint, identity)
     set_seed(settings.seed)
-    model = make_model(settings, config, model_class, checkpoint)
+    start = Path(settings.start) if settings.start and isinstance(model_class, type) else None
+    model = make_model(settings, config, model_class, checkpoint or start)
+    if checkpoint is None and start is not None:
+        check_start(start, store, model.config, config)
     wrapped = spread(model, settings, accelerator)
     state = TrainState(model, make_optimizer(model, settings))
     if checkpoint is not None:
@@ -113,6 +117,17 @@ def make_model(
         else:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def check_start(start: Path, store: Store, found: PreTrainedConfig, wanted: PreTrainedConfig) -> None:
+    """ValueError unless the model in a folder is the one that the settings describe, of the store's tokenizer."""
+    check_store(start, store)
+    own, other = wanted.to_diff_dict(), found.to_diff_dict()
+    names = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    names = [name for name in names if name not in ("dtype", "architectures", "transformers_version", "_name_or_path")]
+    if names:
+        sides = ", ".join(f"{name} ({other.get(name)} there, {own.get(name)} here)" for name in names)
+        raise ValueError(f"start: {start} is another model: {sides}; give the settings of its config.yaml")
 
 
 def spread(model: PreTrainedModel, settings: TrainSettings, accelerator: Accelerator) -> nn.Module:
@@ -173,7 +188,9 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     except (ValueError, ImportError) as error:
         raise ValueError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
     if tracker is not None and tracker not in [getattr(one, "value", one) for one in accelerator.log_with]:
-        raise ValueError(f"tracker: {tracker} is not installed; pip install {tracker}, or take tracker=none")
+        raise ValueError(
+            f'tracker: {tracker} is not installed; pip install "retro-lm[{tracker}]", or take tracker=none'
+        )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -218,8 +218,6 @@ REFUSED = {
     ),
     "temperature 0": (["x", "--no-retrieval", "--do-sample", "--temperature", "0"], "temperature"),
     "no new tokens": (["x", "--no-retrieval", "--max-new-tokens", "0"], "max_new_tokens"),
-    "no folder for the page": (["x", "--no-retrieval", "--html", "{made}/no/a.html"], "no/a.html is not there"),
-    "no folder for JSON": (["x", "--no-retrieval", "--json", "{made}/no/a.json"], "no/a.json is not there"),
     "an empty prompt": (["", "--no-retrieval"], "the prompt has no tokens"),
     "one empty prompt of two": (["x", "", "--no-retrieval"], "prompt 2 has no tokens"),
     "a prompt of bytes": (["x\udcff", "--no-retrieval"], "is no UTF-8 text"),
@@ -229,7 +227,6 @@ REFUSED = {
     "a file that is not there": (["--prompt-file", "{made}/no.txt", "--no-retrieval"], "no.txt"),
     "a file of another kind": (["--prompt-file", "a.csv", "--no-retrieval"], "neither .txt nor .jsonl"),
     "standard input twice": (["-", "-", "--no-retrieval"], "- is given twice"),
-    "k beyond a store of one document": ([PROMPT, "--store", "{made}/single", "--k", "99"], "k must be from 1 to the "),
 }
 
 

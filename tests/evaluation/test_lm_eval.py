@@ -1,5 +1,6 @@
 """The lm_eval adapter: against forward passes token by token, against lm_eval's own model, and through its tasks."""
 
+import copy
 import json
 
 import numpy as np
@@ -103,6 +104,29 @@ def test_rolling_and_generation_read_every_chunk_before(adapter, requests, point
     assert written == words_tokenizer.decode(out, skip_special_tokens=True)
 
 
+def test_bos_is_read_and_not_scored(adapter, words_tokenizer):
+    """In whole texts, by a tokenizer that puts a bos before each."""
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(words_tokenizer)
+    tokenizer.bos_token = "w9"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w9 $A", special_tokens=[("w9", tokenizer.bos_token_id)]
+    )
+    lm = adapter()
+    lm.tokenizer = tokenizer
+    (context, predicted), *_ = lm._windows("w1 w2 w3")
+    assert context.tolist() == [tokenizer.bos_token_id] == tokenizer("w1")["input_ids"][:1]
+    assert tokenizer.decode(predicted) == "w1 w2 w3"
+
+
+def test_automatic_batches_give_the_same(adapter, requests):
+    given = requests("loglikelihood", *PAIRS)
+    one, automatic = (adapter(batch_size=size).loglikelihood(given, disable_tqdm=True) for size in (1, "auto"))
+    np.testing.assert_allclose([a[0] for a in one], [a[0] for a in automatic], atol=1e-5)
+    assert adapter(batch_size="auto:4", max_batch_size=3).batch_size == 3
+
+
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     """A folder with a LAMBADA-like task and one of questions over local files, as YAML."""
@@ -182,7 +206,7 @@ def test_passages_in_the_prompt_of_any_model(make_lm, words_tokenizer, words_sto
 
 REFUSED = {
     "a maximum": ({"max_batch_size": 4}, "give one number"),
-    "a batch size to be found": ({"batch_size": "auto"}, "give one number"),
+    "a batch size of 0": ({"batch_size": 0}, "give one number"),
     "another reading": ({"reading": "aloud"}, "choose one of neighbors, prompt"),
     "passages from nowhere": ({"reading": "prompt"}, "needs a store"),
 }

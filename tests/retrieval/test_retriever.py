@@ -143,6 +143,20 @@ def test_query_and_key_are_embedded_by_the_same_function(retriever):
     )
 
 
+def test_scores_name_their_measure_and_neighbors_are_short_to_look_at(tmp_path, tokenizer):
+    """The embedder of this store gives keys of length 1, whose cosine is shown; the arrays hold -squared L2."""
+    embedder = HashingEmbedder()
+    embedder.description |= {"normalize": True}
+    store = make_store(tmp_path, ["w1 w2", "w3 w4"], tokenizer, embedder)
+    retriever = Retriever(store, "exact", embedder)
+    hits, keys = retriever.show("w1 w3", 2), embedder.embed(["w1 w2", "w3 w4", "w1 w3"])
+    assert retriever.measure == "cosine"
+    assert [hit["score"] for hit in hits] == pytest.approx(sorted(keys[:2] @ keys[2], reverse=True), abs=1e-5)
+    kinds = {"tfidf": "TF-IDF", "exact+bm25": "sum of reciprocal ranks", "exact>tfidf": "TF-IDF"}
+    assert {kind: Retriever(store, kind, embedder).measure for kind in kinds} == kinds
+    assert repr(retriever(["w1"] * 3, 2)) == "Neighbors(q=3, k=2, r=128, found 6 of 6)"
+
+
 def test_refusals(retriever):
     with pytest.raises(ValueError, match="k must be at least 1, not 0"):
         retriever(["w1"], num_neighbors=0)

@@ -26,6 +26,7 @@ from retro.sampling import (
 )
 from retro.sampling.sources import ReadNeighbor
 from retro.text.documents import Document
+from tests.stand_ins import words
 
 WORDS = [f"w{i}" for i in range(60)]
 PROMPTS = [" ".join(WORDS[:n]) for n in (1, 7, 8, 9, 25)]  # chunks have 8 tokens
@@ -166,6 +167,23 @@ def test_ragged_prompts_are_attributed_as_alone(reader, words_tokenizer, words_r
     for prompt, text in zip(PROMPTS, together, strict=True):
         (alone,) = sample(model, words_tokenizer, [prompt], words_retriever, 2, **options)
         assert text == alone
+
+
+def test_a_prompt_at_the_end_of_a_chunk_reads_what_it_finds(model, words_tokenizer, words_retriever):
+    """One shorter than a chunk too; its text and what its chunk is a query for are those of the prompt alone."""
+    prompts = [words(5, 3), words(11, 4)]
+    given = (model, words_tokenizer, prompts, words_retriever)
+    plain, filled = sample(*given, max_new_tokens=3), sample(*given, align="end", max_new_tokens=3)
+    assert not any(chunk.neighbors for chunk in plain[0].chunks)
+    for prompt, text in zip(prompts, filled, strict=True):
+        assert text.prompt == prompt and text.num_prompt_tokens % text.chunk_len == 0
+        last = words_tokenizer.decode(words_tokenizer(prompt)["input_ids"][-text.chunk_len :])
+        found = words_retriever([last])
+        read = text.chunks[text.num_prompt_tokens // text.chunk_len].neighbors
+        assert [neighbor.row for neighbor in read] == found.ids[0].tolist()
+    assert sample(model, words_tokenizer, prompts, align="end", max_new_tokens=4) == sample(
+        model, words_tokenizer, prompts, max_new_tokens=4
+    )
 
 
 def test_several_texts_of_each_prompt_stand_in_a_row(model, words_tokenizer, words_retriever):

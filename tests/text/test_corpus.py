@@ -1,7 +1,11 @@
 """Documents in: every line is accounted for, and what is refused is named."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from retro.text.corpus import expand_inputs, read_documents
 from retro.text.documents import Document, Reject
-from retro.text.formats import split_input
+from retro.text.formats import read_partition, split_input
 from retro.text.packages import package_documents, package_modules
 
 
@@ -93,6 +97,127 @@ def test_gzip_and_its_damage(tmp_path):
         list(read_documents([write(tmp_path / "none" / "x.jsonl.gz", b"plain")]))
 
 
+ROWS = [{"id": "7", "title": "T, x", "text": 'w1 "w2"\nw3'}, {"id": "8", "title": "", "text": "w4\tw5; é"}]
+
+
+def table(delimiter, rows=ROWS):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def arrow(new):
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with new(sink, pa.Table.from_pylist(ROWS).schema) as writer:
+        for row in ROWS:
+            writer.write_table(pa.Table.from_pylist([row]))
+    return sink.getvalue().to_pybytes()
+
+
+def zstd(content):
+    """Two frames, as programs that compress in parallel write them."""
+    import pyarrow as pa
+
+    return b"".join(pa.compress(part, "zstd", asbytes=True) for part in (content[:9], content[9:]))
+
+
+JSONL = "\n".join(map(json.dumps, ROWS)).encode()
+PACKED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+FILES = {
+    "array.json": lambda: json.dumps(ROWS, indent=1).encode(),
+    "line.json": lambda: json.dumps(ROWS).encode(),
+    "array.jsonl": lambda: b"\xef\xbb\xbf\n " + json.dumps(ROWS).encode(),
+    "lines.json": lambda: JSONL,
+    "comma.csv": lambda: b"\xef\xbb\xbf" + table(","),
+    "semicolon.csv": lambda: table(";"),
+    "tab.csv": lambda: table("\t"),
+    "tab.tsv": lambda: table("\t"),
+    "stream.arrow": lambda: arrow(__import__("pyarrow").ipc.new_stream),
+    "file.feather": lambda: arrow(__import__("pyarrow").ipc.new_file),
+    **{f"x.jsonl.{ending}": lambda pack=pack: pack(JSONL) for ending, pack in PACKED.items()},
+    **{f"x.tsv.{ending}": lambda pack=pack: pack(table("\t")) for ending, pack in PACKED.items()},
+    "x.json.zst": lambda: zstd(json.dumps(ROWS, indent=1).encode()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_same_documents_in_every_kind_of_file(tmp_path, name):
+    file = write(tmp_path / name, FILES[name]())
+    assert [{"id": d.id, "title": d.title, "text": d.text} for d in read_documents([file])] == ROWS
+    (item,) = expand_inputs([file])
+    _, parts = split_input(item, 1)
+    assert len(parts) == (
+        1 if item.kind == "json" else 3 if item.kind == "csv" else 2
+    )  # of a table one has the names alone
+    assert [d.text for part in parts for d in read_partition(part)] == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_what_is_cut_off_is_told(tmp_path, ending):
+    packed = PACKED[ending](JSONL * 400)
+    with pytest.raises(ValueError, match=rf"x\.jsonl\.{ending}:\d+: the compressed file is damaged"):
+        list(read_documents([write(tmp_path / f"x.jsonl.{ending}", packed[: len(packed) // 2])], on_bad="reject"))
+
+
+def test_rows_that_are_none_name_their_line(tmp_path):
+    content = b'id\ttext\n1\t"two\nlines"\n2\n\n3\t"open" end\n4\tgood\n5\t\xff\n6\t"never closed\n'
+    found = list(read_documents([write(tmp_path / "x.tsv", content)], on_bad="reject"))
+    assert [(d.id, d.text) for d in found if isinstance(d, Document) and d.text] == [("1", "two\nlines"), ("4", "good")]
+    bad = [(one.line, one.reason) for one in found if isinstance(one, Reject)]
+    for (line, reason), expected in zip(
+        bad, [(4, "1 fields"), (6, "no CSV"), (8, "UTF-8"), (9, "no CSV")], strict=True
+    ):
+        assert line == expected[0] and expected[1] in reason
+    with pytest.raises(ValueError, match=r"x\.csv:2: the record has no field 'text' \(it has id, passage\)"):
+        list(read_documents([write(tmp_path / "x.csv", "id,passage\n1,a\n")]))
+
+
+def test_json_that_is_no_list_of_records(tmp_path):
+    assert [d.text for d in read_documents([write(tmp_path / "one.json", '{\n"text": "a"}')])] == ["a"]
+    for content, said in (("[1, 2]", "record is a list"), ('[{"text": "a"},', "no JSON array"), ("[\n3]", "is a int")):
+        with pytest.raises(ValueError, match=said):
+            list(read_documents([write(tmp_path / "x.json", content)]))
+
+
+def test_files_that_are_left_out_are_counted_and_named(tmp_path, caplog):
+    for name in ("a.txt", "b.pdf", ".c.txt", "sub/d.docx", ".hidden/e.txt"):
+        write(tmp_path / name, "x")
+    assert len(expand_inputs([str(tmp_path)])) == 1
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "3 of the 4 files" in said and ".c.txt, b.pdf, sub/d.docx" in said
+
+
+def test_datasets_by_configuration_split_and_stream(tmp_path):
+    """A folder as the Hub has them; `datasets` reads it by name in the same way."""
+    head = "---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n- config_name: two\n  data_files:\n"
+    write(
+        tmp_path / "set" / "README.md",
+        head + "  - {split: train, path: a.jsonl}\n  - {split: test, path: b.jsonl}\n---\n",
+    )
+    for name in ("one", "a", "b"):
+        write(tmp_path / "set" / f"{name}.jsonl", "".join(f'{{"id": "{name}{n}", "text": "w"}}\n' for n in range(4)))
+    folder = tmp_path / "set"
+    for name, ids in (
+        ("two:test", ["b0", "b1", "b2", "b3"]),
+        ("two:train[1:3]", ["a1", "a2"]),
+        ("two:train[:25%]+test[-1:]", ["a0", "b3"]),
+        ("one:train", ["one0", "one1", "one2", "one3"]),
+    ):
+        assert [d.id for d in read_documents([f"{folder}:{name}"])] == ids
+    assert [d.id for d in read_documents([f"stream:{folder}:two:test"])] == ["b0", "b1", "b2", "b3"]
+    (item,) = expand_inputs([f"stream:{folder}:two:test"])
+    _, parts = split_input(item, 30)
+    assert len(parts) > 1
+    for order in (parts, parts[::-1], parts):
+        assert {d.id for part in order for d in read_partition(part)} == {"b0", "b1", "b2", "b3"}
+    with pytest.raises(ValueError, match=r"no dataset that can be loaded \(.*name:configuration:split"):
+        list(read_documents([f"{folder}:three:train"]))
+
+
 def test_folder_of_many_kinds_is_sorted_and_relative(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -170,7 +295,7 @@ def test_missing_inputs(tmp_path):
     with pytest.raises(ValueError, match="holds no document files"):
         list(read_documents([str(tmp_path)]))
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        list(read_documents([f"{tmp_path}:train"]))
+        list(read_documents([f"{tmp_path / 'none'}:train"]))
     with pytest.raises(ValueError, match="no input was given"):
         list(read_documents([]))
     twice = write(tmp_path / "x.txt", "x")

@@ -71,7 +71,7 @@ class TokenStore:
         distances = np.full((len(queries), k), np.inf, np.float32)
         values, depth = np.full((len(queries), k), -1, np.int64), min(k, len(self.values))
         blocks = range(0, len(queries), _BLOCK_QUERIES)
-        for start in tqdm(blocks, desc="searching keys", unit="block", disable=not progress):
+        for start in tqdm(blocks, desc="searching keys", unit="block", disable=not progress or None):
             part = slice(start, start + _BLOCK_QUERIES)
             found, ids = self.index.search(np.ascontiguousarray(queries[part] - self.center, np.float32), depth)
             values[part, :depth] = np.where(ids >= 0, self.values[np.maximum(ids, 0)], -1)

@@ -139,7 +139,7 @@ def _measured(
 ) -> dict[PlannedRow, list[MethodScores]]:
     """The scores of every row over every part, part after part."""
     found = {row: [] for row in rows}
-    for part in tqdm(parts, desc="measuring", unit="document", disable=not bench.progress):
+    for part in tqdm(parts, desc="measuring", unit="document", disable=not bench.progress or None):
         for row in rows:
             one = bench.run(row, part, tuning)
             check_targets(part, one.targets)

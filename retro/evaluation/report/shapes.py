@@ -140,7 +140,10 @@ _BITS_MAYBE = optional(
 )  # fmt: skip
 _TASK_MAYBE = optional(
     examples=Count, questions=Count, read_neighbors=Number, answers=list[dict[str, Any]],
-    recall=dict[str, shape(questions=Count, by_id=_FIGURES | None, by_answer=_FIGURES | None)],
+    recall=dict[
+        str,
+        shape(optional(by_document=_FIGURES), questions=Count, by_id=_FIGURES | None, by_answer=_FIGURES | None),
+    ],
 )  # fmt: skip
 _SHAPES = {
     "evaluate": shape(

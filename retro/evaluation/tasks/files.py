@@ -1,21 +1,32 @@
-"""Records of a task's file: JSON Lines, or one JSON array (FiD, DPR), gzipped or not."""
+"""Records of a task's file: JSON Lines, one JSON array (FiD, DPR), or CSV and TSV, compressed or not."""
 
 from __future__ import annotations
 
-import gzip
+import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from retro.text.compression import DAMAGE, ending_of, open_bytes
+from retro.text.lines import read_rows
 
-def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file, record n", record) for every JSON object of a file; ValueError for what is none."""
+
+def read_records(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file, record n", record) for every record of a file; ValueError for what is none.
+
+    columns: of CSV and TSV files whose first line names none of these. A cell that is a list holds several texts.
+    """
     path = Path(path)
+    if path.name.removesuffix(ending_of(path)).endswith((".csv", ".tsv")):
+        yield from _table(path, columns)
+        return
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        with open_bytes(path) as file:
+            text = file.read().decode("utf-8-sig")
+    except (UnicodeDecodeError, *DAMAGE) as error:
+        if getattr(error, "errno", None):
+            raise
         raise ValueError(f"{path} is no UTF-8 text ({error}); write JSON Lines or a JSON array.") from None
     for place, record in _array(path, text) if text.lstrip().startswith("[") else _lines(path, text):
         if not isinstance(record, dict):
@@ -29,6 +40,29 @@ def field_of(record: dict[str, Any], name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'{place}: no text in "{name}"; write it, or leave the record out.')
     return value
+
+
+def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = list(columns)
+    for line, row in read_rows(path):
+        place = f"{path}, line {line}"
+        if line == 1 and set(row) & set(columns):
+            names = row
+        elif len(row) != len(names):
+            raise ValueError(f"{place}: {len(row)} cells in place of {', '.join(names)}; mend it, or name the columns.")
+        else:
+            yield place, {name: _cell(place, cell) for name, cell in zip(names, row, strict=True)}
+
+
+def _cell(place: str, cell: str) -> str | list[str]:
+    """A text, or a list of texts as JSON or Python writes it."""
+    if not (cell.startswith("[") and cell.endswith("]")):
+        return cell
+    try:
+        found = ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"{place}: {cell[:40]!r} is no list of texts; write ['...'].") from None
+    return found if isinstance(found, list) else cell
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:

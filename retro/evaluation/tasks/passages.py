@@ -2,6 +2,7 @@
 
     FiD, DPR    {"question", "answers": [...], "ctxs": [{"id"?, "title", "text", ...}, ...]}, best passage first
     NQ-open     {"question", "answer": [...]}, without passages
+    CSV, TSV    question and answers, a text or a list of texts, as DPR's qas.csv; the first line may name the columns
     and         "id", and "passage_id" of the right passage where it is known
 
 Sources: Izacard and Grave 2021 (FiD), Karpukhin et al. 2020 (DPR), RETRO, section 4.3.
@@ -57,7 +58,8 @@ class Question:
 
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a file in one of the forms above; ValueError names the record that is none."""
-    return [_question(place, record, number) for number, (place, record) in enumerate(read_records(path))]
+    records = read_records(path, columns=("question", "answers"))
+    return [_question(place, record, number) for number, (place, record) in enumerate(records)]
 
 
 def _question(place: str, record: dict[str, Any], number: int) -> Question:
@@ -98,7 +100,7 @@ def find_passages(
     """
     k = min(3 * num_passages + 8 if decontaminate else num_passages, retriever.index.num_rows)
     found = []
-    for start in tqdm(range(0, len(questions), _BATCH), desc="retrieving", disable=not progress):
+    for start in tqdm(range(0, len(questions), _BATCH), desc="retrieving", disable=not progress or None):
         batch = list(questions[start : start + _BATCH])
         hits = retriever([one.question for one in batch], k)
         for one, rows, sources in zip(batch, hits.ids, hits.sources, strict=True):
@@ -143,6 +145,15 @@ def recall(questions: Sequence[Question], ks: Sequence[int] = (1, 5, 20), seed: 
 
 def _recall(hits: list[list[bool]], ks: Sequence[int], seed: int) -> dict[int, dict[str, Any]]:
     return {k: with_interval(*mean(np.array([any(own[:k]) for own in hits], float), seed)) for k in ks}
+
+
+def rankings(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """The documents of each question's passages, best first; their scores are reciprocal ranks."""
+    found: dict[str, dict[str, float]] = {}
+    for one in questions:
+        names = dict.fromkeys(passage.id for passage in one.passages or ())
+        found[one.id] = {name: 1 / rank for rank, name in enumerate(names, start=1)}
+    return found
 
 
 def passage_tokens(

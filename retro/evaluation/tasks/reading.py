@@ -235,7 +235,7 @@ class Reader(ReaderSettings):
         cut = [_last(prompt, self.longest - max_new_tokens, step) for prompt in prompts]
         order, texts = sorted(range(len(cut)), key=lambda i: -len(cut[i])), [""] * len(cut)
         end = _Stop(self.tokenizer, [end for end in stop if end], strip)
-        with evaluating(self.model), tqdm(total=len(cut), desc="writing", disable=not self.progress) as bar:
+        with evaluating(self.model), tqdm(total=len(cut), desc="writing", disable=not self.progress or None) as bar:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 given = None if passages is None else [passages[i] for i in batch]

@@ -37,7 +37,7 @@ class Summary:
 def read_summaries(path: str | Path) -> list[Summary]:
     """Records {"article", "summary", "id"?} of a JSON or JSON Lines file; ValueError names the record that is none."""
     found = []
-    for place, record in read_records(path):
+    for place, record in read_records(path, columns=("article", "summary")):
         article, summary = (field_of(record, name, place) for name in ("article", "summary"))
         found.append(Summary(str(record.get("id", "")), article, summary))
     return found

@@ -210,7 +210,7 @@ def _plan(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> tuple[
     return plan, partitions
 
 
-def _split(inputs: list[str]) -> tuple[list[dict[str, Any]], list[InputPartition]]:
+def _split(inputs: list[Any]) -> tuple[list[dict[str, Any]], list[InputPartition]]:
     """The frozen list of inputs and all their partitions, in order."""
     with ThreadPoolExecutor() as threads:
         split = list(threads.map(partial(split_input, partition_bytes=PARTITION_BYTES), expand_inputs(inputs)))

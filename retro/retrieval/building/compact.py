@@ -82,7 +82,7 @@ def _bar(store: Store, groups: list[list[int]], progress: bool) -> Any:
 
     rewritten = [number for group in groups if _is_rewritten(store, group) for number in group]
     rows = sum(store.shards[number]["rows"] - _num_removed(store, number) for number in rewritten)
-    return tqdm(total=rows, desc="compacting", unit=" chunks", disable=not progress, smoothing=0.05)
+    return tqdm(total=rows, desc="compacting", unit=" chunks", disable=not progress or None, smoothing=0.05)
 
 
 def _compacted(store: Store, groups: list[list[int]], bar: Any) -> dict[str, Any]:

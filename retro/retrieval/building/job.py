@@ -47,7 +47,7 @@ class Job:
         return {"folder": str(self.folder), **tokenizer}
 
     def read(self, number: int, partitions: Sequence[InputPartition]) -> Task:
-        """Its name tells one split of the inputs from another."""
+        """Its name tells one split of the inputs from another. Streams and objects are read here, in their order."""
         held = [[partition.item.name, partition.start, partition.stop, partition.first] for partition in partitions]
         name = f"read-{number:06d}-{stable_hash(held)[:12]}"
         spec = {
@@ -59,7 +59,8 @@ class Job:
         spec |= {"text_field": self.text_field, "on_bad": self.on_bad}
         spec |= {"held_out": self.plan["held_out"], "token_dtype": self.plan["token_dtype"]}
         light = sum(partition.bytes for partition in partitions) < LIGHT_BYTES
-        return Task(name, f"{_TASKS}:read_part", spec, light=light)
+        here = any(partition.item.kind in ("stream", "object") for partition in partitions)
+        return Task(name, f"{_TASKS}:read_part", spec, light=light, here=here)
 
     def tables(self, shard: str, runs: list[list[Any]], rows: int, signature: str | None) -> Task:
         spec = {"shard": shard, "runs": runs, "min_chunk_len": self.min_chunk_len, **self._common}

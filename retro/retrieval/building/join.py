@@ -147,7 +147,12 @@ def _bar(job: Join, progress: bool) -> Any:
     done = sum(_num_pairs(task.spec) for task in job.searches() if finished(job.folder, task.name) is not None)
     first = job.num_chunks * done // max(job.num_pairs, 1)
     return tqdm(
-        total=job.num_chunks, initial=first, desc="neighbors", unit=" chunks", disable=not progress, smoothing=0.05
+        total=job.num_chunks,
+        initial=first,
+        desc="neighbors",
+        unit=" chunks",
+        disable=not progress or None,
+        smoothing=0.05,
     )
 
 

@@ -13,6 +13,7 @@ from retro.retrieval.executors.opening import EXECUTORS, ExecutorName
 from retro.retrieval.filters import FilterSettings
 from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.searchers import parse_kind
+from retro.text.corpus import as_list
 
 KeyDtype = Literal["float32", "float16", "bfloat16"]
 KEY_DTYPES = get_args(KeyDtype)
@@ -96,11 +97,13 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
 
     Arguments:
         store: Folder of the datastore.
-        inputs: Documents: .jsonl(.gz), .parquet, .txt, .md or .rst files, folders of those, the name or folder of a
-            `datasets` dataset, or package:NAME for the documentation of an installed package.
+        inputs: Documents: .jsonl, .json, .csv, .tsv, .txt, .md or .rst files, also compressed (.gz, .bz2, .xz, .zst);
+            .parquet or .arrow files; folders of those; `datasets` as NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT, with
+            stream: in front without a copy on disk, or a saved folder; package:NAME, the documentation of a package.
         tokenizer: Hugging Face name or folder, a GGUF file, or package:NAME for the GGUF file of an installed package.
         min_chunk_len: Tokens of the shortest chunk that a search may return; shorter ones keep their row.
-        on_bad: What to do at a record that is no document: "error" stops, "reject" lists it in rejects/.
+        on_bad: What to do at a record that is no document, or has another's id: "error" stops, "reject" lists it in
+            rejects/.
         index: The index to build: auto, exact, scann, scann:CODES, faiss, faiss:CODES, tfidf, bm25, or several joined
             by +; "none" builds no index.
         recall: Share of the true nearest keys that an approximate index is tuned to find, such as 0.95. Default: the
@@ -122,7 +125,7 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
         ChunkSettings.__post_init__(self)
         self.store = os.fspath(self.store)
         self.tokenizer, self.embedder = os.fspath(self.tokenizer), os.fspath(self.embedder)
-        self.inputs = [os.fspath(item) for item in self.inputs]
+        self.inputs = as_list(self.inputs)
         one_of("on_bad", self.on_bad, ("error", "reject"))
         one_of("executor", self.executor, EXECUTORS)
         kinds = parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER) if self.index != "none" else []

@@ -13,26 +13,28 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from retro.common.files import delete, file_record, load_json, save_json, stable_hash, sync, write_with
+from retro.common.files import delete, file_record, json_lines, load_json, save_json, stable_hash, sync, write_with
 from retro.retrieval.building.ids import SeenIds
 from retro.retrieval.building.job import PARTS, Job
+from retro.retrieval.building.losses import LOSSES, warn_of_losses
 from retro.retrieval.building.tasks import embedder_at_hand, signature_column
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.executors.ranks import await_leader
 from retro.retrieval.executors.tasks import Executor, Task, finished
 from retro.retrieval.filters import Deduplicator
 from retro.retrieval.store.store import Store
-from retro.text.documents import InputPartition
+from retro.text.documents import InputPartition, Reject
 
 log = logging.getLogger(__name__)
 
 _JOB_FILE = "job.json"  # in it: whose work it is
 PART_BYTES = 8 << 20  # of the inputs in a part; of no effect on the store
 KEY_ROWS = 1024  # chunks embedded by one task; batches are made of these
+_EXISTING = -1  # number of the documents that the store has, among those of parts
 
 
 def merge_parts(
@@ -170,6 +172,7 @@ class _BuildState:
             for number, partitions in enumerate(parts)
         ]
         self.count: Counter[str] = Counter()
+        self.lost: dict[str, str] | None = None  # the first text that the tokenizer loses something of
         self.filtered_by: Counter[str] = Counter()
         self.key_rows = KEY_ROWS if dim else job.shard_chunks
         self.shards: dict[str, _NewShard] = {}
@@ -178,13 +181,16 @@ class _BuildState:
         self._resumed: set[str] = set()  # blocks that were there
         self._read: dict[str, dict[str, Any]] = {}  # records of parts that wait for the ones before them
         self._num_merged = 0
-        self._copies: dict[str, dict[int, str]] = {}  # by part and row of its table: why a copy is left out
+        self._left_out: dict[
+            str, dict[int, str | None]
+        ] = {}  # by part and row of its table: copies, and why; ids twice
+        self._rejected: dict[str, list[dict[str, Any]]] = {}  # of ids that are given twice, by part
         records = existing.shards if existing else []
         self._next_name = 1 + max((int(record["name"]) for record in records), default=-1)
         self._first_row = sum(record["rows"] for record in records)
         self._first_document = sum(record["documents"] for record in records)
         for number in range(len(records)):
-            self.ids.add(existing.live_ids(number))
+            self.ids.add(existing.live_ids(number), _EXISTING)
 
     def reads(self) -> Iterator[Task]:
         """The tasks to begin with."""
@@ -222,15 +228,20 @@ class _BuildState:
     def _merge(self, part: str, record: dict[str, Any]) -> list[Task]:
         """Take a part's documents in, one after another."""
         self.count.update(record["count"])
+        self.lost = self.lost or record["lost"]
         columns = _columns(self.job.folder / f"{part}.parquet", "id", "place", "filtered", "signature", "num_tokens")
-        tasks: list[Task] = []
-        for at in self.ids.add(columns[0]):
-            self._check_id(columns[0][at], columns[1][at])
+        known, tasks = self._known_ids(columns[0]), []
         for row, (name, place, filtered, signature, num_tokens) in enumerate(zip(*columns, strict=True)):
-            if filtered is None and num_tokens and self.duplicates is not None:
-                copy = self.duplicates.add(name, signature, place)
+            if filtered is None and num_tokens:
+                first = known.get(name)
+                copy = self._copy(name, signature, place, is_new=first is None)
                 if copy is not None:
-                    filtered = self._copies.setdefault(part, {})[row] = json.dumps(copy)
+                    filtered = self._left_out.setdefault(part, {})[row] = json.dumps(copy)
+                elif first is not None:
+                    self._refuse_id(part, row, name, place, first)
+                    continue
+                elif name in known:
+                    known[name] = place
             if filtered is not None:
                 self.count["filtered"] += 1
                 self.filtered_by[json.loads(filtered)["filter"]] += 1
@@ -241,24 +252,41 @@ class _BuildState:
                 tasks += self._append(part, row, -(-num_tokens // self.job.plan["chunk_len"]))
         return tasks
 
-    def _check_id(self, name: str, place: str) -> None:
-        """Refuse an id whose hash was there before, if the id itself was."""
-        if self.existing and self.existing.find_documents([name]):
-            raise ValueError(
-                f"the document id {name!r} at {place} is in the store already; "
-                "remove that document first, or give this one another id"
-            )
-        if (first := self._place_before(name, place)) is not None:
-            raise ValueError(f"the document id {name!r} is given twice, at {first} and {place}; ids must be unique")
+    def _copy(self, name: str, signature: bytes | None, place: str, is_new: bool) -> dict[str, Any] | None:
+        """The record of a document whose text was there before. One of a new id is known from now on."""
+        if self.duplicates is None:
+            return None
+        return (self.duplicates.add if is_new else self.duplicates.find)(name, signature, place)
 
-    def _place_before(self, name: str, place: str) -> str | None:
-        """Where the inputs gave an id before they did at `place`; None if they did not."""
-        for part, _ in self.parts[: self._num_merged + 1]:
-            columns = _columns(self.job.folder / f"{part.name}.parquet", "id", "place")
-            found = next((there for given, there in zip(*columns, strict=True) if given == name), None)
-            if found is not None:
-                return None if found == place else found
-        return None
+    def _known_ids(self, names: list[str]) -> dict[str, str | None]:
+        """The ids of a part that may be given twice: where a document of it was kept before, None if nowhere yet."""
+        again = self.ids.add(names, self._num_merged)
+        known: dict[str, str | None] = {names[at]: None for at in again}
+        if known and self.existing:
+            there = self.existing.find_documents(list(known))
+            known |= dict.fromkeys(there, str(self.existing.path))
+        for number in sorted(set().union(*again.values()) - {self._num_merged, _EXISTING}):
+            part = self.parts[number][0].name
+            columns = _columns(self.job.folder / f"{part}.parquet", "id", "place", "filtered", "num_tokens")
+            for row, (name, place, filtered, num_tokens) in enumerate(zip(*columns, strict=True)):
+                if name in known and filtered is None and num_tokens and row not in self._left_out.get(part, ()):
+                    known[name] = place
+        return known
+
+    def _refuse_id(self, part: str, row: int, name: str, place: str, first: str) -> None:
+        """List a document as rejected because of its id, or ValueError."""
+        in_store = self.existing is not None and first == str(self.existing.path)
+        reason = f"the document id {name!r} is " + ("in the store already" if in_store else f"that of {first} as well")
+        if self.job.on_bad == "error":
+            remedy = (
+                "remove that document first, or give this one another id" if in_store else "ids must be unique: mend it"
+            )
+            raise ValueError(f"{place}: {reason}; {remedy}, or take on_bad=reject to leave it out")
+        file, _, line = place.rpartition(":")
+        record = Reject(file, int(line), reason) if line.isdigit() else Reject(place, 1, reason)
+        self.count["rejected"] += 1
+        self._left_out.setdefault(part, {})[row] = None
+        self._rejected.setdefault(part, []).append(asdict(record))
 
     def _append(self, part: str, row: int, num_chunks: int) -> list[Task]:
         closed: list[Task] = []
@@ -333,6 +361,8 @@ class _BuildState:
             counts[name] = sum(record[name] for record in shards)
         counts["chunks"] = sum(record["rows"] for record in shards)
         counts["documents"] = sum(record["documents"] for record in shards)
+        counts |= {name: self.count[name] for name in LOSSES}
+        warn_of_losses(self.job.plan["tokenizer"]["name"], counts, self.lost)
         if counts["truncated_chunks"]:
             said = (counts["truncated_chunks"], counts["chunks"])
             log.warning("%d of %d chunk texts were cut to the embedder's maximum length", *said)
@@ -353,15 +383,15 @@ class _BuildState:
         for part, _ in self.parts:
             with open(self.job.folder / f"{part.name}.jsonl", "rb") as rejected:
                 shutil.copyfileobj(rejected, handle)
+            handle.write(json_lines(self._rejected.get(part.name, [])))
 
     def _write_filtered(self, handle: IO[bytes]) -> None:
         for part, _ in self.parts:
-            copies = self._copies.get(part.name, {})
+            copies = self._left_out.get(part.name, {})
             (column,) = _columns(self.job.folder / f"{part.name}.parquet", "filtered")
             for row, verdict in enumerate(column):
                 if (verdict := verdict or copies.get(row)) is not None:
-                    line = json.dumps(json.loads(verdict), sort_keys=True, ensure_ascii=False) + "\n"
-                    handle.write(line.encode("utf-8", "replace"))
+                    handle.write(json_lines([json.loads(verdict)]))
 
 
 def _columns(path: Path, *names: str) -> list[list[Any]]:
@@ -377,10 +407,10 @@ class _ProgressBars:
     def __init__(self, shown: bool, num_bytes: int, embeds: bool) -> None:
         from tqdm.auto import tqdm
 
-        common = {"disable": not shown, "smoothing": 0.05}
+        common = {"disable": not shown or None, "smoothing": 0.05}  # None: in no file, which would hold control codes
         self._bytes = num_bytes
         self._read = tqdm(total=num_bytes, desc="reading", unit=" B", unit_scale=True, position=0, **common)
-        common["disable"] |= not embeds
+        common["disable"] = not (shown and embeds) or None
         self._embedded = tqdm(total=None, desc="embedding", unit=" chunks", position=1, **common)
 
     def merged(self, num_bytes: int, num_chunks: int) -> None:

@@ -28,6 +28,7 @@ from jaxtyping import Float32, Int64
 from retro.common.extras import check_installed
 from retro.common.files import file_record, open_npy, save_json_lines, save_npy, sync, write_with, written_aside
 from retro.common.pretrained import pretrained_place
+from retro.retrieval.building.losses import LOSSES, look_for_losses
 from retro.retrieval.embedding.embedder import (
     NO_EMBEDDER,
     Embedder,
@@ -80,6 +81,7 @@ class _TokenizedRange:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
+    lost: dict[str, str] | None = None
 
 
 def read_part(spec: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +156,8 @@ def _tokenize(
             raise ValueError(f"the tokenizer gave the id {ids.max()} for {document.place}, which does not fit {dtype}")
         row["num_tokens"] = len(ids)
         part.tokens.append(ids.astype(dtype))
+        lost = look_for_losses(tokenizer, document, ids, part.count)
+        part.lost = part.lost or lost
     waiting.clear()
 
 
@@ -163,8 +167,13 @@ def _save_part(folder: Path, name: str, part: _TokenizedRange, dtype: str) -> di
     _save_table(folder / f"{name}.parquet", part.rows, _part_schema())
     save_json_lines(folder / f"{name}.jsonl", part.rejected)
     files = [folder / f"{name}.{suffix}" for suffix in ("npy", "parquet", "jsonl")]
-    count = {key: part.count[key] for key in ("read", "empty", "rejected")}
-    return {"count": count, "tokens": len(tokens), "files": {file.name: file_record(file) for file in files}}
+    count = {key: part.count[key] for key in ("read", "empty", "rejected", *LOSSES)}
+    return {
+        "count": count,
+        "lost": part.lost,
+        "tokens": len(tokens),
+        "files": {file.name: file_record(file) for file in files},
+    }
 
 
 def signature_column(duplicates: Deduplicator) -> str:

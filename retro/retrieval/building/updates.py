@@ -27,6 +27,7 @@ from retro.retrieval.building.settings import BuildSettings
 from retro.retrieval.embedding.embedder import Embedder, NoEmbedder
 from retro.retrieval.search.searchers import embedder_of, is_keyless
 from retro.retrieval.store.store import Store
+from retro.text.corpus import as_list
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def _settings_like(
         recorded.pop("decontaminate_by", None)
     if "deduplicate" in given and given["deduplicate"] != recorded.get("deduplicate"):
         recorded |= {"deduplicate_at": None, "deduplicate_ngram": None}  # of the store's own comparison
-    own = {"store": str(store.path), "inputs": list(inputs), "tokenizer": str(store.path / "tokenizer")}
+    own = {"store": str(store.path), "inputs": as_list(inputs), "tokenizer": str(store.path / "tokenizer")}
     own |= {"embedder": store.manifest["embedder"]["name"], "decontaminate": list(decontaminate or [])}
     return BuildSettings(**{**recorded, **own, "index": "none", **given})
 

@@ -57,19 +57,27 @@ class Deduplicator:
 
     def add(self, document_id: str, signature: bytes, place: str = "") -> dict[str, Any] | None:
         """None, and from now on the document is known, or the record of a copy, which names the first one like it."""
-        if self.by == "exact":
-            first, similarity = self._exact.setdefault(signature, len(self._kept)), 1.0
-        else:
-            first, similarity = self._similar(signature)
-        if first == len(self._kept):
+        copy = self.find(document_id, signature, place)
+        if copy is None:
+            if self.by == "exact":
+                self._exact[signature] = len(self._kept)
+            else:
+                self._bands.insert(len(self._kept), _sketch(signature), check_duplication=False)
+                self._signatures.append(signature)
             self._kept.append(document_id)
+        return copy
+
+    def find(self, document_id: str, signature: bytes, place: str = "") -> dict[str, Any] | None:
+        """The record of a copy of what is known, or None."""
+        first, similarity = (self._exact.get(signature), 1.0) if self.by == "exact" else self._similar(signature)
+        if first is None:
             return None
         reason = "the same text" if self.by == "exact" else f"a near copy (jaccard>={self.threshold:g}, estimated)"
         measured = {"kept_id": self._kept[first], "jaccard": similarity}
         return {"filter": self.name, "place": place, "document_id": document_id, "reason": reason, **measured}
 
-    def _similar(self, signature: bytes) -> tuple[int, float]:
-        """The number of the first kept document with this similarity; a new number, of which the bands now know."""
+    def _similar(self, signature: bytes) -> tuple[int | None, float]:
+        """The number of the first kept document with this similarity."""
         sketch = _sketch(signature)
         candidates = sorted(self._bands.query(sketch))
         if candidates:
@@ -78,9 +86,7 @@ class Deduplicator:
             near = np.flatnonzero(similarity >= self.threshold)
             if len(near):
                 return candidates[near[0]], float(similarity[near[0]])
-        self._bands.insert(len(self._kept), sketch, check_duplication=False)
-        self._signatures.append(signature)
-        return len(self._kept), 1.0
+        return None, 1.0
 
     @cached_property
     def _bands(self) -> Any:

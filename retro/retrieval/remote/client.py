@@ -28,6 +28,7 @@ from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import as_lists
 from retro.retrieval.store.store import Store
 from retro.text.chunks import decode_chunks, tokenizer_fingerprint
+from retro.text.tokenizer import open_tokenizer
 from retro.web.listening import API_KEY
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between tries
@@ -127,7 +128,7 @@ class RemoteRetriever:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _latest=threading.local())
 
-    show = Retriever.show  # calls this one
+    show, records, measure = Retriever.show, Retriever.records, Retriever.measure  # call this one
 
     def sources(self, rows: Int64[np.ndarray, "q k"]) -> list[list[Source | None]]:
         """Where rows come from; None for row -1."""
@@ -169,15 +170,13 @@ class RemoteStore:
     @cached_property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer saved inside the store, fetched and compared with its checksums."""
-        from transformers import AutoTokenizer
-
         with tempfile.TemporaryDirectory() as folder:
             for name, record in self.manifest["tokenizer"]["files"].items():
                 data = self._server.ask("GET", f"/v1/store/tokenizer/{name}")
                 if Path(name).name != name or hashlib.sha256(data).hexdigest() != record["sha256"]:
                     raise ConnectionError(f"{self.path} sent a damaged tokenizer file {name}; restart the server")
                 (Path(folder) / name).write_bytes(data)
-            return AutoTokenizer.from_pretrained(folder)
+            return open_tokenizer(folder)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer that is not the one the store was built with, naming both."""

@@ -39,6 +39,7 @@ EXACT = ":exact"
 KINDS = ("bm25", "tfidf", f"bm25{EXACT}", f"tfidf{EXACT}")
 BUCKETS = 1 << 24
 K1, B = 1.5, 0.75  # of bm25
+LEAST_IDF = 1e-3  # of tfidf: what all chunks have in common orders only what nothing else does
 _BLOCK_ROWS = 1 << 10
 _BLOCK_POSTINGS = 1 << 18
 _BLOCK_TERMS = 1 << 18
@@ -295,12 +296,13 @@ def _over_all(segments: list[Postings]) -> list[Int64[np.ndarray, " terms"]]:
 
 
 def _idf(kind: str, num_chunks: int, frequency: Int64[np.ndarray, " terms"]) -> Float32[np.ndarray, " terms"]:
-    """log((N - n + 1/2) / (n + 1/2)): from 0 on for tfidf, of 1 more for bm25; 0 for terms of removed chunks alone."""
+    """log((N - n + 1/2) / (n + 1/2)): at least a little for tfidf, so that a chunk of common terms is found too, of 1
+    more for bm25; 0 for terms of removed chunks alone."""
     found = np.empty(len(frequency), np.float32)
     for low, high in blocks(0, len(frequency), _BLOCK_TERMS):
         known = frequency[low:high]
         odds = (num_chunks - known + 0.5) / (known + 0.5)
-        idf = np.log(odds).clip(min=0) if kind == "tfidf" else np.log(1 + odds)
+        idf = np.log(odds).clip(min=LEAST_IDF) if kind == "tfidf" else np.log(1 + odds)
         found[low:high] = np.where(known > 0, idf, 0)
     return found
 

@@ -35,6 +35,9 @@ from retro.retrieval.search.queries import Queries
 from retro.retrieval.store.store import Store
 
 RANK_CONSTANT = 60
+_FUSED_DEPTH = 100
+COSINE = "cosine"  # of keys of length 1, whose -squared L2 is 2 cosine - 2
+_MEASURES = {kind: {"tfidf": "TF-IDF", "bm25": "BM25"}[kind.removesuffix(lexical.EXACT)] for kind in lexical.KINDS}
 _LOADED: WeakValueDictionary[str, Embedder] = WeakValueDictionary()  # by fingerprint
 _FETCHED_HITS = 1 << 20  # hits held at a time while the over-fetch grows
 
@@ -120,6 +123,18 @@ def goes_by_words(kind: str) -> bool:
     return set(first.split("+")) <= set(lexical.KINDS)
 
 
+def measure_of(kind: str, embedder: dict[str, Any]) -> str:
+    """What a searcher's scores are, by its kind and by the manifest's record of the embedder that made the keys."""
+    first, reranked, second = kind.partition(";")[0].partition(">")
+    if reranked:
+        return _MEASURES.get(
+            second, "odds of holding the text to come" if second == continuation.KIND else "-squared L2"
+        )
+    if "+" in first:
+        return "sum of reciprocal ranks"
+    return _MEASURES.get(first, COSINE if embedder.get("normalize") else "-squared L2")
+
+
 def approximate_engines(kind: str) -> set[str]:
     """The engines that a kind (a searcher's, filters included) searches keys with, such as {"faiss"}."""
     first = kind.partition(";")[0].partition(">")[0]
@@ -186,9 +201,9 @@ class FusedSearcher:
         )
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
-        """The k rows of the largest sum; each search contributes its best 2 k + 8."""
+        """The k rows of the largest sum; each search contributes its best 10 k, at least 100."""
         check_k(k)
-        depth = min(2 * k + 8, self.num_rows)
+        depth = min(max(10 * k, _FUSED_DEPTH), self.num_rows)
         lists = [part.search(queries, depth, excluded)[0] for part in self.parts]
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)

@@ -44,6 +44,7 @@ from retro.retrieval.store.format import (
     widen_keys,
 )
 from retro.text.chunks import bos_of, decode_chunks, num_embeddings, tokenizer_fingerprint
+from retro.text.tokenizer import open_tokenizer
 
 
 class Store(DocumentTables):
@@ -172,9 +173,7 @@ class Store(DocumentTables):
     @cached_property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer saved inside the store."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+        return open_tokenizer(self.path / "tokenizer")
 
     @cached_property
     def bos_token_id(self) -> int | None:

@@ -84,6 +84,7 @@ function request() {
     retro: { retrieval: $("retrieval").checked },
   };
   if (asked.retro.retrieval) {
+    asked.retro.align = "end";
     asked.retro.store = $("store").value;
     if ($("neighbors").value) asked.retro.num_neighbors = $("neighbors").valueAsNumber;
   }

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,28 @@ def settings(tmp_path):
 
 def build(settings, tokenizer, embedder=None, **changes):
     return build_store(replace(settings, **changes), embedder or HashingEmbedder(), tokenizer)
+
+
+def test_objects_and_streams_of_datasets_give_the_store_of_their_file(settings, tokenizer, monkeypatch):
+    """Partitions of a few records each, so that a stream is taken up where it was left."""
+    import datasets
+
+    monkeypatch.setattr("retro.retrieval.building.build.PARTITION_BYTES", 50)
+    monkeypatch.setattr("retro.retrieval.building.shards.PART_BYTES", 100)
+    records = [{"id": f"d{n}", "text": words(5 + n, n)} for n in range(9)]
+    write_jsonl(Path(settings.inputs[0]), records)
+    rows = datasets.Dataset.from_list(records)
+    expected = build(settings, tokenizer)
+    for number, given in enumerate((rows, [rows], rows.to_iterable_dataset(num_shards=3))):
+        store = build(settings, tokenizer, inputs=given, store=f"{settings.store}-{number}", workers=2)
+        assert store.document_ids == expected.document_ids
+        np.testing.assert_array_equal(
+            store.keys(np.arange(store.num_chunks)), expected.keys(np.arange(expected.num_chunks))
+        )
+    named = [rows.select(range(4)), rows.select(range(4, 9))]
+    assert build(settings, tokenizer, inputs=named, store=f"{settings.store}-two").num_chunks == expected.num_chunks
+    with pytest.raises(ValueError, match=r"has the splits train; give one of them, as in dataset\['train'\]"):
+        build(settings, tokenizer, inputs=datasets.DatasetDict(train=rows), store=f"{settings.store}-none")
 
 
 def test_every_record_is_counted(tmp_path, tokenizer):
@@ -216,8 +239,11 @@ def test_progress_counts_the_bytes_read_and_the_chunks_embedded(settings, tokeni
 
 
 @pytest.mark.parametrize("keys", [True, False])
-def test_a_build_without_keys_shows_no_bar_of_embedding(settings, tokenizer, capsys, keys):
+def test_a_build_without_keys_shows_no_bar_of_embedding(settings, tokenizer, capsys, monkeypatch, keys):
     embedder = HashingEmbedder() if keys else NoEmbedder()
+    build_store(replace(settings, store=f"{settings.store}-2"), embedder, tokenizer, progress=True)
+    assert capsys.readouterr().err == "", "what is no terminal gets no control codes"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     build_store(settings, embedder, tokenizer, progress=True)
     shown = capsys.readouterr().err
     assert "reading:" in shown and ("embedding:" in shown) == keys
@@ -233,7 +259,7 @@ def test_a_build_without_keys_shows_no_bar_of_embedding(settings, tokenizer, cap
         (b'{"text": "w1"}\n{"text": "\xff"}\n', r"in\.jsonl:2: the line is invalid UTF-8"),
         (
             '{"text": "w1", "id": "a"}\n{"text": "w2", "id": "a"}',
-            r"id 'a' is given twice, at in\.jsonl:1 and in\.jsonl:2",
+            r"in\.jsonl:2: the document id 'a' is that of in\.jsonl:1 as well; ids must be unique",
         ),
     ],
 )
@@ -243,6 +269,38 @@ def test_bad_inputs_leave_nothing(settings, tokenizer, content, message):
         build(settings, tokenizer)
     assert "\n" not in str(error.value)
     assert not Path(settings.store).exists()
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1 << 20])
+def test_ids_that_are_given_twice(settings, tokenizer, monkeypatch, part_bytes):
+    """In one part of the inputs or in two: one whose text was read before is a copy, another one is rejected; an id is
+    free as long as no document of it is kept."""
+    monkeypatch.setattr("retro.retrieval.building.build.PARTITION_BYTES", part_bytes)
+    monkeypatch.setattr("retro.retrieval.building.shards.PART_BYTES", part_bytes)
+    given = [("a", "w1"), ("b", ""), ("b", "w2"), ("a", "w1"), ("a", "w3"), ("c", "w3"), ("a", "w4"), ("c", "w2")]
+    write_jsonl(Path(settings.inputs[0]), [{"id": name, "text": text} for name, text in given])
+    store = build(settings, tokenizer, on_bad="reject", deduplicate="exact", min_chunk_len=1)
+    counts = store.manifest["counts"]
+    assert store.document_ids == ["a", "b", "c"] and counts["filtered_by"] == {"deduplicate": 2}
+    assert [counts[name] for name in ("read", "kept", "empty", "filtered", "rejected")] == [8, 3, 1, 2, 2]
+    rejected = [json.loads(line) for line in (store.path / "rejects/rejected.jsonl").read_text().splitlines()]
+    assert [(one["file"], one["line"]) for one in rejected] == [("in.jsonl", 5), ("in.jsonl", 7)]
+    assert "the document id 'a' is that of in.jsonl:1 as well" in rejected[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [("w1 w2", False), ("w1\n\nw2", True), ("w1 \U0001f600", True), ("W1", True), ("w1 </s> w2", True)],
+)
+def test_a_tokenizer_that_loses_text_is_told_of(settings, tokenizer, caplog, text, lost):
+    write_jsonl(Path(settings.inputs[0]), [{"text": words(3, n)} for n in range(40)] + [{"text": text}])
+    counts = build(settings, tokenizer).manifest["counts"]
+    is_tried = counts["unknown_tokens"] > 0  # beyond the first 32 documents
+    said = [record.getMessage() for record in caplog.records if "does not give texts back" in record.getMessage()]
+    assert len(said) == (lost and is_tried) and (not said or "in.jsonl:41" in said[0])
+    write_jsonl(Path(settings.inputs[0]), [{"text": text}])
+    counts = build(settings, tokenizer, store=f"{settings.store}-2").manifest["counts"]
+    assert counts["lossy_documents"] == lost
 
 
 def test_folders_that_are_no_store_are_left_alone(settings, tokenizer, tmp_path):

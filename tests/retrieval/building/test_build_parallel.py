@@ -256,9 +256,11 @@ def test_more_shards_behind_the_others(tmp_path, tokenizer):
         "00002/filtered.jsonl",
     }
     taken = write_jsonl(tmp_path / "taken.jsonl", [{"id": "m1", "text": "w1"}, {"id": "d1", "text": "w1"}])
-    settings = replace(settings, inputs=[taken])
+    settings = replace(settings, inputs=[taken], on_bad="error")
     plan = plan_build(settings, tokenizer, hashing) | {"generation": 2}
-    with pytest.raises(ValueError, match=r"id 'd1' at taken\.jsonl:2 is in the store already; remove that document"):
+    with pytest.raises(
+        ValueError, match=r"taken\.jsonl:2: the document id 'd1' is in the store already; remove that document"
+    ):
         write_shards(store, settings, plan, hashing)
     write_jsonl(tmp_path / "taken.jsonl", [{"text": "w1"}])
     with pytest.raises(ValueError, match="the inputs have changed since the plan was made"):

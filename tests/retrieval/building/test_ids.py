@@ -13,24 +13,27 @@ BATCHES = st.lists(st.lists(st.integers(0, 60).map(str), max_size=12), max_size=
 
 
 @given(BATCHES)
-def test_what_was_there_before_is_told(batches):
-    seen, known = SeenIds(), set()
-    for batch in batches:
-        expected = []
+def test_what_was_there_before_is_told_with_where(batches):
+    seen, known = SeenIds(), {}
+    for number, batch in enumerate(batches):
+        expected = {}
         for place, name in enumerate(batch):
             if name in known:
-                expected.append(place)
-            known.add(name)
-        assert seen.add(batch) == expected
+                expected[place] = set(known[name])
+            known.setdefault(name, set()).add(number)
+        found = seen.add(batch, number)
+        assert list(found) == list(expected)
+        assert all(expected[place] <= numbers for place, numbers in found.items())
     assert len(seen) == sum(map(len, batches))
 
 
-def test_few_runs_of_eight_bytes_an_id():
+def test_few_runs_of_twelve_bytes_an_id():
     seen = SeenIds()
     for start in range(0, 20_000, 100):
-        assert seen.add([str(number) for number in range(start, start + 100)]) == []
-    assert len(seen._runs) < 10 and sum(run.nbytes for run in seen._runs) == 8 * 20_000
-    assert seen.add(["19999", "20000", "7"]) == [0, 2]
+        assert seen.add([str(number) for number in range(start, start + 100)], start) == {}
+    assert len(seen._runs) < 10
+    assert sum(hashes.nbytes + numbers.nbytes for hashes, numbers in seen._runs) == 12 * 20_000
+    assert seen.add(["19999", "20000", "7"], -1) == {0: {19_900}, 2: {0}}
 
 
 def test_ids_of_one_hash_are_told_apart(tmp_path, tokenizer, monkeypatch):

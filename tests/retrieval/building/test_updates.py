@@ -403,6 +403,14 @@ def test_the_same_addition_twice_is_one(path):
     assert add(path, NEW).fingerprint == add(path, NEW).fingerprint
 
 
+def test_an_id_that_the_store_holds_is_left_out_where_that_is_asked_for(path):
+    with pytest.raises(ValueError, match="the document id 'd1' is in the store already; remove that document first"):
+        add(path, {"d1": "w1 w2"})
+    store = add(path, {"d1": "w1 w2", "fresh": "w3 w4"}, on_bad="reject")
+    counts = store.manifest["updates"][-1]["counts"]
+    assert (counts["kept"], counts["rejected"]) == (1, 1) and store.document_ids.count("d1") == 1
+
+
 def test_held_out_documents_are_asked_for_again(tmp_path, tokenizer):
     """A store built without near-copies of a test set does not take them in by an addition that forgets it."""
     held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"id": "h", "text": words(30, seed=5)}])

@@ -34,7 +34,7 @@ def tfidf_oracle(store, query, k, excluded=()):
     rows = store.searchable_rows
     chunks = [terms(q) for q in Queries(store.tokenizer, tokens=store.token_lists(rows)).tokens]
     frequency = Counter(term for chunk in chunks for term in chunk)
-    idf = {t: max(0.0, log((len(rows) - n + 0.5) / (n + 0.5))) for t, n in frequency.items()}
+    idf = {t: max(1e-3, log((len(rows) - n + 0.5) / (n + 0.5))) for t, n in frequency.items()}
     weigh = lambda found: {t: log(1 + n) * idf.get(t, 0.0) for t, n in found.items()}  # noqa: E731
     scores, wanted = [], weigh(terms(query))
     for row, chunk in zip(rows, chunks, strict=True):
@@ -91,6 +91,13 @@ def test_nothing_in_common_finds_nothing(store):
     assert (found.ids == -1).all() and not found.mask.any() and found.sources == [[None, None]] * 2
 
 
+@pytest.mark.parametrize("texts", [["w1 w2 w3", "w5 w6 w7"], ["w1 w2 w3"] * 6 + ["w5 w6 w7"] * 2, ["w1 w2 w3"]])
+def test_the_same_text_is_found_however_common_its_terms_are(tmp_path, tokenizer, texts):
+    for kind in ("tfidf", "bm25"):
+        found = Retriever(make_store(tmp_path, texts, tokenizer), kind)(["w1 w2 w3"], num_neighbors=1)
+        assert found.ids.tolist() == [[0]]
+
+
 class Listed:
     """A search that answers with the lists it was given."""
 
@@ -110,6 +117,12 @@ def test_reciprocal_rank_by_hand(store):
     rows, scores, mask = fused.search(Queries(store.tokenizer, texts=["w1"]), 5)
     assert rows[0].tolist() == [7, 5, 3, 9, -1] and mask[0].tolist() == [True] * 4 + [False]
     np.testing.assert_allclose(scores[0, :3], [1 / 62 + 1 / 61, 1 / 63 + 1 / 62, 1 / 61], rtol=1e-6)
+
+
+def test_lists_are_fused_from_deep_down(store):
+    """Row 99 is 60th and 50th of the lists, which is more than the 1st place of one: 1/120 + 1/110 > 1/61."""
+    lists = [Listed([[0, *range(200, 258), 99]]), Listed([[*range(300, 349), 99]])]
+    assert FusedSearcher(lists).search(Queries(store.tokenizer, texts=["w1"]), 1)[0].tolist() == [[99]]
 
 
 def test_neighbor_tables_of_every_kind(store):

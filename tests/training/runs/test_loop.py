@@ -123,6 +123,25 @@ def test_a_finished_run_is_left_as_it_is(make_settings, prepare, tmp_path):
     assert before == (metrics(tmp_path / "run"), (tmp_path / "run" / "model.safetensors").read_bytes())
 
 
+def test_a_finished_run_is_prolonged_and_started_from(make_settings, prepare, tmp_path, caplog):
+    """It says what it does where no bar is shown; a prolonged run keeps its lines, one that starts from it its weights."""
+    caplog.set_level("INFO", "retro.training")
+    fit(prepare(make_settings(max_steps=2)))
+    said = [record.getMessage() for record in caplog.records if record.name.endswith("sayings")]
+    assert "training on cpu, 2 steps of 64 tokens" in said[0] and said[1].startswith("step 2 of 2: loss ")
+    assert "bits per byte on" in said[2] and "the model is trained, 2 steps, loss " in said[-2]
+    assert said[-1].startswith(f"next: retro evaluate {tmp_path / 'run'} --store")
+    trained = dict(prepare(make_settings(max_steps=2)).state.model.state_dict())
+    fit(prepare(make_settings(max_steps=4)))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [2, 4]
+    start = str(tmp_path / "first")
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000002", start)
+    begun = prepare(make_settings("other", start=start, max_steps=1, seed=9)).state
+    assert begun.step == 0 and all(torch.equal(value, trained[name]) for name, value in begun.model.state_dict().items())
+    with pytest.raises(ValueError, match="is another model: .*hidden_size"):
+        prepare(make_settings("third", start=start, model={"hidden_size": 64}))
+
+
 def test_random_states_survive_json():
     def draw():
         return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
@@ -139,7 +158,7 @@ def test_random_states_survive_json():
     ("change", "named"),
     [
         (dict(lr=5e-3), ["lr (0.01 there, 0.005 now)"]),
-        (dict(max_steps=3, seed=1), ["max_steps (2 there, 3 now)", "seed (0 there, 1 now)"]),
+        (dict(max_steps=3, seed=1), ["seed (0 there, 1 now)"]),
         (dict(model={"hidden_size": 64}), ["model.hidden_size (32 there, 64 now)"]),
         (dict(batch_size=3), ["windows_per_step (2 there, 3 now)"]),
     ],

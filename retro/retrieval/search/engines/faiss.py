@@ -21,7 +21,7 @@ class FaissKind(EngineKind):
     """See `EngineKind`."""
 
     codes = ("flat", "sq8", "pq", "ivf-flat", "ivf-sq8", "ivf-pq")
-    remedy = "pip install faiss-cpu, or retro-lm[gpu] for faiss-gpu"
+    remedy = 'pip install "retro-lm[faiss]", or "retro-lm[gpu]" for faiss on GPUs'
     settings = ("lists", "probes")
     searched = "probes"
 
