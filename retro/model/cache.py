@@ -28,12 +28,14 @@ class RetroCache(Cache):
         row 0    a b c d|e f g h|i j    padding 0: position = column;     reading 2: E of "efgh"
         row 1    . . . A B C D|E F G    padding 3: position = column - 3; reading 1: E of "ABCD"
 
+    Keys and values of no text may come before all columns, as in prefix tuning: `prefix` counts them.
+
     One step: `begin` says where the new tokens stand and which chunks they complete; `set_neighbors` takes what these
     found; in the layers `update` extends self-attention, `conditions` gives H_u to the encoder, `read` is CCA; `end`.
 
     Attributes:
         attention: The cache of self-attention. Default: one that grows, or what a retrofitted base makes itself.
-        length: Columns so far, padding included; `padding` counts those before each row's first real token.
+        length: Columns so far, prefix and padding included; `padding` counts those before each row's first real token.
         reading: The number (from 1) of the chunk whose neighbors each row reads; 0 = none.
         rows: Tensors with one row for each of the batch. Of the last tokens, as rings in which position p stands at
             p % size: "hidden", m states at the first layer of P, and "tokens", 2m of them. Of the neighbors that are
@@ -42,13 +44,18 @@ class RetroCache(Cache):
 
     def __init__(self, chunk_len: int, attention: Cache | None = None):
         self.chunk_len, self.attention = chunk_len, attention
-        self.reset()
+        self.prefix = 0 if attention is None else int(attention.get_seq_length())
+        self._forget()
 
     def reset(self) -> None:
         """Forget everything."""
         if self.attention is not None:
             self.attention.reset()
-        self.length = 0
+        self.prefix = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.length = self.prefix
         self.padding: list[int] = []
         self.reading: list[int] = []
         self.rows: dict[str, Tensor] = {}
@@ -77,7 +84,7 @@ class RetroCache(Cache):
             and not (in_text and attention_mask.device.type != "cpu")
         ):
             self.padding = self._padding(attention_mask, length)
-        first = [self.length - padding for padding in self.padding]
+        first = [self.length - self.prefix - padding for padding in self.padding]
         return CachedStep(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))
 
     def _padding(self, attention_mask: Tensor, length: int) -> list[int]:
@@ -89,10 +96,10 @@ class RetroCache(Cache):
                 f"attention_mask has shape {list(attention_mask.shape)}; with a cache it must be "
                 f"[{len(self.padding)}, {columns}], for all tokens so far."
             )
-        real = attention_mask != 0
-        padding = (columns - real.sum(-1)).tolist()
+        real = attention_mask[:, self.prefix :] != 0
+        padding = (columns - self.prefix - real.sum(-1)).tolist()
         for row, (now, before) in enumerate(zip(padding, self.padding, strict=True)):
-            if self.length > before != now or (length > 1 and not real[row, now:].all()):
+            if self.length - self.prefix > before != now or (length > 1 and not real[row, now:].all()):
                 raise ValueError(f"attention_mask of row {row} is 0 after a real token; pad on the left.")
         return padding
 
@@ -306,7 +313,12 @@ class RetroCache(Cache):
     @property
     def is_compileable(self) -> bool:
         """Whether its decode steps can be fixed; see retro.model.fixed."""
-        return type(self.attention) is StaticCache and not self.attention.offloading and self.attention.is_compileable
+        held = self.attention
+        return not self.prefix and type(held) is StaticCache and not held.offloading and held.is_compileable
+
+    @property
+    def max_cache_len(self) -> int:
+        return -1  # PEFT's word for no limit
 
     def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return self.attention.update(*args, **kwargs)
@@ -342,7 +354,7 @@ class RetroCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove tokens; ValueError if that needs neighbors that are no longer held."""
-        ends = [self.length - padding for padding in self.padding]
+        ends = [self.length - self.prefix - padding for padding in self.padding]
         for row, end in enumerate(ends):
             if "mask" in self.rows and (end + tokens_to_remove) // self.chunk_len < end // self.chunk_len:
                 raise ValueError(
@@ -357,23 +369,34 @@ class RetroCache(Cache):
             self.length += tokens_to_remove
 
 
-def require_retro_cache(past_key_values: Cache, chunk_len: int) -> None:
-    """ValueError for a cache of another kind, or of chunks of another length."""
+def retro_cache(past_key_values: Cache, chunk_len: int, with_prefix: bool = True) -> RetroCache:
+    """The cache itself, or one around a cache of another kind: empty, or with a prefix where there may be one.
+
+    Raises ValueError for what is no cache, for a prefix that may not be, and for chunks of another length.
+    """
     if not isinstance(past_key_values, RetroCache):
-        kind = type(past_key_values).__name__
-        raise ValueError(f"past_key_values is a {kind}; give what use_cache=True returned, or a new RetroCache.")
+        taken = isinstance(past_key_values, Cache) and (with_prefix or past_key_values.get_seq_length() == 0)
+        if not taken:
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {kind}; give what use_cache=True returned, or a new RetroCache.")
+        return RetroCache(chunk_len, past_key_values)
     if past_key_values.chunk_len != chunk_len:
         raise ValueError(
             f"past_key_values is a RetroCache({past_key_values.chunk_len}), and the model's chunk_len is {chunk_len}."
         )
+    return past_key_values
 
 
 def cache_for(
-    past_key_values: Cache | None, use_cache: bool | None, document_ids: Tensor | None, chunk_len: int
+    past_key_values: Cache | None,
+    use_cache: bool | None,
+    document_ids: Tensor | None,
+    chunk_len: int,
+    with_prefix: bool = True,
 ) -> RetroCache | None:
     """The cache that a forward pass goes on with: the one given, a new one if it is asked for, or None.
 
-    Raises ValueError for a cache of another kind, and for documents beside a cache.
+    Raises ValueError for a cache that does not fit, see `retro_cache`, and for documents beside a cache.
     """
     if past_key_values is None and not use_cache:
         return None
@@ -381,8 +404,7 @@ def cache_for(
         raise ValueError("document_ids is given with a cache; packed documents run without one.")
     if past_key_values is None:
         return RetroCache(chunk_len)
-    require_retro_cache(past_key_values, chunk_len)
-    return past_key_values
+    return retro_cache(past_key_values, chunk_len, with_prefix)
 
 
 class GrowingLayer(DynamicLayer):

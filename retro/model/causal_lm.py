@@ -5,14 +5,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from retro.model.cache import GrowingLayer, RetroCache, cache_for, require_retro_cache
+from retro.model.cache import GrowingLayer, RetroCache, cache_for, retro_cache
 from retro.model.config import RetroConfig
 from retro.model.fixed import FixedRows, FixedStep
 from retro.model.generation import RetrievalGeneration, refuse_assisted
@@ -48,7 +48,7 @@ class RetroModel(RetroPreTrainedModel):
         input_ids: Int[Tensor, "b n"] | None = None,
         neighbor_ids: Int[Tensor, "b l k r"] | None = None,
         neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
-        attention_mask: Int[Tensor, "b columns"] | Bool[Tensor, "b columns"] | None = None,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
         document_ids: Int[Tensor, "b n"] | None = None,
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
         output_hidden_states: bool | None = None,
@@ -92,7 +92,7 @@ class RetroModel(RetroPreTrainedModel):
         if neighbor_ids is not None:
             given = neighbor_ids, neighbor_mask, *h.shape[:2], self.config.chunk_len
             neighbor_ids, neighbor_mask = checked_neighbors(*given)
-        if neighbor_ids is not None and neighbor_ids.shape[1]:  # n < m: no whole chunk, identity everywhere
+        if neighbor_ids is not None and neighbor_ids.numel():  # else n < m or r = 0: identity everywhere
             chunks = read_chunks(neighbor_mask, self.config.chunk_len, document_ids)
         inside = (*self._inside_documents(h, document_ids), self._rotary_table(h))
         for number, layer in enumerate(self.layers, start=1):
@@ -173,13 +173,15 @@ class RetroModel(RetroPreTrainedModel):
         s, start, padding = step.length, cache.length, cache.padding
         columns, _ = cache.get_mask_sizes(s, 0)
         positions = torch.arange(start, start + s, device=h.device)
+        prefix = cache.prefix
         plain = columns == start + s and not any(padding)
         mask = None
         if not (plain and (start == 0 or s == 1)):
             keys = torch.arange(columns, device=h.device)
             mask = (keys <= positions[:, None])[None]
             if any(padding):
-                mask = mask & (keys >= on_device(padding, h.device)[:, None])[:, None]
+                is_text = keys >= prefix + on_device(padding, h.device)[:, None]
+                mask = mask & (is_text | (keys < prefix))[:, None]
         rotary = cache.rotary_table(start, start + s, self.config.head_dim, self.config.rope_theta, h.device)
         return PastKeyValues(cache.update, positions, rotary, attendable(mask), mask is None and s > 1, cache.tables)
 
@@ -232,7 +234,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         neighbor_ids: Int[Tensor, "b l k r"] | None = None,
         neighbor_mask: Bool[Tensor, "b l k r"] | None = None,
         labels: Int[Tensor, "b n"] | None = None,
-        attention_mask: Int[Tensor, "b columns"] | Bool[Tensor, "b columns"] | None = None,
+        attention_mask: Shaped[Tensor, "..."] | None = None,
         document_ids: Int[Tensor, "b n"] | None = None,
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
         return_logits: bool | None = None,
@@ -262,7 +264,8 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             output_attentions: None or False, as PEFT and trainers pass it.
             past_key_values: What `use_cache` gave for the tokens before these. `attention_mask` is then for all tokens
                 so far, padded on the left only; `neighbor_ids` holds, for each row, the neighbors of the chunks that
-                these tokens complete (None: they have none), and k may change from step to step.
+                these tokens complete (None: they have none), and k may change from step to step. Keys and values in a
+                cache of another kind come before each text and are not counted, as in prefix tuning.
             use_cache: Whether to give `past_key_values`. Default: if some are given.
             num_items_in_batch: Labels over which the mean is taken, where these rows are a part of a batch; as a
                 Trainer counts them, over all micro-batches and processes of an update. Default: those of these rows.
@@ -304,7 +307,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         refuse_assisted(generation_mode, model_kwargs)
         given = model_kwargs.get("past_key_values")
         if given is not None:
-            require_retro_cache(given, self.config.chunk_len)
+            model_kwargs["past_key_values"] = retro_cache(given, self.config.chunk_len)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if given is None and cache is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from retro.model.cache import RetroCache
@@ -230,7 +230,7 @@ class GivenNeighbors:
         self.ids, self.mask = neighbor_ids, neighbor_mask.bool()
 
     def of_step(
-        self, cache: RetroCache, step: CachedStep, input_ids: Int[Tensor, "b s"], is_prompt: bool
+        self, cache: RetroCache, step: CachedStep, input_ids: Shaped[Tensor, "b s *d"], is_prompt: bool
     ) -> tuple[Int[Tensor, "c k r"], Bool[Tensor, "c k r"]] | None:
         """The neighbors of the chunks that the step completes; None if there is no such chunk."""
         num_rows, num_given = len(step.first), self.ids.shape[1]
@@ -284,7 +284,12 @@ class RetrievalGeneration:
         if source is None:
             return super().generate(inputs, generation_config, *args, **kwargs)
         prompts = kwargs.get("input_ids") if inputs is None else inputs
-        _check_whole_text(prompts, kwargs.get("attention_mask"))
+        if kwargs.get("inputs_embeds") is not None:
+            if isinstance(source, RetrievalSession):
+                raise ValueError("inputs_embeds cannot be searched for; give input_ids, or neighbor_ids.")
+            prompts = kwargs["inputs_embeds"]
+        elif prompts is not None:
+            _check_whole_text(prompts, kwargs.get("attention_mask"))
         if isinstance(source, GivenNeighbors):
             if prompts is not None and len(prompts) != len(source.ids):
                 raise ValueError(f"neighbor_ids has {len(source.ids)} rows, and there are {len(prompts)} prompts.")
@@ -326,49 +331,72 @@ class RetrievalGeneration:
         k, r = num_neighbors or self.config.num_neighbors, self.config.retrieved_len
         return RetrievalSession(retriever, m, k, r, self.config.vocab_size, lookahead, on_retrieval_error)
 
+    def init_continuous_batching(self, *args, **kwargs) -> None:
+        """ValueError: continuous batching pages keys and values, and would hold no neighbors."""
+        raise ValueError("continuous batching keeps no neighbors of its rows; use generate() with a padded batch.")
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> Tensor:
+        """As Hugging Face infers it from padding tokens, but for those that stand inside of a text."""
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        text = mask.cumsum(-1) > 0
+        if not generation_config.is_assistant:  # what an assistant goes on with is text to its end
+            text &= mask.flip(-1).cumsum(-1).flip(-1) > 0
+        return text.long()
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Int[Tensor, "b n"],
         next_sequence_length: int | None = None,
         past_key_values: RetroCache | None = None,
-        attention_mask: Int[Tensor, "b columns"] | None = None,
+        attention_mask: Shaped[Tensor, "b columns"] | None = None,
         retrieval: RetrievalSession | GivenNeighbors | None = None,
         is_first_iteration: bool = False,
         logits_to_keep: int = 0,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        position_ids: None = None,
+        output_attentions: bool | None = None,
+        inputs_embeds: Float[Tensor, "b e d"] | None = None,
+        position_ids: Int[Tensor, "_ columns"] | None = None,
         tokenizer: Any = None,
     ) -> dict[str, Any]:
         """The new tokens and the neighbors of the chunks that they complete; without a cache the whole text.
 
-        tokenizer: of the stop strings; generate() passes it on, and no model reads it.
+        tokenizer: of the stop strings; generate() passes it on, and no model reads it. position_ids: as they are
+            counted anyway, which an assisted model passes on; ValueError for others.
         """
         if position_ids is not None:
-            raise ValueError("position_ids is given, but a RETRO counts positions itself; leave it out.")
-        device = self.device
+            _check_positions(position_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        device, given = self.device, input_ids
+        embedded = inputs_embeds is not None and is_first_iteration
         if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
+            given = given[:, -next_sequence_length:]
+            inputs_embeds = inputs_embeds[:, -next_sequence_length:] if embedded else None
         inputs = {
-            "input_ids": input_ids.to(device).clone(memory_format=torch.contiguous_format),  # for graphs always so
+            # for graphs always contiguous
+            "input_ids": None if embedded else given.to(device).clone(memory_format=torch.contiguous_format),
+            "inputs_embeds": inputs_embeds.to(device) if embedded else None,
             "attention_mask": attention_mask if attention_mask is None else attention_mask.to(device),
             "past_key_values": past_key_values,
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
         }
-        found = self._neighbors_of_step(retrieval, input_ids, attention_mask, past_key_values, is_first_iteration)
+        tokens = inputs_embeds if embedded else given
+        found = self._neighbors_of_step(retrieval, tokens, attention_mask, past_key_values, is_first_iteration)
         return inputs | found
 
     def _neighbors_of_step(
         self,
         retrieval: RetrievalSession | GivenNeighbors | None,
-        input_ids: Int[Tensor, "b s"],
-        attention_mask: Int[Tensor, "b columns"] | None,
+        input_ids: Int[Tensor, "b s"] | Float[Tensor, "b s d"],
+        attention_mask: Shaped[Tensor, "b columns"] | None,
         cache: RetroCache | None,
         is_prompt: bool,
     ) -> dict[str, Any]:
-        """neighbor_ids and neighbor_mask for `forward`, if these tokens complete a chunk; or all as a fixed step."""
-        m, (b, length) = self.config.chunk_len, input_ids.shape
+        """neighbor_ids and neighbor_mask for `forward`, if these tokens, or embeddings, complete a chunk; or all as a
+        fixed step.
+        """
+        m, (b, length) = self.config.chunk_len, input_ids.shape[:2]
         start = RetroCache(m) if cache is None else cache
         step = start.begin(b, length, attention_mask)
         found = None if retrieval is None else retrieval.of_step(start, step, input_ids, is_prompt)
@@ -400,8 +428,14 @@ def refuse_assisted(generation_mode: str, model_kwargs: dict[str, Any]) -> None:
         raise ValueError("assisted generation takes tokens back, and with them neighbors; leave one of both out.")
 
 
-def _check_whole_text(input_ids: Tensor | None, mask: Tensor | None) -> None:
-    if input_ids is not None and mask is not None and mask.shape[-1] != input_ids.shape[-1]:
+def _check_positions(position_ids: Int[Tensor, "_ columns"], attention_mask: Int[Tensor, "b columns"]) -> None:
+    counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -position_ids.shape[-1] :]
+    if counted.shape[-1] != position_ids.shape[-1] or not (counted == position_ids.to(counted.device)).all():
+        raise ValueError("position_ids is given, but positions are counted from each row's first token; leave it out.")
+
+
+def _check_whole_text(input_ids: Tensor, mask: Tensor | None) -> None:
+    if mask is not None and mask.shape[-1] != input_ids.shape[-1]:
         raise ValueError(
             f"attention_mask has {mask.shape[-1]} columns and input_ids {input_ids.shape[-1]}; with neighbors give the "
             "whole text, what past_key_values holds included."

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from retro.modules.kernels import has_fixed_shapes
@@ -28,23 +28,47 @@ class Alignment:
         given   . . a b c      `left`   a b c . .      `right` turns them back
 
     Rows that are padded on the right, or not at all, stay as they are. So do rows that go on after a cache: it knows
-    how they are padded.
+    how they are padded. ValueError for a mask of another shape, and, where a look costs nothing, for one with holes:
+    chunks have none.
     """
 
-    def __init__(self, attention_mask: Int[Tensor, "b n"] | None, has_cache: bool = False):
-        self.is_turned = not has_cache and attention_mask is not None and _may_start_late(attention_mask)
-        self._num_left = attention_mask.int().argmax(-1) if self.is_turned else None  # [b]
+    def __init__(self, attention_mask: Tensor | None, has_cache: bool = False):
+        self.is_turned, self._num_left, self._shape = False, None, None
+        if attention_mask is None or has_cache:
+            return
+        if attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; give [b, n], 1 = a real token.")
+        self._shape, self.is_turned = attention_mask.shape, _may_start_late(attention_mask)
+        self._num_left = (attention_mask != 0).int().argmax(-1)  # [b]
+        if not has_fixed_shapes(attention_mask):
+            _refuse_holes(_turn(attention_mask != 0, self._num_left))
 
     def left(self, *tensors: Shaped[Tensor, "b _ ..."] | None) -> list[Shaped[Tensor, "b _ ..."] | None]:
         """Each with every row's first real token first, and its left padding at the end."""
+        for x in tensors:
+            if x is not None and self._shape not in (None, x.shape[:2]):
+                raise ValueError(f"attention_mask has shape {list(self._shape)}; it must be {list(x.shape[:2])}.")
         return [x if x is None or not self.is_turned else _turn(x, self._num_left) for x in tensors]
 
     def right(self, x: Shaped[Tensor, "b n ..."]) -> Shaped[Tensor, "b n ..."]:
         """Undo `left`."""
         return _turn(x, -self._num_left) if self.is_turned else x
 
+    def right_square(self, x: Shaped[Tensor, "b h n n"]) -> Shaped[Tensor, "b h n n"]:
+        """Undo `left` of queries and keys."""
+        return self.right(self.right(x.movedim(2, 1)).movedim(3, 1)).permute(0, 3, 2, 1)
 
-def _may_start_late(attention_mask: Int[Tensor, "b n"]) -> bool:
+
+def _refuse_holes(real: Bool[Tensor, "b n"]) -> None:
+    holes = (real[:, 1:] & ~real[:, :-1]).any(-1)
+    if holes.any():
+        raise ValueError(
+            f"attention_mask of row {int(holes.int().argmax())} is 0 between real tokens; chunks are counted in tokens "
+            "that follow each other, so leave these out of the row."
+        )
+
+
+def _may_start_late(attention_mask: Shaped[Tensor, "b n"]) -> bool:
     """Whether some row may be padded on the left; where a look at the mask would cost more than turns by 0: yes."""
     return has_fixed_shapes(attention_mask) or not bool(attention_mask[:, 0].all())
 

@@ -49,6 +49,15 @@ class RetroPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["DecoderBlock", "EncoderBlock"]
 
+    def set_attn_implementation(self, attn_implementation: str, allow_all_kernels: bool = False) -> None:
+        """ValueError for another than "sdpa"."""
+        self.get_correct_attn_implementation(attn_implementation)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention not in (None, "sdpa"):
+            raise ValueError(f"attn_implementation is {requested_attention!r}; RETRO attends by 'sdpa' only.")
+        return "sdpa"
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std, layers = self.config.initializer_range, self.config.num_hidden_layers

@@ -66,6 +66,8 @@ class Anatomy:
 def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
     """The anatomy of a causal LM, with the writers of `layers`. Where there are any, runs it once over a few tokens.
 
+    Of a model on the meta device, which cannot run, it is without writers.
+
     Raises ValueError, naming what is missing, for a model that cannot be fitted.
     """
     kind = type(base).__name__
@@ -73,7 +75,7 @@ def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
         raise ValueError(f"{kind} cannot be fitted: it is an encoder-decoder, not a decoder-only causal LM.")
     layers_name, blocks = _layer_list(base)
     attention_names = {number: _attention_name(kind, number, blocks) for number in layers}
-    if not layers:
+    if not layers or is_empty(base):
         return Anatomy(layers_name, len(blocks), {})
     traces = _trace(base, {number: blocks[number - 1] for number in layers})
     writers = {
@@ -85,6 +87,11 @@ def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
 def without_peft(base: Any) -> nn.Module:
     """The base itself, where PEFT is around it."""
     return base.get_base_model() if hasattr(base, "get_base_model") else base
+
+
+def is_empty(base: nn.Module) -> bool:
+    """Whether a model has no weights yet: it is on the meta device."""
+    return any(weight.is_meta for weight in base.parameters())
 
 
 def _layer_list(base: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -290,7 +297,8 @@ def hidden_after(
 
     def keep(module, args, out):
         kept.append(first_tensor(out))
-        raise LayerReached
+        if not torch.compiler.is_exporting():  # which follows modules to their ends
+            raise LayerReached
 
     with hooked(anatomy.layer(base, layer).register_forward_hook, keep), evaluating(base), suppress(LayerReached):
         base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)

@@ -39,11 +39,12 @@ def open_base(base: Any, /, **options) -> Any:
         raise ValueError(_sentence("base", base, error)) from None
 
 
-def random_base(config: Any) -> Any:
+def random_base(config: Any, attn_implementation: str | None = None) -> Any:
     """A causal LM of random weights."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **chosen)
 
 
 def base_tokenizer(base: str | Path) -> Any:

@@ -20,6 +20,10 @@ POSITIVE = (
     *("encoder_intermediate_size", "encoder_num_attention_heads", "encoder_head_dim", "initializer_range"),
 )
 KEY_LAGS = 10
+OF_BASE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "max_position_embeddings",
+)
 
 
 @strict
@@ -97,7 +101,14 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         self.require_sizes(*POSITIVE, "encoder_num_layers")
         if self.base_config is not None:
             self._take_from_base()
+        for name in OF_BASE:
+            if kwargs.pop(name, own := getattr(self, name, None)) != own:
+                raise ValueError(f"{name} is given, but it is the base's, {own}; change the base.")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Hugging Face's, with the base's sizes, which tools look for here; they are not read again."""
+        return super().to_dict() | {name: getattr(self, name, None) for name in OF_BASE}
 
     def _take_from_base(self) -> None:
         if isinstance(self.base_config, dict):
@@ -214,6 +225,21 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """The base's."""
         return self._text.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """The base's."""
+        return attention_sizes(self._text)[0]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """The base's."""
+        return attention_sizes(self._text)[1]
+
+    @property
+    def head_dim(self) -> int:
+        """The base's."""
+        return attention_sizes(self._text)[2]
 
     @property
     def max_position_embeddings(self) -> int | None:

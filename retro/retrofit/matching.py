@@ -100,6 +100,8 @@ def neighbor_features(context: RetrofitContext, layer: int) -> Float[Tensor, "c 
 
 def _read_real(context: RetrofitContext, ids: Tensor, mask: Tensor, layer: int) -> Float[Tensor, "q r d"]:
     """The stream over the texts that have a real token; 0 for the others, which are not run."""
+    if torch.compiler.is_compiling():  # a graph has fixed shapes
+        return context.hidden_after(ids, mask, layer)
     real = mask.any(-1).nonzero()[:, 0]
     if len(real) == len(ids):
         return context.hidden_after(ids, mask, layer)

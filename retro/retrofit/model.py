@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,35 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
+from retro.common.settings import unknown_name
 from retro.model import RetroCache
-from retro.model.cache import cache_for, require_retro_cache
-from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
+from retro.model.cache import cache_for
 from retro.model.padding import Alignment
 from retro.model.step import on_device
 from retro.modules.cross_attention import checked_neighbors
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import linear_cross_entropy, of_items
-from retro.retrofit.anatomy import find_anatomy, hidden_after
+from retro.retrofit.anatomy import find_anatomy, hidden_after, is_empty, without_peft
 from retro.retrofit.bases import random_base
 from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
+from retro.retrofit.generation import RetrofitGeneration
 from retro.retrofit.hooks import RetrofitContext, active, add_hooks, bind_checkpoints
 from retro.retrofit.loss import check_labels, head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
+from retro.retrofit.matching import neighbor_features
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
 from retro.retrofit.saving import prepare_save
 from retro.retrofit.starts import observe
 
 
-class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin):
+class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
     """A base and a form (see retro.retrofit.forms), which holds every new weight.
 
     `RetrofitForCausalLM(config)` makes a base of random weights; see `retrofit` and `from_pretrained`. Without
-    `start` the new weights are left as memory holds them, for others to be loaded.
+    `start` the new weights are left as memory holds them, for others to be loaded; so they are on the meta device.
 
     Source: RETRO, section B.2.
     """
@@ -51,8 +55,9 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         super().__init__(config)
         if config.base_config is None:
             raise ValueError("base_config is None; make a RetrofitForCausalLM with retrofit(base, ...).")
-        self.base = random_base(config.base_config) if base is None else base
+        self.base = random_base(config.base_config, config._attn_implementation) if base is None else base
         self.base.requires_grad_(False)
+        self.config._attn_implementation = self.base.config._attn_implementation
         self.anatomy = find_anatomy(self.base, config.cca_layers or [])
         self.form = form_class(config.form)(config, self.base, self.anatomy)
         self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
@@ -61,13 +66,24 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         if hasattr(self.base, "generation_config"):
             self.generation_config = copy.deepcopy(self.base.generation_config)
         self._key = _HookKey()
-        add_hooks(self.base, self.anatomy, self.form.hook_points, self._key)
-        if start:
-            self.start()
-        self._packing_way = packing_way(self.base)
-        self._head_is_plain = head_is_plain(self.base)
+        self._is_joined = False
+        if not is_empty(self.base):
+            self._join()
+            if start:
+                self.start()
         self.training = self.base.training
         self.form.train(self.training)
+
+    def _join(self) -> None:
+        """Find, by small runs, how the base works, and put the hooks in; once, as soon as it has weights."""
+        if self._is_joined:
+            return
+        if self.anatomy.writers.keys() != set(self.config.cca_layers or []):
+            self.anatomy = find_anatomy(self.base, self.config.cca_layers)
+        add_hooks(self.base, self.anatomy, self.form.hook_points, self._key)
+        self._packing_way = packing_way(self.base)
+        self._head_is_plain = head_is_plain(self.base)
+        self._is_joined = True
 
     def start(self, text: Int[Tensor, "q n"] | None = None) -> None:
         """Give the new weights their start, from what the base makes of a text of its own kind.
@@ -75,8 +91,10 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         Without a text random tokens serve. Maps between the base's layers are far better from text: of some 16,000
         tokens they are good, of four times fewer noticeably less so.
         """
+        self._join()
         self.form.start(observe(self.base, self.anatomy, self.config, self.form.start_points, text))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "b n"] | None = None,
@@ -89,6 +107,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Float[Tensor, "b n d"] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats, in one of three ways::
@@ -113,14 +132,17 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
                 row, the neighbors of the chunks that these tokens complete (None: they have none).
             use_cache: Whether to give `past_key_values`. Default: with neighbors if some are given, else the base's.
             num_items_in_batch: Labels over which the mean is taken, see RetroForCausalLM.forward.
-            kwargs: As the base takes them: inputs_embeds, position_ids, output_hidden_states, logits_to_keep ...
+            inputs_embeds: Embeddings in place of `input_ids`.
+            kwargs: As the base takes them: position_ids, output_hidden_states, logits_to_keep ...
 
-        Raises ValueError for neighbors or a cache that do not fit, and for `document_ids` beside a cache.
+        Raises ValueError for neighbors or a cache that do not fit, for `document_ids` beside a cache, and for arguments
+        that the base does not name.
         """
         if neighbor_ids is None and neighbor_mask is not None:
             raise ValueError("neighbor_mask is given without neighbor_ids.")
         refuse_fused_head(self)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._checked(kwargs)}
+        inputs |= {"return_dict": True} | ({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds})
         has_retro_cache = isinstance(past_key_values, RetroCache)
         if neighbor_ids is None and document_ids is None and return_logits is None and not has_retro_cache:
             caching = {"past_key_values": past_key_values, "use_cache": use_cache}
@@ -128,10 +150,11 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             if labels is not None and num_items_in_batch is not None:
                 caching["num_items_in_batch"] = num_items_in_batch
             return self.base(**inputs, **caching, labels=labels)
+        self._join()
         if return_logits is None:
             return_logits = labels is None or not self.training
-        check_labels(labels, input_ids, kwargs.get("inputs_embeds"))
-        cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
+        check_labels(labels, input_ids, inputs_embeds)
+        cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len, with_prefix=False)
         if cache is not None:
             outputs = self._forward_cached(inputs, cache, neighbor_ids, neighbor_mask, labels, return_logits)
         else:
@@ -141,6 +164,17 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             if neighbor_ids is not None and self.training and not outputs.loss.requires_grad:
                 outputs.loss = outputs.loss + 0 * sum(p.sum() for p in self.form.parameters())  # no whole chunk
         return outputs
+
+    def _checked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for the base, with what the configuration asks for; ValueError for one that it would swallow."""
+        if kwargs:
+            base = without_peft(self.base)
+            named = inspect.signature(base.forward).parameters.keys() | TransformersKwargs.__annotations__.keys()
+            for name in kwargs.keys() - named:
+                known = [*inspect.signature(self.forward).parameters, *named]
+                raise ValueError(unknown_name(name, known, "argument of forward"))
+        asked = {name: True for name in ("output_hidden_states", "output_attentions") if getattr(self.config, name)}
+        return asked | {name: value for name, value in kwargs.items() if value is not None or name not in asked}
 
     def _forward_whole(
         self, inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits: bool
@@ -153,6 +187,8 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         labels, document_ids = rows.left(labels, document_ids)
         inputs |= {name: rows.left(inputs[name])[0] for name in _PER_TOKEN if inputs.get(name) is not None}
         context = self._context(inputs, neighbor_ids, neighbor_mask, document_ids)
+        if context is not None and self.config.matches and torch.compiler.is_exporting():
+            neighbor_features(context, self.config.key_layer)  # a graph runs the base twice, never inside of itself
         inputs |= self._masks(inputs.pop("attention_mask"), document_ids) | {"use_cache": False}
         if not return_logits and self._head_is_plain:
             with active(context):
@@ -164,7 +200,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
             outputs = self.base(**inputs)
         loss, logits = self._loss_and_logits(outputs.logits, self._mixture(context), labels, return_logits)
         logits = None if logits is None else rows.right(logits)
-        return _output(outputs, loss, logits, keep)
+        return _output(outputs, loss, logits, keep, rows=rows)
 
     def _forward_cached(
         self, inputs, cache: RetroCache, neighbor_ids, neighbor_mask, labels, return_logits: bool
@@ -195,7 +231,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         cache.end(step, inputs.get("input_ids"))
         logits = outputs.logits[:, -keep:] if last else outputs.logits
         loss, logits = self._loss_and_logits(logits, mixture, labels, return_logits)
-        return _output(outputs, loss, logits, keep, cache)
+        return _output(outputs, loss, logits, keep, cache=cache)
 
     def _loss_and_logits(
         self, logits: Float[Tensor, "b n v"], mixture: Mixture | None, labels, return_logits: bool
@@ -239,7 +275,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         m, attention_mask = self.config.chunk_len, inputs["attention_mask"]
         neighbor_ids, neighbor_mask = checked_neighbors(neighbor_ids, neighbor_mask, *tokens.shape[:2], m)
         bind_checkpoints(self.base)
-        if neighbor_ids.shape[1] == 0:
+        if neighbor_ids.numel() == 0:
             return None
         condition_mask = None if attention_mask is None else chunks_of(attention_mask.bool()[..., None], m)[..., 0]
         return self._new_context(
@@ -264,68 +300,10 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         with active(None):
             return hidden_after(self.base, self.anatomy, ids, mask, layer)
 
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """Hugging Face's generate(), with retrieval at the end of every chunk; without neighbors the base's own.
-
-        Args: see RetrievalGeneration.generate.
-        """
-        if self._drops_caches:
-            kwargs.setdefault("use_cache", False)
-        own = {name: kwargs.pop(name, default) for name, default in OPTIONS.items()}
-        asked = any(type(own[name]) is not type(default) or own[name] != default for name, default in OPTIONS.items())
-        if asked or isinstance(kwargs.get("past_key_values"), RetroCache):
-            return super().generate(inputs, *args, **own, **kwargs)
-        return self.base.generate(inputs, *args, **kwargs)
-
     @property
     def _drops_caches(self) -> bool:
         """Whether the base's layers, by transformers' way of checkpointing, would forget what came before."""
         return self.base.training and self.is_gradient_checkpointing
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Int[Tensor, "b n"],
-        next_sequence_length: int | None = None,
-        past_key_values: RetroCache | None = None,
-        attention_mask: Int[Tensor, "b columns"] | None = None,
-        retrieval: Any = None,
-        is_first_iteration: bool = False,
-        tokenizer: Any = None,
-        **kwargs,
-    ) -> dict[str, Any]:
-        """As the base's, with the neighbors of the chunks that the new tokens complete."""
-        if past_key_values is None:
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        else:
-            inputs = self.base.prepare_inputs_for_generation(
-                input_ids,
-                next_sequence_length=next_sequence_length,
-                past_key_values=past_key_values.attention,
-                attention_mask=attention_mask,
-                is_first_iteration=is_first_iteration,
-                **kwargs,
-            )
-            inputs["past_key_values"] = past_key_values
-        new = inputs["input_ids"]
-        return inputs | self._neighbors_of_step(retrieval, new, attention_mask, past_key_values, is_first_iteration)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
-        """The base's own, put into a RetroCache."""
-        refuse_assisted(generation_mode, model_kwargs)
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            require_retro_cache(given, self.config.chunk_len)
-        self.base._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        if given is not None or generation_config.use_cache is False:
-            return
-        if model_kwargs.get("past_key_values") is None:
-            raise ValueError(
-                f"{type(self.base).__name__} keeps no cache that neighbors can go with; generate with use_cache=False."
-            )
-        model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, model_kwargs["past_key_values"])
-
-    def _supports_logits_to_keep(self) -> bool:
-        return self.base._supports_logits_to_keep()
 
     # Weights: which are new, and how they are kept
 
@@ -378,7 +356,10 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
         folder = str(pretrained_model_name_or_path)
         config = loading.read_config(folder, hub) if config is None else config
         weights = loading.read_weights(folder, hub)
+        dtype = dtype or kwargs.get("torch_dtype")
         options = hub | options | ({} if dtype is None else {"dtype": dtype})
+        if config._attn_implementation is not None:  # AutoModel puts it there
+            options.setdefault("attn_implementation", config._attn_implementation)
         base = loading.open_fitted_base(config, base, weights, folder, options)
         model = cls(config, base=base, start=False)
         loading.load_new_weights(model, folder, weights)
@@ -414,6 +395,7 @@ class RetrofitForCausalLM(RetrievalGeneration, PreTrainedModel, GenerationMixin)
     def set_attn_implementation(self, *args, **kwargs) -> None:
         """The base's attention; what is added always runs the fused kernel."""
         self.base.set_attn_implementation(*args, **kwargs)
+        self.config._attn_implementation = self.base.config._attn_implementation
 
     def enable_input_require_grads(self) -> None:
         """Nothing: gradients start at the first place that is written to, and none are wanted below it."""
@@ -437,13 +419,19 @@ def _last_logits(keep: int | Tensor) -> dict[str, int]:
     return {"logits_to_keep": keep} if isinstance(keep, int) and keep else {}
 
 
-def _output(outputs, loss, logits, keep: int | Tensor, cache: RetroCache | None = None) -> CausalLMOutputWithPast:
-    """What the base gave, with this loss, cache, and logits of the positions that were asked for."""
+def _output(
+    outputs, loss, logits, keep: int | Tensor, cache: RetroCache | None = None, rows: Alignment | None = None
+) -> CausalLMOutputWithPast:
+    """What the base gave, turned back, with this loss, cache, and logits of the positions that were asked for."""
     kept = slice(-keep, None) if isinstance(keep, int) else keep
+    states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
+    if rows is not None and rows.is_turned:
+        states = None if states is None else tuple(map(rows.right, states))
+        attentions = None if attentions is None else tuple(map(rows.right_square, attentions))
     return CausalLMOutputWithPast(
         loss=loss,
         logits=None if logits is None else logits[:, kept],
         past_key_values=cache,
-        hidden_states=outputs.get("hidden_states"),
-        attentions=outputs.get("attentions"),
+        hidden_states=states,
+        attentions=attentions,
     )

@@ -289,7 +289,6 @@ def test_what_a_cached_run_refuses(make_model, make_batch):
         r"neighbor_ids has shape \[2, 1, 2, 8\]; with a cache it must be \[b, l, k, r\] = \[2, 2, k, r\]", **neighbors
     )
     refused("neighbor_mask is given without neighbor_ids", neighbor_mask=batch["neighbor_mask"])
-    refused("past_key_values is a DynamicCache; give what use_cache=True returned", past_key_values=DynamicCache())
     refused("document_ids is given with a cache", document_ids=torch.zeros_like(ids))
     refused(r"attention_mask has shape \[2, 9\]; with a cache it must be \[2, 10\]", attention_mask=ids[:, 1:] * 0 + 1)
     hole = torch.ones_like(ids)

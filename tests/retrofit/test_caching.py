@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from retro.model import RetrievalError, RetroCache
 from tests.model.test_cache import assert_same, in_pieces, left_padded, random_pieces
@@ -220,10 +220,12 @@ def test_what_a_cached_run_refuses(make_fitted, make_neighbors):
     with pytest.raises(
         ValueError, match="past_key_values is a DynamicCache; give what use_cache=True returned, or a new"
     ):
-        model(ids, **neighbors, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="past_key_values is a StaticCache"):
-        cache = StaticCache(config=model.base.config, max_cache_len=20)
+        model(ids, **neighbors, past_key_values=model(ids, use_cache=True).past_key_values)
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+        cache = model(ids, use_cache=True).past_key_values
         model.generate(ids, retriever=RandomNeighbors(64), past_key_values=cache)
+    taken = model(ids, **neighbors, past_key_values=DynamicCache())
+    assert torch.equal(taken.logits, model(ids, **neighbors, use_cache=True).logits)
     with pytest.raises(ValueError, match="document_ids is given with a cache; packed documents run without one"):
         model(ids, **neighbors, use_cache=True, document_ids=torch.zeros_like(ids))
     with pytest.raises(ValueError, match="assisted generation takes tokens back"):

@@ -1,0 +1,92 @@
+"""generate() of a fit: the base's own without neighbors, with them the base's steps and the neighbors of each chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retro.model import RetroCache
+from retro.model.cache import retro_cache
+from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
+
+
+class RetrofitGeneration(RetrievalGeneration):
+    """Mixed into a causal LM that has a `base` and takes neighbor_ids, neighbor_mask and a RetroCache."""
+
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """Hugging Face's generate(), with retrieval at the end of every chunk; without neighbors the base's own.
+
+        Args: see RetrievalGeneration.generate.
+        """
+        if self._drops_caches:
+            kwargs.setdefault("use_cache", False)
+        own = {name: kwargs.pop(name, default) for name, default in OPTIONS.items()}
+        asked = any(type(own[name]) is not type(default) or own[name] != default for name, default in OPTIONS.items())
+        if asked or isinstance(kwargs.get("past_key_values"), RetroCache) or self._has_prompt_of_its_own():
+            return super().generate(inputs, *args, **own, **kwargs)
+        return self.base.generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """The base's continuous batching; ValueError for neighbors, which it does not keep."""
+        if kwargs.keys() & {*OPTIONS, "retrieval"}:
+            self.init_continuous_batching()
+        return self.base.generate_batch(*args, **kwargs)
+
+    def _has_prompt_of_its_own(self) -> bool:
+        """Whether PEFT puts virtual tokens before each text (prompt and prefix tuning), which the base knows not of."""
+        owner = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        return getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        next_sequence_length: int | None = None,
+        past_key_values: RetroCache | None = None,
+        attention_mask: Int[Tensor, "b columns"] | None = None,
+        retrieval: Any = None,
+        is_first_iteration: bool = False,
+        inputs_embeds: Float[Tensor, "b n d"] | None = None,
+        tokenizer: Any = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As the base's, with the neighbors of the chunks that the new tokens complete."""
+        reads = isinstance(past_key_values, RetroCache)
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        if past_key_values is None:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        else:
+            inputs = self.base.prepare_inputs_for_generation(
+                input_ids,
+                next_sequence_length=next_sequence_length,
+                past_key_values=past_key_values.attention if reads else past_key_values,
+                attention_mask=attention_mask,
+                is_first_iteration=is_first_iteration,
+                **kwargs,
+            )
+            inputs["past_key_values"] = past_key_values
+        if not reads and retrieval is None:
+            return inputs
+        new = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
+        return inputs | self._neighbors_of_step(retrieval, new, attention_mask, past_key_values, is_first_iteration)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+        """The base's own, put into a RetroCache."""
+        refuse_assisted(generation_mode, model_kwargs)
+        given = model_kwargs.get("past_key_values")
+        reads = model_kwargs.get("retrieval") is not None or isinstance(given, RetroCache)
+        if given is not None and reads:
+            model_kwargs["past_key_values"] = retro_cache(given, self.config.chunk_len, with_prefix=False)
+        self.base._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if given is not None or generation_config.use_cache is False or not reads:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            raise ValueError(
+                f"{type(self.base).__name__} keeps no cache that neighbors can go with; generate with use_cache=False."
+            )
+        model_kwargs["past_key_values"] = RetroCache(self.config.chunk_len, model_kwargs["past_key_values"])
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self.base._supports_logits_to_keep()
