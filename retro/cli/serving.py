@@ -47,7 +47,7 @@ def serve(
     for library in ("fastapi", "uvicorn"):
         check_installed(library, "retro serve")
     from retro.evaluation.scorer import reads_neighbors
-    from retro.serve.engine import GenerationEngine
+    from retro.serve.engine import Engine
     from retro.serve.server import load_with_stores, serve_app
     from retro.web.listening import read_api_key, run, url_of
 
@@ -55,7 +55,7 @@ def serve(
     opened, tokenizer, stores = load_with_stores(model, store, index or "auto")
     if not reads_neighbors(opened):
         raise ValueError(f"{model} reads no neighbors; serve a RETRO, or a model that was fitted for them.")
-    engine = GenerationEngine(opened, tokenizer, stores, taken_on)
+    engine = Engine(opened, tokenizer, stores, taken_on)
     name = name or Path(model).resolve().name
     served, bound = serve_app(engine, name, host, port, api_key)
     print(f"{name} with {', '.join(stores)}: {url_of(bound)}", flush=True)

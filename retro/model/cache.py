@@ -375,8 +375,7 @@ def retro_cache(past_key_values: Cache, chunk_len: int, with_prefix: bool = True
     Raises ValueError for what is no cache, for a prefix that may not be, and for chunks of another length.
     """
     if not isinstance(past_key_values, RetroCache):
-        taken = isinstance(past_key_values, Cache) and (with_prefix or past_key_values.get_seq_length() == 0)
-        if not taken:
+        if not isinstance(past_key_values, Cache) or not (with_prefix or past_key_values.get_seq_length() == 0):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values is a {kind}; give what use_cache=True returned, or a new RetroCache.")
         return RetroCache(chunk_len, past_key_values)

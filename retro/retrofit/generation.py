@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -33,6 +34,11 @@ class RetrofitGeneration(RetrievalGeneration):
         if kwargs.keys() & {*OPTIONS, "retrieval"}:
             self.init_continuous_batching()
         return self.base.generate_batch(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As Hugging Face's: what the base takes is used."""
+        of_base = inspect.signature(self.base.forward).parameters
+        super()._validate_model_kwargs({name: x for name, x in model_kwargs.items() if name not in of_base})
 
     def _has_prompt_of_its_own(self) -> bool:
         """Whether PEFT puts virtual tokens before each text (prompt and prefix tuning), which the base knows not of."""

@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
-from retro.serve.engine import GenerationEngine
+from retro.serve.engine import Engine
 from retro.serve.requests import ChatRequest, CompletionRequest, RowMaker
 from retro.serve.responses import Answer, gather, stream, submit
 from retro.version import __version__
@@ -22,9 +22,7 @@ from retro.web.guard import Guard, answer_errors, unless_gone
 STATIC = Path(__file__).parent / "static"
 
 
-def create_app(
-    engine: GenerationEngine, name: str, api_key: str | None = None, hosts: Sequence[str] | None = None
-) -> FastAPI:
+def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Sequence[str] | None = None) -> FastAPI:
     """The server as an ASGI application, which runs the engine from its startup to its shutdown.
 
     Arguments:
@@ -47,14 +45,16 @@ def create_app(
     return app
 
 
-def _openai_routes(engine: GenerationEngine, name: str) -> APIRouter:
+def _openai_routes(engine: Engine, name: str) -> APIRouter:
     routes, maker = APIRouter(), RowMaker(engine)
 
     @routes.post("/completions")
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         _check_model(asked.model, name)
         rows, prompts = maker.of_completion(asked)
-        return await _answer(request, asked, Answer(False, name, rows, asked.n or 1, prompts), engine)
+        return await _answer(
+            request, asked, Answer(False, name, rows, asked.n or 1, prompts, maker.token_texts), engine
+        )
 
     @routes.post("/chat/completions")
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
@@ -65,7 +65,7 @@ def _openai_routes(engine: GenerationEngine, name: str) -> APIRouter:
     return routes
 
 
-async def _answer(request: Request, asked: Any, answer: Answer, engine: GenerationEngine) -> Response:
+async def _answer(request: Request, asked: Any, answer: Answer, engine: Engine) -> Response:
     events = submit(engine, answer.rows)
     if not asked.stream:
         return JSONResponse(await unless_gone(request, gather(answer, events)))
@@ -91,7 +91,7 @@ def _add_lists(routes: APIRouter, name: str, about_model: dict[str, Any], about_
         return {"object": "list", "data": about_stores}
 
 
-def _about_model(engine: GenerationEngine, name: str, maker: RowMaker) -> dict[str, Any]:
+def _about_model(engine: Engine, name: str, maker: RowMaker) -> dict[str, Any]:
     config = engine.model.config
     about = {"chunk_len": config.chunk_len, "num_neighbors": config.num_neighbors, "chat": maker.can_chat}
     about |= {"max_prompt_tokens": maker.max_prompt_tokens, "max_new_tokens": maker.max_new_tokens()}
@@ -104,7 +104,7 @@ def _about_store(name: str, maker: RowMaker) -> dict[str, Any]:
     return {"id": name, "object": "store", **counts, "max_num_neighbors": maker.max_neighbors(name)}
 
 
-def _add_page(app: FastAPI, engine: GenerationEngine) -> None:
+def _add_page(app: FastAPI, engine: Engine) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         status = "ok" if engine.is_alive else "shutting down"

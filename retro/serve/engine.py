@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from retro.model.padding import pad_left
@@ -27,7 +29,7 @@ class QueueFull(Exception):
     """The queue is full."""
 
 
-class GenerationEngine(Worker):
+class Engine(Worker):
     """Continues rows, several at once where they retrieve alike; a context in which its thread runs.
 
     A batch holds rows of one store and one k (or RETRO[OFF]), left-padded. All else is a row's own: length, stop
@@ -107,25 +109,45 @@ class GenerationEngine(Worker):
 
     def _continue(self, rows: Sequence[Row]) -> None:
         """Generate one batch to its end."""
-        store, num_neighbors = rows[0].group
+        store, num_neighbors, scores_prompt = rows[0].group
         found = None if store is None else FoundByChunk(self.stores[store])
         m, padding = self.model.config.chunk_len, pad_token_id(self.tokenizer)
         running = [RunningRow(row, self.tokenizer, self.end_ids, m, found) for row in rows]
         ids, mask = pad_left([row.prompt_ids for row in rows], padding)
         retrieval = {"retriever": found, "num_neighbors": num_neighbors} if found else {}
-        with torch.inference_mode():
+        whole = {"logits_to_keep": 0} if scores_prompt else {}
+        generating = self.model if found else getattr(self.model, "base", self.model)
+        with torch.inference_mode(), first_logits(generating, scores_prompt) as prompt_logits:
             self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 max_new_tokens=max(row.max_new_tokens for row in rows),
                 do_sample=False,
                 pad_token_id=padding,
-                logits_processor=LogitsProcessorList([SampleRows(running)]),
+                logits_processor=LogitsProcessorList([SampleRows(running, prompt_logits)]),
                 stopping_criteria=StoppingCriteriaList([StreamRows(running, sorted(self.end_ids))]),
                 **retrieval,
+                **whole,
             )
         for row in rows:
             row.end("error", RuntimeError("the text ended before its time"))  # nothing, where it has ended as it should
+
+
+@contextmanager
+def first_logits(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
+    """A list that gets the logits of a model's first forward pass, if they are wanted."""
+    kept: list[Tensor] = []
+
+    def keep(module: Any, args: Any, out: Any) -> None:
+        kept.append(out.logits)
+        handle.remove()
+
+    handle = model.register_forward_hook(keep) if wanted else None
+    try:
+        yield kept
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

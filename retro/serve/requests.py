@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from retro.sampling import filled_up, prompt_tokens
-from retro.serve.engine import GenerationEngine
+from retro.sampling import filled_up, prompt_tokens, token_texts
+from retro.serve.engine import Engine
 from retro.serve.rows import Row
 from retro.web.errors import HALF, ApiError, shown
 
@@ -30,7 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "logit_bias": ({},),
 }
-_NEUTRAL_COMPLETION = _NEUTRAL | {"best_of": (1,), "logprobs": (), "suffix": ()}
+_NEUTRAL_COMPLETION = _NEUTRAL | {"best_of": (1,), "suffix": ()}
 _NEUTRAL_CHAT = _NEUTRAL | {
     "audio": (),
     "function_call": ("none",),
@@ -122,6 +123,13 @@ class CompletionRequest(_Sampling):
     neutral = _NEUTRAL_COMPLETION
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=5, description="how many likeliest tokens to tell of each place")
+
+    @model_validator(mode="after")
+    def _logprobs_come_whole(self) -> CompletionRequest:
+        if self.logprobs is not None and self.stream:
+            raise bad("logprobs is given with stream, which does not tell them; leave one of both out.", "logprobs")
+        return self
 
 
 class TextPart(_Strict):
@@ -156,7 +164,7 @@ class ChatRequest(_Sampling):
 class RowMaker:
     """Requests to rows, within the limits. Has a copy of the tokenizer: threads must not share a fast one."""
 
-    def __init__(self, engine: GenerationEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine, self._tokenizer = engine, deepcopy(engine.tokenizer)
         self._positions = getattr(engine.model.config, "max_position_embeddings", None) or sys.maxsize
 
@@ -182,6 +190,10 @@ class RowMaker:
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         texts = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in prompts] if request.echo else []
         return self._rows(request, ids, 16, "prompt"), [text for text in texts for _ in range(request.n or 1)]
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """See `retro.sampling.token_texts`."""
+        return token_texts(self._tokenizer, token_ids)
 
     def of_chat(self, request: ChatRequest) -> list[Row]:
         """n rows for the messages as the model's chat template writes them."""
@@ -223,6 +235,8 @@ class RowMaker:
             "temperature": 1.0 if request.temperature is None else request.temperature,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "stops": request.stops,
+            "num_logprobs": getattr(request, "logprobs", None),
+            "echo": bool(getattr(request, "echo", False)),
         }
         return [
             Row(prompts[i // n], lengths[i // n], seed=seed + i, store=store, num_neighbors=k, **sampling)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
-from retro.serve.engine import GenerationEngine, QueueFull
+from retro.serve.engine import Engine, QueueFull
 from retro.serve.rows import Row, RowCancelled
 from retro.web.errors import ApiError
 
@@ -28,6 +29,7 @@ class Answer:
     rows: Sequence[Row]
     num_choices: int  # of each prompt
     prompts: Sequence[str] = ()  # of each row, for echo
+    token_texts: Callable[[Sequence[int]], list[str]] | None = None  # for log-probabilities
     id: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -49,11 +51,30 @@ class Answer:
     def whole(self, texts: Sequence[str], reasons: Sequence[str], sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The answer at once."""
         choices = [
-            {"index": index, **self._content(self.echo(index) + text), "logprobs": None, "finish_reason": reason}
+            {
+                "index": index,
+                **self._content(self.echo(index) + text),
+                "logprobs": self._logprobs(self.rows[index]),
+                "finish_reason": reason,
+            }
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
         ]
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage, "retro": self.retro(sources)}
+
+    def _logprobs(self, row: Row) -> dict[str, list[Any]] | None:
+        """Of each token of the text: itself, log p, the likeliest in its place, and where its text begins."""
+        if row.num_logprobs is None:
+            return None
+        texts = self.token_texts([scored.token for scored in row.logprobs])
+        name = lambda token: self.token_texts([token])[0]  # noqa: E731
+        tops = [{name(token): value for token, value in scored.top.items()} or None for scored in row.logprobs]
+        return {
+            "tokens": texts,
+            "token_logprobs": [scored.log_prob for scored in row.logprobs],
+            "top_logprobs": tops,
+            "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)),
+        }
 
     def part(self, index: int, text: str = "", reason: str | None = None, first: bool = False) -> dict[str, Any]:
         """A piece of one row."""
@@ -75,7 +96,7 @@ class Answer:
         return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
 
-def submit(engine: GenerationEngine, rows: Sequence[Row]) -> AsyncGenerator[Event, None]:
+def submit(engine: Engine, rows: Sequence[Row]) -> AsyncGenerator[Event, None]:
     """Queue rows; gives their events until all have ended. Closing it early cancels them.
 
     Raises ApiError: at once 429 if the queue is full; 503 at shutdown; later 504 when time runs out, and 500 when the

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from retro.sampling import IncrementalDetokenizer, as_json, attribute
 if TYPE_CHECKING:
     from retro.retrieval import Neighbors, Retriever
 
+_SLICE_TOKENS = 128  # whose softmax is taken at a time
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
 
 
@@ -66,6 +67,31 @@ class RowCancelled(Exception):
     """A row was no longer wanted, or the engine shuts down."""
 
 
+class TokenLogprob(NamedTuple):
+    """log p of a token in nats, None of a text's first, and of the likeliest tokens in its place, itself included."""
+
+    token: int
+    log_prob: float | None
+    top: dict[int, float]
+
+
+def token_logprobs(logits: Float[Tensor, "t v"], tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Of t tokens, from the logits in the place before each."""
+    found = []
+    for some, ids in zip(logits.split(_SLICE_TOKENS), batched(tokens, _SLICE_TOKENS), strict=True):
+        log_p = some.float().log_softmax(-1)
+        own = log_p.gather(-1, torch.tensor(ids, device=log_p.device)[:, None])[:, 0].tolist()
+        top, top_ids = (x.tolist() for x in log_p.topk(min(num_top, log_p.shape[-1])))
+        for token, log_prob, values, names in zip(ids, own, top, top_ids, strict=True):
+            likeliest = dict(zip(names, values, strict=True))
+            found.append(TokenLogprob(token, log_prob, likeliest | {token: log_prob}))
+    return found
+
+
+def batched(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (tokens[i : i + size] for i in range(0, len(tokens), size))
+
+
 @dataclass(eq=False)
 class Row:
     """A prompt, how to continue it, and what has come of it.
@@ -75,6 +101,9 @@ class Row:
         seed: of this row's own generator, so that neighbors in the batch change nothing.
         send: takes ("text", str), ("sources", chunks as `chunks_json` gives them; a later one replaces an earlier one
             of its number), and once ("end", "stop" | "length") or ("error", Exception). Called from the model's thread.
+        num_logprobs: how many likeliest tokens to tell in the place of each; None: tell no log-probabilities.
+        echo: tell them of the prompt's tokens, too.
+        logprobs: of the tokens so far, those of the prompt first.
         cancelled: set by whoever no longer wants the row.
     """
 
@@ -86,16 +115,23 @@ class Row:
     stops: Sequence[str] = ()
     store: str | None = None
     num_neighbors: int | None = None
+    num_logprobs: int | None = None
+    echo: bool = False
     send: Callable[[str, Any], None] = lambda kind, value: None
     cancelled: bool = False
     finished: bool = False
     new_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     came_at: float = field(default_factory=time.monotonic)
 
     @property
-    def group(self) -> tuple[str | None, int | None]:
+    def group(self) -> tuple[str | None, int | None, bool]:
         """Rows of one group may share a batch."""
-        return self.store, self.num_neighbors
+        return self.store, self.num_neighbors, self.scores_prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.num_logprobs is not None
 
     def end(self, kind: str, value: Any) -> None:
         """Say the last word, once."""
@@ -118,6 +154,19 @@ class RunningRow:
 
     def draw(self, logits: Float[Tensor, " v"]) -> int:
         """The next token: the likeliest at temperature 0, else one of those that hold the mass top_p."""
+        token = self._drawn(logits)
+        if self.row.num_logprobs is not None and not self.row.finished:
+            self.row.logprobs += token_logprobs(logits[None], [token], self.row.num_logprobs)
+        return token
+
+    def score_prompt(self, logits: Float[Tensor, "n v"]) -> None:
+        """Tell the log-probabilities of the prompt, from the logits of its places and of the padding before it."""
+        ids = self.row.prompt_ids
+        first = TokenLogprob(ids[0], None, {})
+        scored = token_logprobs(logits[len(logits) - len(ids) : -1], ids[1:], self.row.num_logprobs)
+        self.row.logprobs = [first, *scored]
+
+    def _drawn(self, logits: Float[Tensor, " v"]) -> int:
         if self.row.finished or self.row.temperature == 0:
             return int(logits.argmax())
         logits = logits.double().cpu()
@@ -207,12 +256,18 @@ def chunks_json(
 
 
 class SampleRows(LogitsProcessor):
-    """Leaves each row one token, drawn by its own settings and generator; greedy decoding then takes it."""
+    """Leaves each row one token, drawn by its own settings and generator; greedy decoding then takes it.
 
-    def __init__(self, rows: Sequence[RunningRow]) -> None:
-        self._rows = rows
+    prompt_logits: holds, when the first token is drawn, the logits [b, n, v] of the prompts where rows tell of them.
+    """
+
+    def __init__(self, rows: Sequence[RunningRow], prompt_logits: list[Tensor]) -> None:
+        self._rows, self._prompt_logits = rows, prompt_logits
 
     def __call__(self, input_ids: Int[Tensor, "b n"], scores: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
+        while self._prompt_logits:  # once, before the first token
+            for row, logits in zip(self._rows, self._prompt_logits.pop(), strict=True):
+                row.score_prompt(logits)
         drawn = [row.draw(logits) for row, logits in zip(self._rows, scores, strict=True)]
         chosen = torch.tensor(drawn, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from retro.loading import load
 from retro.retrieval import Retriever
 from retro.retrieval.remote.client import is_url
-from retro.serve.engine import GenerationEngine
+from retro.serve.engine import Engine
 from retro.web.listening import listen, names_of
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def load_with_stores(model: Any, places: Sequence[str], index: str = "auto") -> 
     return model, tokenizer, stores
 
 
-def serve_app(
-    engine: GenerationEngine, name: str, host: str, port: int, api_key: str | None
-) -> tuple[FastAPI, socket.socket]:
+def serve_app(engine: Engine, name: str, host: str, port: int, api_key: str | None) -> tuple[FastAPI, socket.socket]:
     """The application and the socket it shall listen on."""
     from retro.serve.app import create_app
 

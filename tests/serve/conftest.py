@@ -14,7 +14,7 @@ import uvicorn
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import BuildSettings, Retriever, build_store
 from retro.serve.app import create_app
-from retro.serve.engine import GenerationEngine
+from retro.serve.engine import Engine
 from retro.serve.limits import GenerationLimits
 from retro.serve.rows import RunningRow
 from retro.web.listening import listen, url_of
@@ -75,9 +75,7 @@ def stores(tokenizer, tmp_path_factory):
 @pytest.fixture
 def make_engine(model, tokenizer, stores):
     """make_engine(**limits): not yet running."""
-    return lambda **limits: GenerationEngine(
-        model, tokenizer, stores, GenerationLimits(**{"max_seconds": FOREVER, **limits})
-    )
+    return lambda **limits: Engine(model, tokenizer, stores, GenerationLimits(**{"max_seconds": FOREVER, **limits}))
 
 
 @pytest.fixture

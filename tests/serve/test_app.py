@@ -3,9 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from retro.serve.engine import QueueFull
+from retro.retrofit import retrofit
+from retro.serve.engine import Engine, QueueFull
 from tests.serve.conftest import SCRIPT, ask_all
 from tests.stand_ins import words
 
@@ -60,6 +63,52 @@ def test_several_prompts_and_choices(ask):
     assert ask(COMPLETIONS, body | {"seed": 6}).json()["choices"] != answer["choices"]
 
 
+def make_fit(vocab_size):
+    """A fit that shows what it reads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, eos_token_id=1, initializer_range=0.3, **sizes)).eval()
+    fitted = retrofit(base, chunk_len=8, retrieved_len=16).eval()
+    with torch.no_grad():
+        for name, weight in fitted.form.named_parameters():
+            if name.endswith(("gate", "opening")):
+                weight.fill_(1.0)
+    return fitted
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize("fitted", [False, True], ids=["a RETRO", "a fit"])
+def test_log_probabilities_of_prompt_and_text(fitted, on, model, tokenizer, stores):
+    """As a forward pass over all of it gives them; prompts of other lengths, and other requests, change nothing."""
+    if fitted:
+        model = make_fit(len(tokenizer))
+    prompts = [list(range(5, 25)), list(range(7, 16))]
+    asked = {"prompt": prompts, "max_tokens": 3, "temperature": 0, "logprobs": 2, "echo": True}
+    asked |= {} if on else {"retro": {"retrieval": False}}
+    both = [(COMPLETIONS, asked), (COMPLETIONS, asked | {"echo": False})]
+    echoed, plain = (r.json()["choices"] for r in ask_all(Engine(model, tokenizer, stores), both))
+    for prompt, choice, short in zip(prompts, echoed, plain, strict=True):
+        told = choice["logprobs"]
+        found = stores["main"](np.array(prompt[: len(prompt) // 8 * 8]).reshape(-1, 8), num_neighbors=2)
+        pairs = (("ids", found.tokens), ("mask", found.mask))
+        neighbors = {f"neighbor_{name}": torch.from_numpy(x)[None] for name, x in pairs} if on else {}
+        with torch.no_grad():
+            log_p = model(torch.tensor([prompt]), **neighbors).logits[0].log_softmax(-1)
+        expected = [None, *(log_p[i, token].item() for i, token in enumerate(prompt[1:])), log_p[-1].max().item()]
+        assert told["token_logprobs"][1 : len(expected)] == pytest.approx(expected[1:], abs=1e-4)
+        assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+        for i, (own, top) in enumerate(zip(told["token_logprobs"], told["top_logprobs"], strict=True)):
+            assert i == 0 or own in top.values()
+            assert i in (0, *range(len(expected), 99)) or max(top.values()) == pytest.approx(
+                log_p[i - 1].max().item(), abs=1e-4
+            )
+        assert "".join(told["tokens"]) == choice["text"]
+        assert told["text_offset"] == [len("".join(told["tokens"][:i])) for i in range(len(told["tokens"]))]
+        assert short["logprobs"]["token_logprobs"] == pytest.approx(told["token_logprobs"][len(prompt) :], abs=1e-4)
+
+
 def test_prompts_as_tokens(ask, tokenizer):
     options = {"temperature": 0, "max_tokens": 5}
     by_text = ask(COMPLETIONS, {"prompt": "w1 w2 w3", **options}).json()["choices"]
@@ -79,8 +128,6 @@ def test_chat_says_what_its_template_completes_to(ask):
 
 
 def test_the_length_is_what_the_models_positions_leave(model, tokenizer, stores, monkeypatch):
-    from retro.serve.engine import GenerationEngine
-
     monkeypatch.setattr(model.config, "max_position_embeddings", 24)
     requests = [
         ("/v1/models", None),
@@ -89,9 +136,7 @@ def test_the_length_is_what_the_models_positions_leave(model, tokenizer, stores,
         (COMPLETIONS, {"prompt": PROMPT, "temperature": 0}),
         (CHAT, {"messages": HELLO, "temperature": 0}),
     ]
-    models, long, longer, default, chat = (
-        r.json() for r in ask_all(GenerationEngine(model, tokenizer, stores), requests)
-    )
+    models, long, longer, default, chat = (r.json() for r in ask_all(Engine(model, tokenizer, stores), requests))
     assert models["data"][0]["retro"]["max_prompt_tokens"] == models["data"][0]["retro"]["max_new_tokens"] == 23
     assert "max_tokens is 5; at most 4 can follow" in long["error"]["message"]
     assert "24 tokens; this server reads at most 23" in longer["error"]["message"]
@@ -164,7 +209,8 @@ def test_what_changes_nothing_is_taken(ask, case):
 REFUSED = {
     "an unknown field": ({"temprature": 1}, "temprature", "temprature is no field"),
     "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty is 0.5"),
-    "logprobs": ({"logprobs": 0}, "logprobs", "logprobs is 0"),
+    "logprobs of too many": ({"logprobs": 6}, "logprobs", "logprobs is 6"),
+    "logprobs of a stream": ({"logprobs": 1, "stream": True}, "logprobs", "leave one of both out"),
     "a bias": ({"logit_bias": {"5": 100}}, "logit_bias", 'logit_bias is {"5": 100}'),
     "a suffix": ({"suffix": "w1"}, "suffix", 'suffix is "w1"'),
     "another model's name": ({"model": "gpt-4"}, "model", "its model is tiny"),
@@ -199,10 +245,8 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def refusals(model, tokenizer, stores):
     """The responses to all of REFUSED, asked of one application."""
-    from retro.serve.engine import GenerationEngine
-
     bodies = [json.dumps({"prompt": "w1", **given}).encode() for given, *_ in REFUSED.values()]
-    responses = ask_all(GenerationEngine(model, tokenizer, stores), [(COMPLETIONS, body) for body in bodies])
+    responses = ask_all(Engine(model, tokenizer, stores), [(COMPLETIONS, body) for body in bodies])
     return dict(zip(REFUSED, responses, strict=True))
 
 

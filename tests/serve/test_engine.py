@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retro import retrofit
-from retro.serve.engine import GenerationEngine, QueueFull
+from retro.serve.engine import Engine, QueueFull
 from retro.serve.rows import Row, RowCancelled
 from tests.stand_ins import words
 from tests.waiting import FOREVER, wait_until
@@ -81,7 +81,7 @@ def test_a_fitted_model_serves_too(model, tokenizer, stores):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, **sizes)).eval()
     fitted = retrofit(base, chunk_len=8, retrieved_len=16).eval()
-    for listener in finish(GenerationEngine(fitted, tokenizer, stores), make_rows(tokenizer)):
+    for listener in finish(Engine(fitted, tokenizer, stores), make_rows(tokenizer)):
         assert listener.row.new_ids == by_generate(fitted, tokenizer, stores, listener.row)[0]
 
 

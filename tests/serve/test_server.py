@@ -31,9 +31,9 @@ PROMPT = words(20)
 
 @pytest.fixture(scope="module")
 def url(model, tokenizer, stores):
-    from retro.serve.engine import GenerationEngine
+    from retro.serve.engine import Engine
 
-    with serving(GenerationEngine(model, tokenizer, stores), api_key="s3cret-token") as url:
+    with serving(Engine(model, tokenizer, stores), api_key="s3cret-token") as url:
         yield url
 
 
