@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from retro.common.own import check_inside, check_names
+
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_FILE = ".lock"
 _END_BYTES = 4096
@@ -29,6 +31,7 @@ _numbers = count()  # tell apart what the threads of this process write
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync and rename it to `path`, on failure delete it."""
     aside = _aside(path)
+    aside.unlink(missing_ok=True)  # never through a link of that name
     try:
         yield aside
         sync(aside)
@@ -66,6 +69,7 @@ def write_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a store's writers; a killed holder's is free. ValueError if another process or thread has it."""
     from filelock import FileLock, Timeout
 
+    check_inside(folder / LOCK_FILE, folder)
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:
         lock.acquire()
@@ -79,8 +83,12 @@ def write_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def delete(path: Path) -> None:
-    """Delete a file or folder for good: a folder is renamed first, so that it is there whole or not at all."""
+def delete(path: Path, root: Path) -> None:
+    """Delete a file or folder below `root` for good, a link alone; ValueError if a link on the way leads elsewhere.
+
+    A folder is renamed first, so that it is there whole or not at all.
+    """
+    check_inside(path.parent, root)
     if path.is_dir() and not path.is_symlink():
         with suppress(FileNotFoundError):
             path = path.rename(_aside(path))
@@ -245,7 +253,11 @@ def folder_record(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_files(folder: Path, records: dict[str, dict[str, Any]], checksums: bool) -> None:
-    """Refuse, naming the file, when a recorded file is missing or its size or ends (or checksum, if asked) differ."""
+    """Refuse, naming the file, when a recorded file is missing or its size or ends (or checksum, if asked) differ.
+
+    So are names that lead out of the folder.
+    """
+    check_names(f"a record of {folder}", records)
     for name, record in records.items():
         path = folder / name
         try:

@@ -30,6 +30,7 @@ from retro.common.files import (
     sync,
     write_lock,
 )
+from retro.common.own import check_no_links
 from retro.retrieval.building.job import PARTS, Job
 from retro.retrieval.building.settings import EMBEDDER_CHOICES, LATER_CHOICES, BuildSettings, embedder_of_settings
 from retro.retrieval.building.shards import merge_parts, remove_parts
@@ -40,7 +41,7 @@ from retro.retrieval.executors.ranks import await_leader
 from retro.retrieval.executors.tasks import Executor
 from retro.retrieval.filters import Deduplicator, FilterSettings, deduplicator_of
 from retro.retrieval.search.searchers import open_searcher
-from retro.retrieval.store.format import FORMAT, FORMAT_VERSION, read_manifest
+from retro.retrieval.store.format import FORMAT, FORMAT_VERSION, OWN_FOLDERS, read_manifest
 from retro.retrieval.store.store import Store
 from retro.text.chunks import pad_token_id, tokenizer_fingerprint
 from retro.text.corpus import expand_inputs
@@ -50,7 +51,6 @@ from retro.text.formats import split_input
 log = logging.getLogger(__name__)
 
 PARTITION_BYTES = 8 << 20  # of an input, in a partition; of no effect on the store
-_OWN_NAMES = {"manifest.json", "shards", "tokenizer", "rejects", "index", "neighbors", "removed", PARTS, LOCK_FILE}
 
 
 def build_store(
@@ -266,6 +266,7 @@ def _build(
         return _await_manifest(path, executor)
     created = _missing_folders(path)
     path.mkdir(parents=True, exist_ok=True)
+    check_no_links(path, *OWN_FOLDERS)
     with write_lock(path):
         if _is_complete(path, plan):  # another process has built it before this one had the lock
             return
@@ -355,8 +356,8 @@ def _clear(path: Path) -> None:
     manifest = path / "manifest.json"
     if manifest.exists():
         save_json(manifest, {**read_manifest(path), "state": "clearing"})
-    for name in _OWN_NAMES - {manifest.name, LOCK_FILE}:
-        delete(path / name)
+    for name in OWN_FOLDERS:
+        delete(path / name, path)
     manifest.unlink(missing_ok=True)
     _remove_temporary(path)
 
@@ -365,4 +366,4 @@ def _remove_temporary(path: Path) -> None:
     """Delete what killed processes were writing."""
     for place in (".", "shards/*", "rejects", "tokenizer"):
         for leftover in path.glob(f"{place}/{TEMPORARY_PREFIX}*"):
-            delete(leftover)
+            delete(leftover, path)

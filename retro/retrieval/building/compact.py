@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +177,11 @@ def _copy_rows(arrays: list[np.ndarray], live: list[np.ndarray], shape: tuple[in
 def _delete_older(store: Store) -> None:
     """Delete the indexes and neighbor tables that were made of older generations."""
     present = {store.shard_fingerprint(number) for number in range(len(store.shards))}
-    stale = [folder for folder in store.path.glob("index/[!.]*") if not _is_of(store, folder, present)]
-    tables = (folder for folder in store.path.glob("neighbors/[!.]*") if list(folder.glob("*.json")))  # else: begun
-    stale += (folder for folder in tables if not _is_of(store, folder, present))
-    for folder in stale:
-        log.info("deleting %s, which is of an older generation", folder)
-        delete(folder)
+    files = [*store.path.glob("index/*/index.json"), *store.path.glob("neighbors/*/neighbors.json")]
+    for folder in (file.parent for file in files if re.fullmatch("[0-9a-f]{16}", file.parent.name)):
+        if not _is_of(store, folder, present):
+            log.info("deleting %s, which is of an older generation", folder)
+            delete(folder, store.path)
 
 
 def _is_of(store: Store, folder: Path, shards: set[str]) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, load_json, save_json, write_lock
+from retro.common.own import check_no_links
 from retro.retrieval.building.job import PARTS
 from retro.retrieval.search import continuation
 from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.index import build_index
 from retro.retrieval.search.lexical import build_lexical
-from retro.retrieval.store.format import FORMAT_VERSION
+from retro.retrieval.store.format import FORMAT_VERSION, OWN_FOLDERS
 from retro.retrieval.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ def writing(path: Path, keep_work: bool = False) -> Iterator[Store]:
     keep_work: leave what an unfinished addition has done, which the same addition takes up.
     """
     Store.open(path)  # else the lock would be written into a folder that is no store
+    check_no_links(path, *OWN_FOLDERS)
     with write_lock(path):
         store = Store.open(path)
         clear_leftovers(store, keep_work)
@@ -42,19 +45,24 @@ def clear_leftovers(store: Store, keep_work: bool = False, readers: bool = False
     path, generation = store.path, store.generation
     updates = store.manifest.get("updates", [])
     compacted = max((update["generation"] for update in updates if update["verb"] == "compact"), default=0)
-    stale = [file for file in path.glob("removed/[0-9]*.npy") if not compacted < int(file.stem) <= generation]
-    stale += (folder for folder in path.glob("rejects/[0-9]*") if int(folder.name) > generation)
+    stale = [file for file in _numbered(path / "removed", ".npy") if not compacted < int(file.stem) <= generation]
+    stale += (folder for folder in _numbered(path / "rejects") if int(folder.name) > generation)
     for place in (".", "removed", "shards", "shards/*", "rejects", "rejects/*"):
         stale += path.glob(f"{place}/{TEMPORARY_PREFIX}*")
     for place in ("index", "neighbors"):  # whoever searches may write here, without the lock
         stale += (left for left in path.glob(f"{place}/{TEMPORARY_PREFIX}*") if readers or is_abandoned(left))
     if not keep_work:
         named = {record["name"] for record in store.shards}
-        stale += (folder for folder in path.glob("shards/*") if folder.name not in named)
+        stale += (folder for folder in _numbered(path / "shards") if folder.name not in named)
         stale += path.glob(PARTS)
     for leftover in stale:
         log.info("deleting %s", leftover)
-        delete(leftover)
+        delete(leftover, path)
+
+
+def _numbered(folder: Path, suffix: str = "") -> list[Path]:
+    """What of a folder has a name that we give; what else lies there is not ours to delete."""
+    return [path for path in folder.glob("*") if re.fullmatch(r"[0-9]{5,}" + re.escape(suffix), path.name)]
 
 
 def save_generation(store: Store, verb: str, changes: dict[str, Any], said: dict[str, Any]) -> None:

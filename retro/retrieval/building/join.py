@@ -136,7 +136,7 @@ def run_join(job: Join, executor: str, workers: int | None, progress: bool) -> N
         chosen.run(job.folder, job.first(), on_done)
         if chosen.leads:
             save_json(ready, load_json(job.folder / "table.json")["table"])
-            delete(job.folder)
+            delete(job.folder, job.folder.parent)
     await_leader(chosen, ready.is_file, "written the table")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.common.files import check_files, delete, load_json, open_npy, stable_hash
+from retro.common.own import check_no_links
 from retro.retrieval.building.join import Join, run_join, shared_with_tasks, uses_keys
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.search import lexical
@@ -86,12 +87,13 @@ def build_neighbors(
         except ValueError as error:
             log.warning("computing the table again: %s", error)
     _check_on_disk(store, queries)
+    check_no_links(store.path, "neighbors")
     with shared_with_tasks(embedder):
         run_join(Join(store, queries, settings, folder, embedder), executor, workers, progress)
     try:
         _check_on_disk(store, queries)
     except ValueError:
-        delete(folder)
+        delete(folder, store.path)
         raise
     return _open(folder, k)
 

@@ -26,8 +26,8 @@ class Task:
     """One piece of a job: `function` ("package.module:name") called with `spec` gives its record, a JSON object.
 
     `name` is unique in the job and fit for a file name. The record's "files" are {path: `file_record`}, relative to
-    the job's folder. `here`: the task needs objects of the calling process and runs in it. `light`: it takes less time
-    than to start a process for it. `gpu`: it takes a GPU of a Ray cluster that has some.
+    the job's folder, those beside it with "../". `here`: the task needs objects of the calling process and runs in it.
+    `light`: it takes less time than to start a process for it. `gpu`: it takes a GPU of a Ray cluster that has some.
     """
 
     name: str
@@ -71,7 +71,11 @@ def finished(folder: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         record = load_json(path)
-        check_files(folder, record.get("files", {}), checksums=False)
+        beside, files = {}, dict(record.get("files", {}))
+        for file in [name for name in files if name.startswith("../")]:
+            beside[file.removeprefix("../")] = files.pop(file)
+        check_files(folder, files, checksums=False)
+        check_files(folder.parent, beside, checksums=False)
     except ValueError:
         return None
     return record

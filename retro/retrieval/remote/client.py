@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 from jaxtyping import Bool, Int, Int64
@@ -26,6 +26,7 @@ from retro.retrieval.remote.wire import ROW_TOKENS, unpack, unpack_neighbors, un
 from retro.retrieval.retriever import Retriever
 from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import as_lists
+from retro.retrieval.store.format import check_names
 from retro.retrieval.store.store import Store
 from retro.text.chunks import decode_chunks, tokenizer_fingerprint
 from retro.text.tokenizer import open_tokenizer
@@ -170,11 +171,14 @@ class RemoteStore:
     @cached_property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer saved inside the store, fetched and compared with its checksums."""
+        files = self.manifest["tokenizer"]["files"]
+        check_names(f"the store of {self.path}", files)
         with tempfile.TemporaryDirectory() as folder:
-            for name, record in self.manifest["tokenizer"]["files"].items():
-                data = self._server.ask("GET", f"/v1/store/tokenizer/{name}")
-                if Path(name).name != name or hashlib.sha256(data).hexdigest() != record["sha256"]:
+            for name, record in files.items():
+                data = self._server.ask("GET", f"/v1/store/tokenizer/{quote(name)}")
+                if hashlib.sha256(data).hexdigest() != record["sha256"]:
                     raise ConnectionError(f"{self.path} sent a damaged tokenizer file {name}; restart the server")
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / name).write_bytes(data)
             return open_tokenizer(folder)
 

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, ConfigDict
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from retro.retrieval.remote.limits import RetrievalLimits
 from retro.retrieval.remote.searches import PendingSearch, SearchQueue, shards_of
 from retro.retrieval.remote.wire import MEDIA_TYPE, ROW_TOKENS, pack, pack_sources
+from retro.retrieval.store.format import read_tokenizer_files
 from retro.version import __version__
 from retro.web.errors import HALF, ApiError
 from retro.web.guard import Guard, answer_errors, unless_gone
@@ -197,17 +198,17 @@ def _check_queries(queries: Sequence[str] | Sequence[Sequence[int]], num_tokens:
 
 def _add_store(routes: APIRouter, retriever: Retriever, limits: RetrievalLimits) -> None:
     store, about = retriever.store, _about(retriever, limits)
-    files = store.manifest["tokenizer"]["files"]
+    files = read_tokenizer_files(store.path, store.manifest)
 
     @routes.get("/store")
     async def described() -> dict[str, Any]:
         return about
 
     @routes.get("/store/tokenizer/{name:path}")
-    async def tokenizer(name: str) -> FileResponse:
+    async def tokenizer(name: str) -> Response:
         if name not in files:
             raise ApiError(404, f"the tokenizer has no file of that name; it has {', '.join(files)}.")
-        return FileResponse(store.path / "tokenizer" / name, media_type="application/octet-stream")
+        return Response(files[name], media_type="application/octet-stream")
 
     @routes.get("/store/searchable_rows")
     def searchable_rows() -> Response:

@@ -12,7 +12,6 @@ A kind is "auto", "exact", "scann" or "faiss"; the last two choose their codes b
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from retro.common.files import check_files, stable_hash
+from retro.common.files import check_files, delete, stable_hash
 from retro.retrieval.search.dense import Segment, open_segment, retune, write_dense
 from retro.retrieval.search.engines import ENGINES, FAISS_FLAT_ROWS
 from retro.retrieval.search.exact import (
@@ -290,7 +289,7 @@ def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[ShardR
             check_files(shards.folder, shards.record["files"], checksums=True)
         except ValueError as error:
             log.warning("building the index again: %s", error)
-            shutil.rmtree(shards.folder, ignore_errors=True)
+            delete(shards.folder, store.path)
     return cover(store, [shards for shards in found if shards.folder.is_dir()])
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from retro.common.files import check_files, load_json, open_npy, stable_hash
+from retro.common.files import check_files, delete, load_json, open_npy, stable_hash
 from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
 from retro.retrieval.search.index import Hits, check_searchable
 from retro.retrieval.search.postings import EXACT, KINDS, Postings, buckets, words_of, write_postings, write_weights
@@ -203,7 +202,7 @@ def build_lexical(store: Store, kind: str) -> LexicalIndex:
                 raise
             log.warning("building the index again: %s", error)
             for one in damaged:
-                shutil.rmtree(one, ignore_errors=True)
+                delete(one, store.path)
     raise AssertionError("the second try returns or raises")
 
 

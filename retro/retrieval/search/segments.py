@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from retro.common.files import delete, folder_record, folder_written_aside, load_json, open_npy, save_json, stable_hash
+from retro.common.own import check_no_links
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
 
@@ -188,6 +189,7 @@ def write_index(
     longer there (see `Store.check_on_disk`).
     """
     store.check_on_disk(numbers)
+    check_no_links(store.path, "index")
     folder.parent.mkdir(exist_ok=True)
     try:
         with folder_written_aside(folder) as aside:
@@ -205,7 +207,7 @@ def write_index(
         try:
             store.check_on_disk(numbers)
         except ValueError:
-            delete(folder)
+            delete(folder, store.path)
             raise
         if isinstance(error, FileNotFoundError):
             raise ValueError(f"{folder} was deleted while it was written; open {store.path} again") from error

@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from retro.common.files import check_files, load_json, map_bytes, open_npy, stable_hash
+from retro.common.own import check_names, check_no_links
 
 FORMAT = "retro-store"
 FORMAT_VERSION = 2  # 1 had one generation only
 CHUNK_DTYPE = np.dtype([("document", "<u4"), ("position", "<u4"), ("length", "<u2")])  # document row within the shard
 STORED_KEYS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+OWN_FOLDERS = ("shards", "tokenizer", "rejects", "index", "neighbors", "removed", "parts")
 SHARD_FILES = ("tokens.npy", "chunks.npy", "documents.parquet", "keys.npy")
 TABLE_TEXTS = ("id", "title", "source", "date", "extra")  # columns of documents.parquet
 TABLE_NUMBERS = ("first_chunk", "num_chunks", "num_tokens", "num_bytes")
@@ -50,7 +52,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format version {manifest['format_version']}, this library reads up to {FORMAT_VERSION}; "
             "upgrade retro-lm"
         )
+    _check_manifest_names(file, manifest)
     return manifest
+
+
+def _check_manifest_names(file: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest by which files outside of the store would be read, written or deleted."""
+    shards, removed = manifest.get("shards", []), manifest.get("removed")
+    for name in (record["name"] for record in shards):
+        if not (isinstance(name, str) and name.isascii() and name.isdigit()):
+            raise ValueError(f"{file} names the shard {name!r}, which is no number; restore it from a copy")
+    check_names(file, [name for record in shards for name in record["files"]])
+    check_names(file, [*manifest["tokenizer"].get("files", ()), *manifest.get("rejects", ())])
+    check_names(file, [removed["file"]] if removed else [])
+
+
+def read_tokenizer_files(path: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a store's tokenizer, to be handed out; ValueError for a link, and for one that is damaged."""
+    folder, files = path / "tokenizer", manifest["tokenizer"]["files"]
+    check_no_links(path, folder.name)
+    check_files(folder, files, checksums=True)
+    return {name: (folder / name).read_bytes() for name in files}
 
 
 def widen_keys(stored: np.ndarray, key_dtype: str) -> Float32[np.ndarray, "*rows d"]:
