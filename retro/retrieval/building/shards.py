@@ -20,7 +20,7 @@ from typing import IO, Any
 from retro.common.files import delete, file_record, json_lines, load_json, save_json, stable_hash, sync, write_with
 from retro.retrieval.building.ids import SeenIds
 from retro.retrieval.building.job import PARTS, Job
-from retro.retrieval.building.losses import LOSSES, warn_of_losses
+from retro.retrieval.building.losses import warn_of_losses
 from retro.retrieval.building.tasks import embedder_at_hand, signature_column
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.executors.ranks import await_leader
@@ -361,8 +361,8 @@ class _BuildState:
             counts[name] = sum(record[name] for record in shards)
         counts["chunks"] = sum(record["rows"] for record in shards)
         counts["documents"] = sum(record["documents"] for record in shards)
-        counts |= {name: self.count[name] for name in LOSSES}
-        warn_of_losses(self.job.plan["tokenizer"]["name"], counts, self.lost)
+        counts["unknown_tokens"] = self.count["unknown_tokens"]  # the others depend on how the inputs are split
+        warn_of_losses(self.job.plan["tokenizer"]["name"], self.count, self.lost)
         if counts["truncated_chunks"]:
             said = (counts["truncated_chunks"], counts["chunks"])
             log.warning("%d of %d chunk texts were cut to the embedder's maximum length", *said)
