@@ -83,12 +83,12 @@ def write_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def delete(path: Path, root: Path) -> None:
-    """Delete a file or folder below `root` for good, a link alone; ValueError if a link on the way leads elsewhere.
+def delete(path: Path, root: Path | None = None) -> None:
+    """Delete a file or folder below `root` (None: the folder it lies in) for good; of a link, the link alone.
 
-    A folder is renamed first, so that it is there whole or not at all.
+    A folder is renamed first, so that it is there whole or not at all. ValueError if a link on the way leads elsewhere.
     """
-    check_inside(path.parent, root)
+    check_inside(path.parent, root or path.parent)
     if path.is_dir() and not path.is_symlink():
         with suppress(FileNotFoundError):
             path = path.rename(_aside(path))

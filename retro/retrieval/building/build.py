@@ -357,7 +357,7 @@ def _clear(path: Path) -> None:
     if manifest.exists():
         save_json(manifest, {**read_manifest(path), "state": "clearing"})
     for name in OWN_FOLDERS:
-        delete(path / name, path)
+        delete(path / name)
     manifest.unlink(missing_ok=True)
     _remove_temporary(path)
 

@@ -66,7 +66,7 @@ def merge_parts(
 def remove_parts(path: Path, plan: dict[str, Any] | None = None) -> None:
     """Delete a store's work in progress, once a manifest names the shards; with `plan`, only that of its build."""
     if plan is None or _is_of(path, _identity(plan, None)):
-        delete(path / PARTS, path)
+        delete(path / PARTS)
 
 
 def _identity(plan: dict[str, Any], existing: Store | None) -> str:
@@ -99,7 +99,7 @@ def _begin(job: Job, executor: Executor, identity: str, is_first: bool) -> None:
     if not _is_of(job.path, identity):
         if job.folder.exists():
             log.info("deleting %s, which is of other work", job.folder)
-            delete(job.folder, job.path)
+            delete(job.folder)
         job.folder.mkdir()
         (job.path / "shards").mkdir(exist_ok=True)
         sync(job.path)
