@@ -159,7 +159,7 @@ def search(
             ranked[name] = ranking(sources, scores.tolist())
     if run:
         write_run(run, ranked, retriever.index.kind)
-    about = {"index": retriever.index.kind, "measure": retriever.measure}
+    about = {"index": retriever.index.kind, "index_recall": retriever.index.recall, "measure": retriever.measure}
     result = shown[0] if queries is None else {"queries": shown}
     write_json(json, result | about | stamp(retriever.store))
 

@@ -145,7 +145,7 @@ def sweep_datastore(
     Arguments:
         shares: Shares of the documents, above 0 and at most 1.
         draws: Draws of each share; their seeds are the seed and those that follow it.
-        index: The search within a share: exact, tfidf, bm25, or several joined by +.
+        index: The search within a share: exact, tfidf, bm25, tfidf:exact, bm25:exact, or several joined by +.
     """
     from retro.evaluation import sweep_datastore
     from retro.loading import load_model

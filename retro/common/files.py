@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from retro.common.own import check_inside, check_names
 
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_FILE = ".lock"
+READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS  # of OSErrors where nothing may be written
 _END_BYTES = 4096
 _ABANDONED_SECONDS = 24 * 3600
 _SPARE_FILES = 256  # for what else a process opens

@@ -36,7 +36,8 @@ from retro.evaluation.settings import DEFAULT, KS, SHARES, ScoringSettings
 from retro.loading import load_model
 from retro.retrieval import Retriever, Store
 from retro.retrieval.filters import drawn
-from retro.retrieval.search.searchers import approximate_engines
+from retro.retrieval.search.engines import ENGINES
+from retro.retrieval.search.searchers import approximate_parts
 from retro.text.documents import Document
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def sweep_datastore(
 ) -> dict[str, Any]:
     """RETRO[ON] over shares p of the store's documents, `num_draws` of each; mean, least and greatest.
 
-    Nothing is built again: the search is restricted to the chunks of the documents drawn, and exact. "Little overlap"
+    No key is made again: the search is restricted to the chunks of the documents drawn, by keys exact. "Little overlap"
     is with the neighbors in the whole store, so that it means the same chunks everywhere.
 
     Args:
@@ -102,8 +103,10 @@ def sweep_datastore(
         raise ValueError(
             f"the shares are {shares}, draws {num_draws}; give shares above 0 up to 1, and 1 draw or more."
         )
-    if "auto" in index.split("+") or approximate_engines(index):
-        raise ValueError(f"index is {index}, but a share is searched exactly; use exact, tfidf, bm25, or several by +.")
+    if "auto" in index.split("+") or approximate_parts(index) & set(ENGINES):
+        raise ValueError(
+            f"index is {index}, but a share has no index of keys; use exact, a lexical index, or several by +."
+        )
     _require_reader(model)
     k, queries = neighbors_of(model, num_neighbors), _CachingEmbedder(store, embedder)
     whole = Retriever(store, index, queries)

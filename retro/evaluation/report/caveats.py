@@ -11,7 +11,7 @@ from retro.evaluation.cells import amount, change, figure, gain_over, percent, s
 from retro.evaluation.report.files import Result, StoreRecord
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.tables import figures_of
-from retro.retrieval.search.searchers import approximate_engines
+from retro.retrieval.search.searchers import approximate_parts
 from retro.sampling.terminal import shown_runs
 
 FEW_DOCUMENTS, FEW_CHUNKS, FEW_EXAMPLES = 10, 100, 100  # below these an interval says little
@@ -214,17 +214,17 @@ def _of_reading(value: dict[str, Any], stores: Sequence[StoreRecord]) -> Iterato
 
 
 def _of_index(value: dict[str, Any], stores: Sequence[StoreRecord]) -> Iterator[str]:
-    kinds = approximate_engines(value.get("index") or "")
+    kinds = sorted(approximate_parts(value.get("index") or ""))
     of_store = next((one.recall for one in stores if one.fingerprint == value.get("store_fingerprint")), {})
-    for kind in sorted(kinds):
-        recall = value.get("index_recall", of_store.get(kind, {}).get("recall"))
-        if recall is None:
-            yield f"The neighbors come from an approximate index ({kind}) whose recall these files do not say."
-        elif recall < 1:
-            yield (
-                f"The neighbors come from an approximate index ({kind}) that finds {percent(recall)} of what exact "
-                "search finds, measured with the store's own chunks as queries."
-            )
+    recalls = [value.get("index_recall", of_store.get(kind, {}).get("recall")) for kind in kinds]
+    source = f"The neighbors come from an approximate index ({', '.join(kinds)})"
+    if None in recalls:
+        yield f"{source} whose recall these files do not say."
+    elif (recall := min(recalls, default=1)) < 1:
+        yield (
+            f"{source} that finds {percent(recall)} of what exact search finds, measured with the store's own chunks "
+            "as queries."
+        )
 
 
 def _unsure(what: str, gain: Sequence[float]) -> Iterator[str]:

@@ -2,20 +2,26 @@
 
 Nearly all postings belong to terms that are in many chunks and say little. So a query's rarest terms find candidates,
 as many terms as have POSTINGS postings together. The best 5 k candidates by these terms alone, at least CANDIDATES, are
-scored by all terms, from those of each chunk. So what a query costs does not grow with the segment. In large segments
-this is compiled by numba where it is installed (retro.retrieval.search.compiled); else scipy and numpy do the same.
+scored by all terms, from those of each chunk. So what a query costs hardly grows with the segment, unless all of its
+terms are frequent: the rarest is read whole. In large segments this is compiled by numba where it is installed
+(retro.retrieval.search.compiled); else scipy and numpy do the same.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
 from retro.retrieval.search.postings import Postings, raw_of, weight_of
+
+log = logging.getLogger(__name__)
 
 COMPILED_FROM = 1 << 14  # chunks of a segment, below which numpy is fast enough
 POSTINGS = {"tfidf": 1 << 15, "bm25": 1 << 16}
@@ -111,11 +117,18 @@ def score_chunks(segment: Weighed, queried: Any, chunks: Int64[np.ndarray, "q c"
     return scores
 
 
-def _compiled(segment: Weighed) -> Any:
-    if len(segment.norms) < COMPILED_FROM or find_spec("numba") is None:
-        return None
-    from retro.retrieval.search import compiled
+def _compiled(segment: Weighed) -> ModuleType | None:
+    return None if len(segment.norms) < COMPILED_FROM else _by_numba()
 
+
+@cache
+def _by_numba() -> ModuleType | None:
+    try:
+        from retro.retrieval.search import compiled
+    except ImportError as error:
+        if find_spec("numba") is not None:  # one that does not know this numpy, for example
+            log.warning("words are searched without numba, which cannot be loaded: %s", error)
+        return None
     return compiled
 
 

@@ -23,14 +23,13 @@ def _highest(chunks, sums, most, documents, blocked):
     """The chunks of the highest sums outside blocked documents, equal sums by chunk, in order of chunks: a heap with
     the worst of them on top.
     """
+    most = min(most, len(chunks))
     heap, size = np.empty(most, np.int64), 0
     for chunk in chunks:
         if size == most and not _is_worse(sums, heap[0], chunk):
             continue
-        allowed = sums[chunk] > 0
-        for document in blocked:
-            allowed = allowed and documents[chunk] != document
-        if not allowed:
+        at = np.searchsorted(blocked, documents[chunk])
+        if sums[chunk] <= 0 or (at < len(blocked) and blocked[at] == documents[chunk]):
             continue
         if size < most:  # from the end upwards
             at, size = size, size + 1
@@ -77,7 +76,7 @@ def best_chunks(
     starts, postings, weights, chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, documents, is_tfidf,
     query_starts, terms, times, blocked_starts, blocked, most_postings, least_postings, most, chunks, scores,
 ):  # fmt: skip
-    """Fill `chunks` and `scores` [q, k]; which queries found fewer than k."""
+    """Fill `chunks` and `scores` [q, k]; which queries found fewer than k. blocked: ascending for each query."""
     num_queries, k = chunks.shape
     few, sums = np.zeros(num_queries, np.bool_), np.zeros(len(norms), np.float32)
     for q in range(num_queries):

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Int64
 
-from retro.common.files import load_json, stable_hash
+from retro.common.files import READ_ONLY, load_json, stable_hash
 from retro.retrieval.search.lexical import LexicalIndex, build_lexical
 from retro.retrieval.search.postings import buckets
 from retro.retrieval.search.queries import Queries
@@ -72,7 +72,9 @@ def build_continuation(store: Store) -> ContinuationReranker:
         write_index(
             store, folder, lambda aside: {"kind": KIND, "store": store.fingerprint, "weights": weights.tolist()}
         )
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
         log.warning("what was learned is not kept in %s: %s", folder, error)
     return ContinuationReranker(index, weights)
 

@@ -194,14 +194,14 @@ def resolve_kind(kind: str) -> str:
     if kind == "auto":
         return next((name for name in ENGINES if _importable(name)), "exact")
     engine, codes = _split(kind)
-    if engine in LEXICAL_KINDS:
+    if kind in LEXICAL_KINDS:
         raise ValueError(
             f"{kind} is a lexical search, which needs no index of keys; open it by Retriever(store, {kind!r})"
         )
-    if engine not in ("exact", *ENGINES):
+    if engine not in ("exact", *ENGINES, *LEXICAL_KINDS):
         raise ValueError(f"the index kind must be auto, exact, {', '.join(ENGINES)}, tfidf or bm25, not {kind!r}")
-    all_codes = ENGINES[engine].codes if engine in ENGINES else ()
-    if codes not in (None, *all_codes):
+    all_codes = ENGINES[engine].codes if engine in ENGINES else ("exact",) * (engine in LEXICAL_KINDS)
+    if codes not in (None, *all_codes) or engine in LEXICAL_KINDS:
         known = ", ".join(f"{engine}:{name}" for name in all_codes) or engine
         raise ValueError(f"the index kind {kind!r} is unknown; of its engine there are {known}")
     if not _importable(engine):

@@ -23,10 +23,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from retro.common.files import check_files, delete, load_json, open_npy, stable_hash
+from retro.common.files import READ_ONLY, check_files, delete, load_json, open_npy, stable_hash
 from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
-from retro.retrieval.search.index import Hits, check_searchable
-from retro.retrieval.search.postings import EXACT, KINDS, Postings, buckets, words_of, write_postings, write_weights
+from retro.retrieval.search.index import Hits, check_k, check_searchable
+from retro.retrieval.search.postings import (
+    EXACT,
+    KINDS,
+    WEIGHING,
+    Postings,
+    buckets,
+    words_of,
+    write_postings,
+    write_weights,
+)
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.segments import (
     ShardRange,
@@ -68,6 +77,7 @@ class LexicalIndex:
 
         Rows [q, k] (-1 where fewer share a term), scores (-inf there) and mask.
         """
+        check_k(k)
         rows, scores = _search(self._matrices, queries, k, excluded, self.exact)
         return rows, scores, rows >= 0
 
@@ -221,7 +231,7 @@ def _segments(store: Store, kind: str) -> tuple[list[ShardRange], Path]:
     there = [
         one
         for one in find_segments(store, kind)
-        if one.record["settings"] == settings and one.record["format_version"] == 3
+        if one.record["settings"] == settings and one.record["format_version"] == FORMAT_VERSION
     ]
     most = MAX_POSTINGS // (2 * store.chunk_len)
     shard_ranges = []
@@ -233,13 +243,16 @@ def _segments(store: Store, kind: str) -> tuple[list[ShardRange], Path]:
         shard_ranges.append(shards)
     names = [shards.folder.name for shards in shard_ranges]
     content = {"kind": kind, "format_version": FORMAT_VERSION, "store": store.fingerprint, "segments": names}
+    content |= {"weighing": WEIGHING}
     return shard_ranges, store.path / "index" / stable_hash(content)[:16]
 
 
 def _written(store: Store, kind: str, write: Any) -> Any:
     try:
         return write()
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
         raise ValueError(
             f"{store.path} has no {kind} index and cannot be written ({error.strerror}); "
             f"build it where it can be, with `retro build --index {kind}`"

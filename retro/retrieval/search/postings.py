@@ -40,6 +40,7 @@ KINDS = ("bm25", "tfidf", f"bm25{EXACT}", f"tfidf{EXACT}")
 BUCKETS = 1 << 24
 K1, B = 1.5, 0.75  # of bm25
 LEAST_IDF = 1e-3  # of tfidf: what all chunks have in common orders only what nothing else does
+WEIGHING = {"k1": K1, "b": B, "least_idf": LEAST_IDF}
 _BLOCK_ROWS = 1 << 10
 _BLOCK_POSTINGS = 1 << 18
 _BLOCK_TERMS = 1 << 18

@@ -1,8 +1,8 @@
 """One search over a store, whatever finds the chunks: nearest keys (dense), shared terms (lexical), or both.
 
 A kind is "auto", "exact", "scann" or "faiss" (nearest keys; see retro.retrieval.search.index for their codes), "bm25"
-or "tfidf" (lexical), or several joined by "+", as in "exact+tfidf": their lists are fused by reciprocal rank, the
-sum over the lists of 1 / (60 + rank). Source of the fusion: Cormack et al. 2009.
+or "tfidf" (lexical; "bm25:exact" and "tfidf:exact" miss nothing), or several joined by "+", as in "exact+tfidf": their
+lists are fused by reciprocal rank, the sum over the lists of 1 / (60 + rank). Source: Cormack et al. 2009.
 
 A second stage follows ">": "scann>bm25" orders the best candidates of ScaNN by BM25, "scann>e5-large-v2" by the keys
 that another embedder gives their texts (source: Shao et al. 2025, CompactDS), "tfidf>continuation" by how much they
@@ -94,7 +94,7 @@ def open_reranker(store: Store, kind: str) -> Reranker:
         return continuation.build_continuation(store)
     if kind in lexical.KINDS:
         return lexical.build_lexical(store, kind)
-    if not kind or ">" in kind or kind.partition(":")[0] in ("auto", "exact", *ENGINES):
+    if not kind or ">" in kind or kind.partition(":")[0] in ("auto", "exact", *ENGINES, *lexical.KINDS):
         raise ValueError(f"behind > there must be continuation, bm25, tfidf or the name of an embedder, not {kind!r}")
     return EmbedderReranker(store, load_embedder(kind))
 
@@ -135,10 +135,11 @@ def measure_of(kind: str, embedder: dict[str, Any]) -> str:
     return _MEASURES.get(first, COSINE if embedder.get("normalize") else "-squared L2")
 
 
-def approximate_engines(kind: str) -> set[str]:
-    """The engines that a kind (a searcher's, filters included) searches keys with, such as {"faiss"}."""
-    first = kind.partition(";")[0].partition(">")[0]
-    return {part.partition(":")[0] for part in first.split("+")} & set(ENGINES)
+def approximate_parts(kind: str) -> set[str]:
+    """The parts of a kind (a searcher's, filters included) that may miss a chunk, without codes: {"faiss", "tfidf"}."""
+    parts = kind.partition(";")[0].partition(">")[0].split("+")
+    of_keys = {part.partition(":")[0] for part in parts} & set(ENGINES)
+    return of_keys | {part for part in parts if part in lexical.KINDS and not part.endswith(lexical.EXACT)}
 
 
 def is_keyless(store: Store) -> bool:

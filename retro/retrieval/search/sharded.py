@@ -412,7 +412,7 @@ class _ScatterGather:
     def _asked(self, queries: Queries) -> dict[str, Any]:
         """What a shard needs of the queries."""
         if self.kind in lexical.KINDS:
-            return {"texts": queries.texts} if self.kind == "bm25" else {"tokens": queries.tokens}
+            return {"texts": queries.texts} if self.kind.startswith("bm25") else {"tokens": queries.tokens}
         keys = queries.embedded(self.searcher.embedder) if queries.keys is None else queries.keys
         return {"keys": check_queries(keys, self.searcher.store)}
 

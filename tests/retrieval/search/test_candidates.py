@@ -1,8 +1,11 @@
 """Rare terms that find and all terms that score, by scipy and by numba, against a loop over a dense matrix."""
 
+import sys
+
 import numpy as np
 import pytest
 
+import retro.retrieval.search
 from retro.retrieval.search import candidates, lexical
 from retro.retrieval.search.lexical import build_lexical
 from retro.retrieval.search.queries import Queries
@@ -108,6 +111,31 @@ def test_where_rare_terms_find_too_few_all_terms_find(store, way, few):
     found, best = (build_lexical(store, kind).search(queries, many) for kind in ("tfidf", "tfidf:exact"))
     np.testing.assert_array_equal(found[2], best[2])
     np.testing.assert_array_equal(np.sort(found[0]), np.sort(best[0]))
+
+
+def test_blocked_documents_are_found_by_no_query(store, way, few):
+    rows, documents = store.searchable_rows, range(store.num_documents)
+    queries = Queries(store.tokenizer, texts=[" ".join(store.text(rows))] * 3)
+    excluded = [set(documents), set(documents) - {3}, {0, 40}]
+    found = [build_lexical(store, kind).search(queries, 4, excluded)[0] for kind in ("tfidf", "tfidf:exact")]
+    for one in found:
+        assert (one[0] == -1).all() and (store.document_rows(one[1]) == 3).all()
+        assert not np.isin(store.document_rows(one[2]), [0, 40]).any()
+    np.testing.assert_array_equal(found[0][:2], found[1][:2])
+
+
+def test_a_numba_that_cannot_be_loaded_is_done_without(store, monkeypatch, caplog):
+    pytest.importorskip("numba")
+    queries, excluded = asked(store)
+    want = build_lexical(store, "tfidf").search(queries, K, excluded)
+    monkeypatch.setattr(candidates, "COMPILED_FROM", 0)
+    monkeypatch.setitem(sys.modules, "retro.retrieval.search.compiled", None)
+    monkeypatch.delattr(retro.retrieval.search, "compiled", raising=False)
+    candidates._by_numba.cache_clear()
+    found = build_lexical(store, "tfidf").search(queries, K, excluded)
+    candidates._by_numba.cache_clear()
+    np.testing.assert_array_equal(found[0], want[0])
+    assert "words are searched without numba, which cannot be loaded" in caplog.text
 
 
 def test_the_recall_of_an_index_is_measured(tmp_path, tokenizer, store, few):

@@ -1,5 +1,6 @@
 """BM25, hashed TF-IDF bigrams and fused lists, against loops over words and counts."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from math import log
 import numpy as np
 import pytest
 
-from retro.retrieval import BuildSettings, Retriever, build_neighbors, build_store, open_neighbors
-from retro.retrieval.search import postings
+from retro.retrieval import BuildSettings, Retriever, Store, build_neighbors, build_store, open_neighbors
+from retro.retrieval.search import postings, segments
 from retro.retrieval.search.lexical import build_lexical
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.searchers import FusedSearcher, open_searcher
@@ -159,7 +160,14 @@ def test_a_store_without_keys(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     "kind, reason",
-    [("tfidf+tfidf", "names a kind twice"), ("auto+exact", "names a kind twice"), ("exact+hnsw", "not 'hnsw'")],
+    [
+        ("tfidf+tfidf", "names a kind twice"),
+        ("auto+exact", "names a kind twice"),
+        ("exact+hnsw", "not 'hnsw'"),
+        ("exact+tfidf:fast", "'tfidf:fast' is unknown; .* tfidf:exact"),
+        ("bm25:", "of its engine there are bm25:exact"),
+        ("tfidf>bm25:", "behind > there must be"),
+    ],
 )
 def test_refused_kinds(store, kind, reason):
     with pytest.raises(ValueError, match=reason):
@@ -202,6 +210,16 @@ def test_a_store_without_words(tmp_path, tokenizer):
     settings = BuildSettings(str(tmp_path / "s"), inputs, "words", embedder="none", min_chunk_len=1, index="none")
     with pytest.raises(ValueError, match="no word of two letters or more for bm25 to index; use tfidf"):
         build_lexical(build_store(settings, tokenizer=tokenizer), "bm25")
+
+
+def test_a_store_on_a_disk_that_is_read_only(store, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    copy = Store.open(shutil.copytree(store.path, tmp_path / "store", ignore=shutil.ignore_patterns("index")))
+    monkeypatch.setattr(segments, "folder_written_aside", refused)
+    with pytest.raises(ValueError, match=r"has no tfidf index and cannot be written \(Read-only"):
+        build_lexical(copy, "tfidf")
 
 
 def test_processes_may_build_one_index_at_once(store):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from retro.retrieval.search.exact import as_hits, merge, no_hits
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.searchers import open_searcher, parse_kind
 from retro.retrieval.search.segments import row_range
-from retro.retrieval.search.sharded import MissingShards, ShardActor, ShardedSearcher, plan_shards
+from retro.retrieval.search.sharded import MissingShards, ShardActor, ShardedSearcher, _ScatterGather, plan_shards
 from tests.stand_ins import HashingEmbedder, make_store, words
 from tests.waiting import FOREVER, wait_until
 
@@ -77,6 +78,15 @@ def test_segments_are_spread_and_shards_without_one_searched_exactly(store, tmp_
     exact = open_searcher(copy, "exact", HashingEmbedder()).search(asked, 4)
     for mine, other in zip(merged(copy, "faiss", 3, asked, 4), exact, strict=True):  # flat codes of a small store
         np.testing.assert_array_equal(mine, other)
+
+
+def test_a_shard_of_words_is_asked_by_what_it_reads(store):
+    texts = ["W1-w2, w3?", "w5"]
+    for kind, given in (("bm25", "texts"), ("bm25:exact", "texts"), ("tfidf", "tokens"), ("tfidf:exact", "tokens")):
+        asked = _ScatterGather(SimpleNamespace(num_rows=1, recall=1.0), kind, FOREVER)._asked(
+            Queries(store.tokenizer, texts)
+        )
+        assert list(asked) == [given]
 
 
 def test_words_are_one_shard(store):
