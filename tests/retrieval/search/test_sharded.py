@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,13 +79,12 @@ def test_segments_are_spread_and_shards_without_one_searched_exactly(store, tmp_
         np.testing.assert_array_equal(mine, other)
 
 
-def test_a_shard_of_words_is_asked_by_what_it_reads(store):
-    texts = ["W1-w2, w3?", "w5"]
-    for kind, given in (("bm25", "texts"), ("bm25:exact", "texts"), ("tfidf", "tokens"), ("tfidf:exact", "tokens")):
-        asked = _ScatterGather(SimpleNamespace(num_rows=1, recall=1.0), kind, FOREVER)._asked(
-            Queries(store.tokenizer, texts)
-        )
-        assert list(asked) == [given]
+@pytest.mark.parametrize("kind", ["tfidf", "tfidf:exact", "bm25", "bm25:exact"])
+def test_a_shard_of_words_is_asked_by_what_it_reads(store, kind):
+    searcher = object.__new__(ShardedSearcher)
+    searcher.num_rows, searcher.recall = store.num_searchable, 1.0
+    asked = _ScatterGather(searcher, kind, FOREVER)._asked(Queries(store.tokenizer, texts=["W1-w2, w3?", "w5"]))
+    assert list(asked) == ["texts" if kind.startswith("bm25") else "tokens"]
 
 
 def test_words_are_one_shard(store):
