@@ -47,20 +47,17 @@ def find_device(device: Any = None) -> torch.device:
     """
     import torch
 
-    asked = os.environ.get(DEVICE) if device is None else device
+    asked = os.environ.get(DEVICE) or None if device is None else device
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if asked is None:
         return there or torch.device("cpu")
     try:
         found = torch.device(asked)
     except RuntimeError:
-        raise ValueError(f"device: {asked} is no device that torch knows; give for example cpu or cuda:0") from None
-    count = torch.accelerator.device_count() if there is not None and there.type == found.type else 0
-    if found.type not in ("cpu", "meta") and (found.index or 0) >= count:
-        known = [
-            "cpu",
-            *([] if there is None else [f"{there.type}:{i}" for i in range(torch.accelerator.device_count())]),
-        ]
+        raise ValueError(f"device: {asked!r} is no device that torch knows; give for example cpu or cuda:0") from None
+    counts = {"cpu": 1} | ({there.type: torch.accelerator.device_count()} if there else {})
+    if (found.index or 0) >= counts.pop(found.type, 0):
+        known = ["cpu", *(f"{there.type}:{i}" for i in range(torch.accelerator.device_count()) if there)]
         raise ValueError(f"device: {asked} is not there; this machine has {', '.join(known)}")
     return found
 
@@ -72,7 +69,7 @@ def find_dtype(dtype: Any = None) -> Any:
     """
     import torch
 
-    asked = os.environ.get(DTYPE) if dtype is None else dtype
+    asked = os.environ.get(DTYPE) or None if dtype is None else dtype
     if not isinstance(asked, str) or asked == "auto":
         return asked
     if asked not in DTYPES:

@@ -43,7 +43,9 @@ def test_a_device_is_the_call_s_else_the_environment_s_else_the_accelerator(gpus
         (0, "cuda", "device: cuda is not there; this machine has cpu"),
         (2, "cuda:2", "device: cuda:2 is not there; this machine has cpu, cuda:0, cuda:1"),
         (1, "xpu", "device: xpu is not there; this machine has cpu, cuda:0"),
-        (0, "gpu", "device: gpu is no device that torch knows; give for example cpu or cuda:0"),
+        (2, "cpu:1", "device: cpu:1 is not there; this machine has cpu, cuda:0, cuda:1"),
+        (0, "meta", "device: meta is not there; this machine has cpu"),
+        (0, "gpu", "device: 'gpu' is no device that torch knows; give for example cpu or cuda:0"),
     ],
 )
 def test_a_device_that_is_not_there(gpus, capsys, count, asked, said):
