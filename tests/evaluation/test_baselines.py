@@ -491,7 +491,6 @@ REFUSED = {
     "no validation": (["--reader", "{lm}", "--methods", "knn_lm"], "needs validation documents"),
     "no reader": (["--methods", "prepend"], "needs a plain LM"),
     "a reader of another tokenizer": (["--reader", "{other}"], "tokenizer"),
-    "a table nowhere": (["--csv", "{empty}/nowhere/a.csv"], "make it first"),
 }
 
 

@@ -108,7 +108,6 @@ REFUSED = {
     "an LM of another tokenizer": (["evaluate", "{retro}", *READ, "--lm", "{other}"], "tokenizer"),
     "an LM that is not there": (["evaluate", "{retro}", *READ, "--lm", "no/such"], "no/such cannot be loaded"),
     "a plot of no known kind": (["leakage", "{retro}", *READ, "--plot", "figure.gif"], ".png, .svg or .pdf"),
-    "a table nowhere": (["leakage", "{retro}", *READ, "--csv", "{empty}/nowhere/a.csv"], "make it first"),
     "no document": (["leakage", "{retro}", *READ, "--documents", "0"], "--documents is 0"),
     "a window between chunks": (["evaluate", "{retro}", *READ, "--window", "20"], "multiple of the chunk length 8"),
     "k beyond 0": (["sweep", "neighbors", "{retro}", *READ, "--ks", "-1"], "k is swept over [-1]"),

@@ -81,7 +81,8 @@ def page(browser, make_engine):
 def test_a_person_writes_reads_sources_and_chooses(page, make_engine):
     from tests.serve.conftest import ask_all
 
-    ways = [{"store": "main"}, {"retrieval": False}, {"store": "hostile", "num_neighbors": 3}]
+    ways = [{"store": "main", "align": "end"}, {"retrieval": False}]
+    ways += [{"store": "hostile", "num_neighbors": 3, "align": "end"}]  # the page always takes the end
     asked = [
         ("/v1/completions", {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "retro": retro}) for retro in ways
     ]
