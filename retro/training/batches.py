@@ -20,12 +20,12 @@ def sum_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
     """Each value summed over all processes, in float64, from host to host: no device is waited for."""
     sums = torch.tensor(values, dtype=torch.float64)
     if accelerator.num_processes > 1:
-        distributed.all_reduce(sums, group=_between_hosts())
+        distributed.all_reduce(sums, group=_between_hosts(distributed.group.WORLD))
     return sums.tolist()
 
 
 @cache
-def _between_hosts() -> distributed.ProcessGroup | None:
+def _between_hosts(everyone: distributed.ProcessGroup) -> distributed.ProcessGroup | None:
     """A group that takes tensors in main memory; None is the default one. All processes first ask for it together."""
     return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
 
