@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retro.common.files import write_result
+from retro.common.files import write_result, write_text, writing
 from retro.common.settings import find_config, read_yaml
 from retro.text.documents import Document
 from retro.text.packages import package_documents
@@ -87,7 +87,7 @@ def _hash(name: str) -> int:
 
 
 def _write_jsonl(path: Path, documents: Iterable[Document]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with writing(path), path.open("w", encoding="utf-8") as file:
         for document in documents:
             file.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
 
@@ -147,7 +147,7 @@ def _sample(output: Path, store) -> str:
     told = terminal_text(text) + "\n"
     page = html_page([text], {"model": output / "retro", "store": output / "store"})
     for suffix, content in (("txt", told), ("html", page)):
-        (output / f"sample.{suffix}").write_text(content, encoding="utf-8")
+        write_text(output / f"sample.{suffix}", content)
     write_result(output / "sample.json", as_json(text))
     return told
 

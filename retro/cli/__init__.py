@@ -106,8 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error))
     except OSError as error:
-        named = error.strerror and error.filename is not None
-        return _refuse(f"{error.filename}: {error.strerror}; give another path." if named else str(error))
+        from retro.common.files import os_error_text
+
+        return _refuse(os_error_text(error))
     except KeyboardInterrupt:
         print("retro: stopped", file=sys.stderr)
         return 130

@@ -240,11 +240,12 @@ def report(runs: list[str], /, *, output: str) -> None:
         runs: Files that --json wrote, or folders: the results, trained models and stores in them and in their folders.
         output: The HTML page to write, which needs nothing else.
     """
+    from retro.common.files import write_text
     from retro.evaluation.report import read_runs, report_page
 
     if Path(output).suffix not in (".html", ".htm"):
         raise ValueError(f"--output is {output}; let it end in .html.")
     check_file(output)
     read = read_runs(runs)
-    Path(output).write_text(report_page(read), encoding="utf-8")
+    write_text(output, report_page(read))
     print(f"{output}: {len(read.results)} results, {len(read.models)} trained models, {len(read.stores)} stores")

@@ -104,11 +104,12 @@ def _write_texts(
     texts: list, about: dict[str, Any], made_with: dict[str, Any], json: str | None, html: str | None
 ) -> None:
     """Write the files that were asked for."""
+    from retro.common.files import write_text
     from retro.sampling import as_json, html_page
 
     write_json(json, {"texts": [as_json(text) for text in texts]} | about | made_with)
     if html:
-        Path(html).write_text(html_page(texts, about), encoding="utf-8")
+        write_text(html, html_page(texts, about))
 
 
 def demo(*, output: str = "demo", seed: int = 0, **place: Unpack[options(DeviceSettings)]) -> None:

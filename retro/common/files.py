@@ -25,8 +25,34 @@ LOCK_FILE = ".lock"
 READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS  # of OSErrors where nothing may be written
 _END_BYTES = 4096
 _ABANDONED_SECONDS = 24 * 3600
+_ZEROS = 1 << 20
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _SPARE_FILES = 256  # for what else a process opens
 _numbers = count()  # tell apart what the threads of this process write
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """While a file is written: what Python, or the error of a library, says of a full disk becomes an OSError that
+    names the file."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no other
+        said = str(error)
+        code = next((code for code in _DISK_ERRORS if os.strerror(code) in said), None)
+        if code is None and isinstance(error, OSError) and " requested and " in said:
+            code = errno.ENOSPC  # numpy's word for a file that took less than it was given
+        if code is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def os_error_text(error: OSError) -> str:
+    """An OSError in one sentence with the remedy."""
+    if not error.strerror or error.filename is None:
+        return str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error.filename}: {error.strerror}; {'make room and run this again' if full else 'give another path'}."
 
 
 @contextmanager
@@ -35,10 +61,11 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = _aside(path)
     aside.unlink(missing_ok=True)  # never through a link of that name
     try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
+        with writing(path):
+            yield aside
+            sync(aside)
+            os.replace(aside, path)
+            sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -53,9 +80,10 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)  # of a dead process with this one's number
     aside.mkdir(parents=True)
     try:
-        yield aside
-        for path in (*aside.rglob("*"), aside):
-            sync(path)
+        with writing(folder):
+            yield aside
+            for path in (*aside.rglob("*"), aside):
+                sync(path)
         try:
             aside.rename(folder)
         except OSError:
@@ -143,6 +171,32 @@ def write_with(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         write(handle)
 
 
+def new_npy(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy to write into, memory-mapped. Its space is reserved first, so that a full disk is an OSError here and
+    no signal later."""
+    if 0 in shape:  # which cannot be mapped
+        save_npy(path, np.zeros(shape, dtype))
+        return np.zeros(shape, dtype).view(np.memmap)
+    with writing(path):
+        array = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+        with open(path, "r+b") as handle:
+            _reserve(handle, path.stat().st_size)
+    return array
+
+
+def _reserve(handle: IO[bytes], size: int) -> None:
+    """Give a file, of which nothing but the beginning is written, its blocks on the disk."""
+    try:
+        return os.posix_fallocate(handle.fileno(), 0, size)
+    except AttributeError:  # not on every platform
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # not on every file system
+            raise
+    for start in range(handle.seek(min(_END_BYTES, size)), size, _ZEROS):
+        handle.write(bytes(min(_ZEROS, size - start)))
+
+
 def save_npy(path: Path, array: np.ndarray) -> None:
     """Write one array as .npy, atomically, never pickled."""
     write_with(path, lambda handle: np.save(handle, array, allow_pickle=False))
@@ -168,7 +222,17 @@ def json_lines(records: list[dict]) -> bytes:
 def write_result(file: str | Path, value: Any) -> None:
     """Write a result where a user wants it, in its own order; what is no number becomes null."""
     text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    Path(file).write_text(text + "\n", encoding="utf-8")
+    write_text(file, text + "\n")
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write a file where a user wants it, whole or not at all, unless it is a device or a pipe."""
+    path = Path(os.path.realpath(file))
+    if path.exists() and not path.is_file():
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+    else:
+        write_with(path, lambda handle: handle.write(text.encode("utf-8")) and None)
 
 
 def finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from retro.common.extras import check_installed
+from retro.common.files import writing
 from retro.evaluation.bits import COLUMNS
 
 # told apart in grey too, by marker and line
@@ -82,7 +83,8 @@ def picture(
         else:
             for one, names in ((one, names) for one, names in named.items() if names):
                 one.legend(names.values(), names, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-        figure.savefig(file)
+        with writing(file):
+            figure.savefig(file)
 
 
 def curve(

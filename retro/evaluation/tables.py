@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retro.common.files import finite
+from retro.common.files import finite, write_text
 from retro.evaluation.bits import COLUMNS
 from retro.evaluation.cells import (
     NOTHING,
@@ -92,10 +93,11 @@ def as_text(tables: Iterable[Table]) -> str:
 
 def write_csv(file: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Flat records as CSV, the columns in the order in which they first occur."""
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, _fields(records))
-        writer.writeheader()
-        writer.writerows(finite(list(records)))
+    written = io.StringIO(newline="")
+    writer = csv.DictWriter(written, _fields(records))
+    writer.writeheader()
+    writer.writerows(finite(list(records)))
+    write_text(file, written.getvalue())
 
 
 def kind_of(value: Any) -> str | None:

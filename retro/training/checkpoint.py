@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from retro.common.files import save_json, sync
+from retro.common.files import save_json, sync, writing
 from retro.common.settings import differing
 from retro.training.optimizer import MuonAndAdamW
 from retro.training.sharding import gathered, spread_as
@@ -80,10 +80,11 @@ def save_checkpoint(
     save_json(aside / f"rng-{accelerator.process_index}.json", random_states())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_model(aside)
-        save_file(moments, aside / "optimizer.safetensors")
-        save_json(aside / "state.json", {**state.counters(), "identity": identity})
-        sync_files(aside)
+        with writing(aside):
+            write_model(aside)
+            save_file(moments, aside / "optimizer.safetensors")
+            save_json(aside / "state.json", {**state.counters(), "identity": identity})
+            sync_files(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         _keep_newest(folder.parent, keep)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from retro.common.files import write_text, writing
 from retro.common.settings import save_settings, to_plain
 from retro.provenance import write_provenance
 from retro.training.checkpoint import save_checkpoint, sync_files
@@ -24,7 +25,7 @@ def prepare_output(run: TrainingRun) -> None:
         metrics = run.output / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.state.step]
-        metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(metrics, "".join(f"{line}\n" for line in kept))
     run.accelerator.wait_for_everyone()
     if run.settings.tracker != "none":
         flat = {
@@ -39,8 +40,9 @@ def log_metrics(run: TrainingRun, values: dict[str, float]) -> dict[str, float]:
     state = run.state
     line = {"step": state.step, "tokens": state.tokens, **values, "elapsed_seconds": round(state.elapsed_seconds, 3)}
     if run.accelerator.is_main_process:
-        with open(run.output / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        file = run.output / "metrics.jsonl"
+        with writing(file), open(file, "a", encoding="utf-8") as opened:
+            opened.write(json.dumps(line) + "\n")
     if run.settings.tracker != "none":
         run.accelerator.log(values, step=state.step)
     return line
@@ -78,8 +80,9 @@ def finish(run: TrainingRun) -> None:
         aside = run.output / "writing-model"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        write_model(run, aside, weights)
-        sync_files(aside)
+        with writing(aside):
+            write_model(run, aside, weights)
+            sync_files(aside)
         for file in aside.iterdir():
             os.replace(file, run.output / file.name)
         aside.rmdir()

@@ -29,6 +29,7 @@ from retro.common.files import (
     save_json,
     sync,
     write_lock,
+    writing,
 )
 from retro.common.own import check_no_links
 from retro.retrieval.building.job import PARTS, Job
@@ -338,7 +339,8 @@ def _is_taken_up(path: Path, existing: dict[str, Any]) -> bool:
 def _save_tokenizer(path: Path, tokenizer: Any) -> dict[str, Any]:
     """Save the tokenizer inside the store, without a word of where it came from; refuse one that does not survive."""
     folder, fingerprint = path / "tokenizer", tokenizer_fingerprint(tokenizer)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
     save_json(config, {k: v for k, v in content.items() if k not in ("name_or_path", "is_local", "local_files_only")})

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from retro.common.files import delete, folder_record, save_npy, sync, written_aside
+from retro.common.files import delete, folder_record, new_npy, save_npy, sync, written_aside
 from retro.retrieval.building.generations import clear_leftovers, open_generation, read_record, save_generation, writing
 from retro.retrieval.building.tasks import write_documents
 from retro.retrieval.store.format import CHUNK_DTYPE
@@ -163,7 +163,7 @@ def _write_chunks(store: Store, group: list[int], live: list[np.ndarray], folder
 def _copy_rows(arrays: list[np.ndarray], live: list[np.ndarray], shape: tuple[int, ...], file: Path) -> None:
     """Write the rows that are left of several arrays [rows, width] as one array of a shape that holds them all."""
     with written_aside(file) as aside:
-        out = np.lib.format.open_memmap(aside, "w+", arrays[0].dtype, shape)
+        out = new_npy(aside, arrays[0].dtype, shape)
         rows, at = out.reshape(-1, arrays[0].shape[1]) if out.size else out, 0
         for array, kept in zip(arrays, live, strict=True):
             for start in range(0, len(array), _COPIED_ROWS):

@@ -19,6 +19,7 @@ from retro.common.files import (
     delete,
     file_record,
     load_json,
+    new_npy,
     open_npy,
     save_json,
     save_npy,
@@ -202,8 +203,8 @@ def write_table(spec: dict[str, Any]) -> dict[str, Any]:
         written_aside(folder / "rows.npy") as rows_file,
         written_aside(folder / "distances.npy") as distances_file,
     ):
-        table_rows = _new_npy(rows_file, (num_chunks, k), "<i8")
-        table_distances = _new_npy(distances_file, (num_chunks, k), "<f4")
+        table_rows = new_npy(rows_file, "<i8", (num_chunks, k))
+        table_distances = new_npy(distances_file, "<f4", (num_chunks, k))
         for (start, stop), ranges in spec["blocks"]:
             rows, distances = _merged(job, (start, stop), [(low, high) for low, high in ranges], k)
             table_rows[start:stop], table_distances[start:stop] = rows, distances
@@ -213,14 +214,6 @@ def write_table(spec: dict[str, Any]) -> dict[str, Any]:
             array.flush()
     files = {name: file_record(folder / name) for name in ("rows.npy", "distances.npy")}
     return {"table": {**record, "files": files}, "files": {f"../{name}": of_file for name, of_file in files.items()}}
-
-
-def _new_npy(file: Path, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """A new .npy to write into: memory-mapped, unless it holds nothing, which cannot be mapped."""
-    if 0 in shape:
-        np.save(file.open("wb"), np.zeros(shape, dtype), allow_pickle=False)
-        return np.zeros(shape, dtype)
-    return np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
 
 
 def _merged(job: Path, block: Range, ranges: list[Range], k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from retro.common.files import check_files, load_json, save_json
+from retro.common.files import check_files, load_json, os_error_text, save_json
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def error_record(error: BaseException) -> dict[str, str]:
     kinds = (kind.__name__ for kind in type(error).__mro__)
     kind = next(name for name in kinds if hasattr(builtins, name))
     kind = "ValueError" if isinstance(error, ValueError) else kind
-    shown = str(error) if isinstance(error, (ValueError, OSError)) else "".join(traceback.format_exception(error))
+    if isinstance(error, OSError):
+        return {"kind": kind, "message": os_error_text(error)}
+    shown = str(error) if isinstance(error, ValueError) else "".join(traceback.format_exception(error))
     return {"kind": kind, "message": shown}
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt32
 
 from retro.common.extras import check_installed
-from retro.common.files import load_json, open_npy, save_json, save_npy
+from retro.common.files import load_json, new_npy, open_npy, save_json, save_npy
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.segments import ShardRange, row_range
@@ -171,8 +171,7 @@ def _place(
     total, following, at = int(starts[-1]), starts, 0
     names = (("postings", np.int32), ("counts", np.uint16), ("chunk_terms", np.int32), ("chunk_counts", np.uint16))
     postings, counts, chunk_terms, chunk_counts = (
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (total,)) if total else np.zeros(0, dtype)
-        for name, dtype in names
+        new_npy(folder / f"{name}.npy", dtype, (total,)) for name, dtype in names
     )
     chunk_starts = np.zeros(num_chunks + 1, np.int64)
     for part in parts:
@@ -191,9 +190,6 @@ def _place(
         at = own.stop
         part.unlink()
     save_npy(folder / "chunk_starts.npy", np.cumsum(chunk_starts))
-    if not total:
-        for (name, _), empty in zip(names, (postings, counts, chunk_terms, chunk_counts), strict=True):
-            save_npy(folder / f"{name}.npy", empty)
 
 
 # Reading a segment
@@ -336,10 +332,7 @@ def _bm25_norms(segment: Postings, average: float) -> Float32[np.ndarray, " c"]:
 
 
 def _write_weights(segment: Postings, kind: str, idf: np.ndarray, norms: np.ndarray, file: Path) -> None:
-    if not len(segment.postings):
-        save_npy(file, np.zeros(0, np.float32))
-        return
-    out, raw = np.lib.format.open_memmap(file, "w+", np.float32, (len(segment.postings),)), raw_of(kind)
+    out, raw = new_npy(file, np.float32, (len(segment.postings),)), raw_of(kind)
     for part, of_term in segment.parts():
         out[part] = weight_of(kind, raw[segment.counts[part]], idf[of_term], norms[segment.postings[part]])
     out.flush()
