@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from retro.common.values import Range
 from retro.retrieval.building.settings import BuildSettings, ChunkSettings
 from retro.retrieval.building.tasks import load_tokenizer, token_dtype, torch_threads
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder
@@ -54,15 +55,12 @@ class PlanSettings(ChunkSettings):
     tokenizer: str
     embedder: str = "minilm"
     index: str = "auto"
-    tokens: float | None = None
+    tokens: Annotated[float, Range(ge=1, lt=1e30)] | None = None
     model: str | None = None
-    tflops: float | None = None
+    tflops: Annotated[float, Range(ge=1e-12, lt=1e30)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("tokens", 1), ("tflops", 1e-12)):
-            if (value := getattr(self, name)) is not None and not least <= value < 1e30:
-                raise ValueError(f"{name} must be a number of at least {least:g}, not {value:g}")
         if self.index in lexical.KINDS:
             raise ValueError(f"index is {self.index!r}, a lexical index, which is not planned; give none")
         if self.index != "none":

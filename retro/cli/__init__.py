@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -108,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         from retro.common.files import os_error_text
 
+        if error.errno == errno.ENOSPC and error.filename is None:  # nor has the interpreter's end any place for it
+            error.filename = "standard output"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _refuse(os_error_text(error))
     except KeyboardInterrupt:
         print("retro: stopped", file=sys.stderr)

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from retro.cli.options import taken
 from retro.common.devices import DeviceSettings
+from retro.common.values import check_fields
 
 if TYPE_CHECKING:
     from retro.text.documents import Document
@@ -95,6 +96,7 @@ class ResultFiles:
     plot: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.plot:
             from retro.evaluation.plots import check_plot
 

@@ -246,17 +246,25 @@ def finite(value: Any) -> Any:
 
 def read_text(path: str | Path) -> str:
     """The text of a file that a user wrote, without a byte order mark; ValueError names a file that is not UTF-8."""
+    check_regular(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no UTF-8 text; write it in UTF-8.") from None
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise ValueError for a pipe, socket or device, which may never end, in the place of a file."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is a pipe, a socket or a device; give a file.")
+
+
 def load_json(path: Path) -> Any:
     """Read one JSON file; ValueError names the file if it is not JSON."""
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits; lists in lists
         raise ValueError(f"{path} is not valid JSON ({error}); restore it from a copy or build it again") from None
 
 

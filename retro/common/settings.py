@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 import yaml
 
 Settings = TypeVar("Settings")
+_INT, _DECIMAL, _MOST_DEPTH = "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)"), 20
+_NOT_DECIMAL = re.compile(r"\s*[-+]?(0[0-9_]+|0[xob][0-9a-f_]+|[0-9]+(:[0-9]+)+)(\.[0-9]*)?\s*", re.IGNORECASE)
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -138,16 +141,50 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     text = read_text(path)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(
             f"{path}{line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'}); mend the file"
         ) from None
+    except ValueError as error:  # a number of too many digits, a date that is none
+        raise ValueError(f"{path}: not YAML ({error}); mend the file") from None
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, not a mapping; write lines such as 'lr: 1e-3'")
     return values or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what would be read as something else than it seems: names given twice, numbers that are not decimal,
+    aliases; and values nested out of all measure."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        self.depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(event, f"*{event.anchor} is an alias; write the value itself")
+        if self.depth > _MOST_DEPTH:
+            raise _refused(event, f"values are nested more than {_MOST_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and node.tag == _INT and not _DECIMAL.fullmatch(node.value):
+            raise _refused(node, f"{node.value} is no decimal number; write one, without zeros in front")
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.tag != "tag:yaml.org,2002:str":
+                    raise _refused(key, "a name is no text; quote it")
+                if str(key.value) in seen:
+                    raise _refused(key, f"{key.value} is given twice; leave one out")
+                seen.add(str(key.value))
+        return node
+
+
+def _refused(at: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def _put(values: dict[str, Any], override: str) -> None:
@@ -187,11 +224,21 @@ def _read(hint: Any, value: Any, name: str) -> Any:
         return _build(nested, value, f"{name}.")
     if value is None and not {type(None), Any} & set(options):
         raise ValueError(f"{name}: null is not {type_name(hint)}; leave it out for the default")
+    for text in _texts(value) if {int, float, dict} & {typing.get_origin(one) or one for one in options} else ():
+        if _NOT_DECIMAL.fullmatch(text):
+            raise ValueError(f"{name}: {text!r} is no decimal number; write one, without zeros in front")
     try:
         return _parser(hint).parse_object({"value": value}).value
     except argparse.ArgumentError:
         example = _example(hint, name)
         raise ValueError(f"{name}: {value!r} is not {type_name(hint)}; write for example {example}") from None
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a value that is to be numbers."""
+    if isinstance(value, Mapping):
+        return [text for one in value.values() for text in _texts(one)]
+    return [value] if isinstance(value, str) else []
 
 
 @functools.cache

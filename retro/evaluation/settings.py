@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from retro.common.settings import unknown_name
+from retro.common.values import Count, CountOrZero, NumNeighbors, Positive, Range, Seed, Size, check_fields
 
 if TYPE_CHECKING:
     from retro.evaluation.data import EvaluationData
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from retro.text.documents import Document
 
 Align = Literal["start", "end"]
+Weight = Annotated[float, Range(ge=0, lt=1)]
 KS = (0, 1, 2, 4, 7, 10, 20, 40)
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 READER, RETRO, PROMPT, VALIDATION, BM25 = "reader", "retro", "prompt", "validation", "bm25s"
@@ -49,11 +51,14 @@ class ScoringSettings:
         progress: Whether to show a bar.
     """
 
-    window_len: int | None = None
-    stride: int | None = None
-    seed: int = 0
+    window_len: Size | None = None
+    stride: Size | None = None
+    seed: Seed = 0
     cache: str | Path | bool = True
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def prepare(
         self, documents: Sequence[Document], retriever: Retriever, k: int, exclude: str = "same_document"
@@ -96,20 +101,16 @@ class ReaderSettings:
         seed: Seed of everything that is drawn.
     """
 
-    num_neighbors: int | None = None
+    num_neighbors: Annotated[int, Range(ge=0, le=1 << 16)] | None = None
     align: Align = "start"
-    max_len: int | None = None
-    batch_size: int = 8
+    max_len: Size | None = None
+    batch_size: Size = 8
     decontaminate: bool = False
     cache: str | Path | bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
-        if self.align not in get_args(Align):
-            raise ValueError(f"align is {self.align!r}; choose one of {', '.join(get_args(Align))}.")
-        for name in ("batch_size", "max_len"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -141,38 +142,27 @@ class BaselineSettings:
     """
 
     methods: tuple[Method, ...] | None = None
-    num_neighbors: tuple[int, ...] | None = None
-    prompt_neighbors: tuple[int, ...] | None = None
-    retrieval_stride: int | None = None
-    query_len: int | None = None
-    windows_per_document: int = 4
-    window_len: int | None = None
-    stride: int | None = None
-    oracle_candidates: int = 50
-    temperature: float = 1.0
-    replug_temperatures: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    knn_tokens: int | None = None
-    knn_ks: tuple[int, ...] = (8, 32, 128, 1024)
-    knn_temperatures: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    knn_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    seed: int = 0
+    num_neighbors: tuple[NumNeighbors, ...] | None = None
+    prompt_neighbors: tuple[NumNeighbors, ...] | None = None
+    retrieval_stride: Size | None = None
+    query_len: Size | None = None
+    windows_per_document: CountOrZero = 4
+    window_len: Size | None = None
+    stride: Size | None = None
+    oracle_candidates: NumNeighbors = 50
+    temperature: Positive = 1.0
+    replug_temperatures: tuple[Positive, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    knn_tokens: Count | None = None
+    knn_ks: tuple[NumNeighbors, ...] = (8, 32, 128, 1024)
+    knn_temperatures: tuple[Positive, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    knn_weights: tuple[Weight, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for name in self.methods or ():
             if name not in METHODS:
                 raise ValueError(unknown_name(name, METHODS, "method"))
-        for name in ("retrieval_stride", "query_len", "oracle_candidates", "knn_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
         for name in ("num_neighbors", "prompt_neighbors"):
-            if getattr(self, name) is not None and min(getattr(self, name), default=0) < 1:
-                raise ValueError(f"{name} are {list(getattr(self, name))}; give numbers of at least 1.")
-        if self.windows_per_document < 0:
-            raise ValueError(f"windows_per_document is {self.windows_per_document}; give 0 or more.")
-        temperatures = (self.temperature, *self.replug_temperatures, *self.knn_temperatures)
-        if min(temperatures) <= 0:
-            raise ValueError(f"a temperature is {min(temperatures)}; give numbers above 0.")
-        if min(self.knn_weights) < 0 or max(self.knn_weights) >= 1:
-            raise ValueError(f"knn_weights are {list(self.knn_weights)}; give numbers from 0 to below 1.")
-        if min(self.knn_ks) < 1:
-            raise ValueError(f"knn_ks are {list(self.knn_ks)}; give at least 1.")
+            if getattr(self, name) is not None and not getattr(self, name):
+                raise ValueError(f"{name} is empty; give a number, or leave it out.")
+        check_fields(self)

@@ -1,11 +1,14 @@
 """RetroConfig: the sizes of a RETRO and the paper's presets."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from retro.common.settings import unknown_name
+from retro.common.values import NumNeighbors, Positive, Range, Size, check_value
 
 # Tables 2 and 10: width, feed-forward width, heads, head size, layers, learning rate's preset aside. CCA every third
 # layer from 6 (Table 2's parameter counts; Table 10's "from 9" contradicts them), an encoder of 2 x 896 everywhere.
@@ -22,6 +25,12 @@ _SIZES = (
     "embedding_multiplier", "encoder_hidden_size", "encoder_intermediate_size", "encoder_num_attention_heads",
     "encoder_head_dim", "encoder_num_layers", "initializer_range", "rms_norm_eps",
 )  # fmt: skip
+_RANGES = {
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), Annotated[int, Range(ge=1, le=1 << 31)]),
+    **dict.fromkeys(("rope_theta", "embedding_multiplier", "initializer_range", "rms_norm_eps"), Positive),
+    "encoder_num_layers": Annotated[int, Range(ge=0, le=1 << 20)],
+    "num_neighbors": NumNeighbors,
+}
 MODERN = "-modern"
 
 
@@ -34,15 +43,16 @@ class CheckedFields:
         for name in fields:
             if name not in cls.__dataclass_fields__:
                 raise ValueError(unknown_name(name, cls.__dataclass_fields__, "model field"))
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error).partition(" Errors: ")[0]) from None
 
     def require_sizes(self, *names: str) -> None:
-        """Raise ValueError, naming the field, for a size or scale of 0 or less, or fewer than 0 encoder layers. None
-        passes, which stands for a default."""
+        """Raise ValueError, naming the field, for a size or scale of 0 or less or beyond all reason, or fewer than 0
+        encoder layers. None passes, which stands for a default."""
         for name in names:
-            value, fewest = getattr(self, name), "0 or more" if name == "encoder_num_layers" else "more than 0"
-            if value is not None and not (value > 0 or (value == 0 and fewest == "0 or more")):
-                raise ValueError(f"{name} is {value}; give {fewest}, or leave it out.")
+            check_value(name, getattr(self, name), _RANGES.get(name, Size) | None)
 
 
 @strict
@@ -150,8 +160,8 @@ class RetroConfig(CheckedFields, PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuse sizes that do not fit together. Called by transformers after construction."""
-        _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
-        _require_layers("encoder_cross_attention_layers", self.encoder_cross_attention_layers, self.encoder_num_layers)
+        require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
+        require_layers("encoder_cross_attention_layers", self.encoder_cross_attention_layers, self.encoder_num_layers)
         if self.retrieved_len < self.chunk_len:
             raise ValueError(
                 f"retrieved_len is {self.retrieved_len}, below chunk_len {self.chunk_len}; "
@@ -217,7 +227,10 @@ def default_cca_layers(num_layers: int) -> list[int]:
     return list(range(6, num_layers + 1, 3)) or [num_layers]
 
 
-def _require_layers(field: str, layers: list[int], num_layers: int) -> None:
+def require_layers(field: str, layers: Sequence[int], num_layers: int) -> None:
+    """Raise ValueError, naming the field, for a layer that is not there or is named twice."""
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{field} is {list(layers)}; name each layer once.")
     for layer in layers:
         if not 1 <= layer <= num_layers:
             raise ValueError(f"{field} has {layer}; layers are counted from 1 to {num_layers}.")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from retro.model.config import CheckedFields
+from retro.model.config import CheckedFields, require_layers
 
 MATCHING = ("key_layer", "key_lags")
 OF_LAYERS = (
@@ -181,7 +181,7 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
 
     def _check_matching(self) -> None:
         if self.base_config is not None:
-            _require_layers("key_layer", [self.key_layer], self.num_hidden_layers)
+            require_layers("key_layer", [self.key_layer], self.num_hidden_layers)
             positions = self.max_position_embeddings
             if positions and self.retrieved_len > positions:
                 raise ValueError(
@@ -196,8 +196,8 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     def _check_paper(self) -> None:
         if self.base_config is not None:
             conditioned = self.encoder_cross_attention_layers or ()
-            _require_layers("encoder_cross_attention_layers", conditioned, self.encoder_num_layers)
-            _require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
+            require_layers("encoder_cross_attention_layers", conditioned, self.encoder_num_layers)
+            require_layers("cca_layers", self.cca_layers, self.num_hidden_layers)
             if self.start == "reading" and self.encoder_hidden_size != self.hidden_size:
                 raise ValueError(
                     f"encoder_hidden_size is {self.encoder_hidden_size}, but start is 'reading', which needs the "
@@ -282,9 +282,3 @@ def config_of(fields: dict[str, Any]) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"base_config has the model type {model_type!r}, which transformers does not know.")
     return CONFIG_MAPPING[model_type].from_dict(fields)
-
-
-def _require_layers(field: str, layers: Sequence[int], num_layers: int) -> None:
-    for layer in layers:
-        if not 1 <= layer <= num_layers:
-            raise ValueError(f"{field} has {layer}; layers are counted from 1 to {num_layers}.")

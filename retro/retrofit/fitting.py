@@ -41,15 +41,4 @@ def retrofit(base: Any, *, dtype: Any = None, revision: str | None = None, **opt
         "base_dtype": str(opened.dtype).removeprefix("torch."),
         "base_fingerprint": fingerprint(opened) if vouched else None,
     }
-    return RetrofitForCausalLM(_checked_config({**implied, **options}), base=opened)
-
-
-def _checked_config(fields: dict[str, Any]) -> RetrofitConfig:
-    try:
-        return RetrofitConfig.checked(**fields)
-    except ValueError:
-        raise
-    except Exception as error:  # a strict dataclass wraps what its checks raise
-        if type(error).__module__ != "huggingface_hub.errors":
-            raise
-        raise ValueError(str(error.__cause__ or error)) from None
+    return RetrofitForCausalLM(RetrofitConfig.checked(**{**implied, **options}), base=opened)

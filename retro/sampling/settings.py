@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from retro.common.values import Count, CountOrZero, NumNeighbors, Positive, Range, check_fields
 
 
 @dataclass(kw_only=True)
@@ -24,32 +27,19 @@ class DecodingSettings:
     Raises ValueError for what generate() would ignore or fail at.
     """
 
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     do_sample: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    num_beams: int | None = None
-    num_return_sequences: int | None = None
-    repetition_penalty: float | None = None
+    temperature: Positive | None = None
+    top_p: Annotated[float, Range(gt=0, le=1)] | None = None
+    top_k: CountOrZero | None = None
+    seed: CountOrZero | None = None
+    num_beams: NumNeighbors | None = None
+    num_return_sequences: NumNeighbors | None = None
+    repetition_penalty: Positive | None = None
     stop_strings: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_new_tokens",
-            "temperature",
-            "top_p",
-            "num_beams",
-            "num_return_sequences",
-            "repetition_penalty",
-        ):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; give a number above 0")
-        if self.top_p is not None and self.top_p > 1:
-            raise ValueError(f"top_p is {self.top_p}; give a probability, at most 1")
-        if not 0 <= (self.seed or 0) < 2**63:
-            raise ValueError(f"seed is {self.seed}; give a whole number from 0 to below 2^63")
+        check_fields(self)
         if self.do_sample:
             return
         for name in ("temperature", "top_p", "top_k", "seed"):

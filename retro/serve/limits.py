@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from retro.web.limits import check_above_zero
+from retro.common.values import Count, Positive, check_fields
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,20 @@ class GenerationLimits:
         max_request_bytes: Bytes of the largest body of a request; a larger one gets status 413.
         grace_seconds: Seconds that requests have to end after SIGTERM or Ctrl-C.
 
-    Raises ValueError for a limit that is not above 0.
+    Raises ValueError for a limit that is not above 0, or no number.
     """
 
-    max_prompt_tokens: int = 4096
-    max_new_tokens: int = 1024
-    max_neighbors: int = 16
-    max_batch: int = 8
-    max_queue: int = 64
-    max_seconds: float = 120.0
-    max_stop_chars: int = 256
-    max_request_bytes: int = 1_000_000
-    grace_seconds: float = 10.0
+    max_prompt_tokens: Count = 4096
+    max_new_tokens: Count = 1024
+    max_neighbors: Count = 16
+    max_batch: Count = 8
+    max_queue: Count = 64
+    max_seconds: Positive = 120.0
+    max_stop_chars: Count = 256
+    max_request_bytes: Count = 1_000_000
+    grace_seconds: Positive = 10.0
 
     def __post_init__(self) -> None:
-        check_above_zero(self)
+        check_fields(self)
         if self.max_queue < self.max_batch:
             raise ValueError(f"max_queue is {self.max_queue}; give at least the {self.max_batch} texts of max_batch.")

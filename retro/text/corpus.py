@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from retro.common.files import check_regular
 from retro.text.compression import ENDINGS, ending_of
 from retro.text.documents import Document, Input, InputPartition, Reject
 from retro.text.formats import read_partition
@@ -106,6 +107,9 @@ def _expand_object(given: Any, others: Sequence[Input]) -> list[Input]:
 def _expand_one(given: str) -> list[Input]:
     if given.startswith("package:"):
         return [Input(given, "package", given.removeprefix("package:"))]
+    if not given or "\0" in given:
+        raise ValueError(f"the input {given!r} is no name; name a file, folder, dataset or package:NAME")
+    check_regular(given)
     if os.path.isfile(given):
         kind = _kind_of_file(given)
         if kind is None:
@@ -135,6 +139,7 @@ def _expand_folder(folder: str) -> list[Input]:
         for name in sorted(names):
             path = os.path.join(parent, name)
             if (kind := _kind_of_file(name)) and not name.startswith("."):
+                check_regular(path)
                 found.append(_input_of_file(path, kind))
             else:
                 left_out.append(path)

@@ -58,7 +58,7 @@ def _from_file(path: Path) -> list[str]:
 def _field(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--prompt-file {path}, line {number}: no JSON ({error}).") from None
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt:

@@ -50,10 +50,6 @@ def model_config(settings: TrainSettings, store: Store) -> RetroConfig:
         config = RetroConfig.checked(**fields) if preset is None else RetroConfig.from_preset(preset, **fields)
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
-    except Exception as error:  # a strict dataclass wraps what its checks raise
-        if type(error).__module__ != "huggingface_hub.errors":
-            raise
-        raise ValueError(f"model: {error.__cause__ or error}") from None
     if config.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.vocab_size: {config.vocab_size} is below the tokenizer's {len(tokenizer)}; leave it out"

@@ -2,8 +2,22 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from retro.common.values import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    NumNeighbors,
+    Positive,
+    Probability,
+    Range,
+    Seed,
+    Size,
+    check_fields,
+)
+
+Beta = Annotated[float, Range(ge=0, lt=1)]
 WARMUP_START_LR = 1e-7
 # What may differ between a checkpoint and the run that goes on from it: where things are, and what is only looked at.
 # Stores are told apart by fingerprint, the share of a batch that one process takes by the windows of all in one step.
@@ -35,12 +49,12 @@ class DataSettings:
 
     store: str
     valid_store: str | None = None
-    window_len: int = 2048
-    num_neighbors: int = 2
+    window_len: Size = 2048
+    num_neighbors: NumNeighbors = 2
     index: str | None = None
     retrieval: bool = True
     random_neighbors: bool = False
-    drop_neighbors: float = 0.0
+    drop_neighbors: Annotated[float, Range(ge=0, lt=1)] = 0.0
 
 
 @dataclass(kw_only=True)
@@ -56,10 +70,10 @@ class LengthSettings:
         max_tokens: Tokens of the run; give this or max_steps.
     """
 
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    max_steps: int | None = None
-    max_tokens: int | None = None
+    batch_size: Size = 8
+    gradient_accumulation_steps: Count = 1
+    max_steps: Count | None = None
+    max_tokens: Count | None = None
 
 
 @dataclass(kw_only=True)
@@ -82,15 +96,15 @@ class OptimizerSettings:
         max_grad_norm: Norm to which gradients are scaled down.
     """
 
-    lr: float = 2e-4
-    lr_width: int | None = None
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 750
+    lr: Positive = 2e-4
+    lr_width: Size | None = None
+    min_lr_ratio: Probability = 0.1
+    warmup_steps: CountOrZero = 750
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr_ratios: dict[str, float] | None = None
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
+    lr_ratios: dict[str, NotNegative] | None = None
+    weight_decay: NotNegative = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    max_grad_norm: Positive = 1.0
 
 
 @dataclass(kw_only=True)
@@ -109,11 +123,11 @@ class OutputSettings:
     """
 
     output: str
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    eval_every: int = 500
-    eval_windows: int | None = 64
-    log_every: int = 10
+    save_every: Count = 500
+    keep_checkpoints: Count = 2
+    eval_every: Count = 500
+    eval_windows: Count | None = 64
+    log_every: Count = 10
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
 
@@ -153,30 +167,18 @@ class TrainSettings(HardwareSettings, OutputSettings, OptimizerSettings, LengthS
 
     model: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
+        check_fields(self)
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError(
                 f"max_steps is {self.max_steps} and max_tokens {self.max_tokens}; give one, and null for the other"
             )
-        for name in ("store", "output", "base", "start", "questions"):
-            if getattr(self, name, None) == "":
-                raise ValueError(f"{name} is empty; give a name")
         if self.random_neighbors and not self.retrieval:
             raise ValueError("random_neighbors is true and retrieval false; a plain model has no neighbors to replace")
-        for name in _POSITIVE:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not above 0; give a positive number")
-        for name in ("warmup_steps", "weight_decay", "seed", "min_lr_ratio"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is below 0; give 0 or more")
-        if not 0 <= self.drop_neighbors < 1:
-            raise ValueError(f"drop_neighbors: {self.drop_neighbors} is no probability below 1; give for example 0.2")
         if self.drop_neighbors and not self.retrieval:
             self.drop_neighbors = 0.0  # a recipe's: a plain model has none to drop
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: {self.seed} is not below 2^32; give a smaller one")
 
     def num_steps(self, world_size: int) -> int:
         """Steps of the run: max_steps, or the steps that reach max_tokens."""
@@ -241,12 +243,6 @@ class FinetuneSettings(TrainSettings):
             if getattr(self, name):
                 raise ValueError(f"{name}: {getattr(self, name)} means nothing in fine-tuning; leave it out")
         self.compile = False
-
-
-_POSITIVE = (
-    "num_neighbors", "lr_width", "window_len", "batch_size", "gradient_accumulation_steps", "max_steps", "max_tokens",
-    "lr", "max_grad_norm", "eval_every", "eval_windows", "save_every", "keep_checkpoints", "log_every",
-)  # fmt: skip
 
 
 def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:

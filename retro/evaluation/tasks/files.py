@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from retro.common.files import check_regular
 from retro.text.compression import DAMAGE, ending_of, open_bytes
 from retro.text.lines import read_rows
 
@@ -18,6 +19,7 @@ def read_records(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tupl
     columns: of CSV and TSV files whose first line names none of these. A cell that is a list holds several texts.
     """
     path = Path(path)
+    check_regular(path)
     if path.name.removesuffix(ending_of(path)).endswith((".csv", ".tsv")):
         yield from _table(path, columns)
         return
@@ -68,7 +70,7 @@ def _cell(place: str, cell: str) -> str | list[str]:
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON ({error}); write JSON Lines or a JSON array.") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}, record {number}", record
@@ -80,5 +82,5 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no JSON ({error}); mend the line.") from None

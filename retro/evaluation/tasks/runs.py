@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from retro.common.extras import check_installed
+from retro.common.files import write_text
 from retro.evaluation.tasks.files import read_records
 from retro.text.compression import open_bytes
 
@@ -53,7 +54,7 @@ def ranking(sources: Sequence[Any], scores: Sequence[float]) -> dict[str, float]
 def write_run(path: str | Path, run: Ranking, name: str = "retro") -> None:
     """Write a run in the form that the file's ending says; ValueError for an id that TREC's form cannot hold."""
     if Path(path).suffix == ".json":
-        Path(path).write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(run, ensure_ascii=False, indent=1) + "\n")
         return
     lines = []
     for query, found in run.items():
@@ -61,7 +62,7 @@ def write_run(path: str | Path, run: Ranking, name: str = "retro") -> None:
             if len(f"{query} {document}".split()) != 2:
                 raise ValueError(f"{path} cannot hold ids with a space ({document!r}); let it end in .json.")
             lines.append(f"{query} Q0 {document} {rank} {score:.6g} {name}\n")
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from retro.common.values import Count, Prefix, Range, Size, check_fields
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, load_embedder
 from retro.retrieval.embedding.presets import Attention, Pooling, Similarity
-from retro.retrieval.executors.opening import EXECUTORS, ExecutorName
+from retro.retrieval.executors.opening import ExecutorName
 from retro.retrieval.filters import FilterSettings
 from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.searchers import parse_kind
@@ -32,13 +32,11 @@ class ChunkSettings:
     """
 
     text_field: str = "text"
-    chunk_len: int = 64
+    chunk_len: Annotated[int, Range(ge=1, le=65535)] = 64
     key_dtype: KeyDtype = "float32"
 
     def __post_init__(self) -> None:
-        one_of("key_dtype", self.key_dtype, KEY_DTYPES)
-        if not 1 <= self.chunk_len <= 65535:
-            raise ValueError(f"chunk_len must be from 1 to 65535, not {self.chunk_len}")
+        check_fields(self, without=["inputs"])
 
 
 @dataclass(kw_only=True)
@@ -66,15 +64,15 @@ class EmbedderSettings:
 
     embedder: str = "minilm"
     pooling: Pooling | None = None
-    query_prefix: str | None = None
-    passage_prefix: str | None = None
-    max_length: int | None = None
+    query_prefix: Prefix | None = None
+    passage_prefix: Prefix | None = None
+    max_length: Size | None = None
     normalize: bool | None = None
     similarity: Similarity | None = None
     query_encoder: str | None = None
     attention: Attention | None = None
     pool_prefix: bool | None = None
-    batch_size: int | None = None
+    batch_size: Size | None = None
 
 
 @dataclass(kw_only=True)
@@ -88,7 +86,7 @@ class ExecutorSettings:
     """
 
     executor: ExecutorName = "local"
-    workers: int | None = None
+    workers: Annotated[int, Range(ge=1, le=1 << 16)] | None = None
 
 
 @dataclass
@@ -114,28 +112,22 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
     store: str
     inputs: list[str]
     tokenizer: str
-    min_chunk_len: int = 8
+    min_chunk_len: Count = 8
     on_bad: Literal["error", "reject"] = "error"
     index: str = "auto"
-    recall: float | None = None
-    shard_chunks: int = 1_000_000
+    recall: Annotated[float, Range(gt=0, le=1)] | None = None
+    shard_chunks: Count = 1_000_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ChunkSettings.__post_init__(self)
         self.store = os.fspath(self.store)
         self.tokenizer, self.embedder = os.fspath(self.tokenizer), os.fspath(self.embedder)
         self.inputs = as_list(self.inputs)
-        one_of("on_bad", self.on_bad, ("error", "reject"))
-        one_of("executor", self.executor, EXECUTORS)
         kinds = parse_kind(self.index, keyless=self.embedder == NO_EMBEDDER) if self.index != "none" else []
         if self.recall is not None and not {"auto", *ENGINES} & {kind.partition(":")[0] for kind in kinds}:
             raise ValueError(f"recall is given, but index is {self.index}, which is not tuned to one; leave recall out")
         if not 1 <= self.min_chunk_len <= self.chunk_len:
             raise ValueError(f"min_chunk_len must be from 1 to chunk_len ({self.chunk_len}), not {self.min_chunk_len}")
-        for name in ("shard_chunks", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 def embedder_of_settings(settings: BuildSettings) -> Embedder:
@@ -147,8 +139,3 @@ def embedder_of_settings(settings: BuildSettings) -> Embedder:
     if given:
         raise ValueError(f"{given[0]} is given, but embedder is none; leave it out or name an embedder")
     return NoEmbedder()
-
-
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt64
 
 from retro.common.files import stable_hash
+from retro.common.values import check_fields
 from retro.retrieval.filters.dates import DateFilter
 from retro.retrieval.filters.decontamination import Decontaminator, parse_measures
 from retro.retrieval.filters.grams import text_ngrams, word_hashes
@@ -45,6 +46,7 @@ class QueryFilters(DocumentFilterSettings):
     against: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, without=["decontaminate", "against"])
         if self.against is not None and not self.decontaminate:
             raise ValueError("against is given without decontaminate; name a measure such as longest_run>=13")
         if isinstance(self.against, str):

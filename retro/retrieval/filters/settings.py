@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from retro.common.extras import check_installed
+from retro.common.values import Count, Range, check_fields
 from retro.retrieval.filters.dates import DateFilter
 from retro.retrieval.filters.decontamination import parse_measures
-from retro.retrieval.filters.grams import NGRAM
 from retro.retrieval.filters.rules import parse_rule
 from retro.retrieval.filters.subsampling import check_subsample
 
@@ -65,16 +65,18 @@ class FilterSettings(DocumentFilterSettings):
     decontaminate: list[str] = field(default_factory=list)
     decontaminate_by: Sequence[str] | None = None
     deduplicate: Deduplication | None = None
-    deduplicate_at: float | None = None
-    deduplicate_ngram: int | None = None
-    min_chars: int | None = None
-    max_chars: int | None = None
+    deduplicate_at: Annotated[float, Range(gt=0, le=1)] | None = None
+    deduplicate_ngram: Count | None = None
+    min_chars: Count | None = None
+    max_chars: Count | None = None
 
     def __post_init__(self) -> None:
         """Check what is given; ValueError names the field, the value and the remedy."""
-        self.decontaminate = [os.fspath(item) for item in self.decontaminate]
+        held_out = self.decontaminate
+        self.decontaminate = list(map(os.fspath, [held_out] if isinstance(held_out, (str, os.PathLike)) else held_out))
         if isinstance(self.decontaminate_by, str):
             self.decontaminate_by = [self.decontaminate_by]
+        check_fields(self, without=["inputs"])  # which may be data sets in memory
         self._check_needed()
         if self.decontaminate_by is not None:
             parse_measures(self.decontaminate_by)
@@ -101,19 +103,9 @@ class FilterSettings(DocumentFilterSettings):
                 raise ValueError(f"{name} is given without {what}; give that too, or leave {name} out")
 
     def _check_lengths(self) -> None:
-        for name in ("min_chars", "max_chars"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.min_chars and self.max_chars and self.min_chars > self.max_chars:
             raise ValueError(f"min_chars ({self.min_chars}) is above max_chars ({self.max_chars}); no text is so long")
 
     def _check_deduplication(self) -> None:
-        if self.deduplicate not in (None, *get_args(Deduplication)):
-            raise ValueError(f"deduplicate must be {' or '.join(get_args(Deduplication))}, not {self.deduplicate!r}")
         if self.deduplicate == "minhash":
             check_installed("datasketch", "deduplicate=minhash")
-        if self.deduplicate_at is not None and not 0 < self.deduplicate_at <= 1:
-            raise ValueError(f"deduplicate_at must be above 0 and at most 1, not {self.deduplicate_at}")
-        if self.deduplicate_ngram is not None and self.deduplicate_ngram < 1:
-            raise ValueError(f"deduplicate_ngram must be 1 or more, as in {NGRAM}, not {self.deduplicate_ngram}")

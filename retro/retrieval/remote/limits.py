@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from retro.web.limits import check_above_zero
+from retro.common.values import Count, Positive, check_fields
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,23 @@ class RetrievalLimits:
         max_request_bytes: Bytes of the largest body of a request; a larger one gets status 413.
         grace_seconds: Seconds that requests have to end after SIGTERM or Ctrl-C.
 
-    Raises ValueError for a limit that is not above 0.
+    Raises ValueError for a limit that is not above 0, or no number.
     """
 
-    max_queries: int = 1024
-    max_query_bytes: int = 65_536
-    max_query_tokens: int = 8192
-    max_neighbors: int = 1024
-    max_retrieved_len: int = 4096
-    max_answer_tokens: int = 1 << 24
-    max_batch: int = 4096
-    max_queue: int = 16_384
-    max_seconds: float = 60.0
-    max_request_bytes: int = 32_000_000
-    grace_seconds: float = 10.0
+    max_queries: Count = 1024
+    max_query_bytes: Count = 65_536
+    max_query_tokens: Count = 8192
+    max_neighbors: Count = 1024
+    max_retrieved_len: Count = 4096
+    max_answer_tokens: Count = 1 << 24
+    max_batch: Count = 4096
+    max_queue: Count = 16_384
+    max_seconds: Positive = 60.0
+    max_request_bytes: Count = 32_000_000
+    grace_seconds: Positive = 10.0
 
     def __post_init__(self) -> None:
-        check_above_zero(self)
+        check_fields(self)
         if self.max_queue < self.max_queries:
             raise ValueError(
                 f"max_queue is {self.max_queue}; give at least the {self.max_queries} queries of max_queries."

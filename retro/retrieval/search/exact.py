@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 
 from retro.common.devices import find_device
+from retro.common.values import NumNeighbors, check_value
 from retro.retrieval.store.store import Store
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ def check_queries(queries: Any, store: Store) -> Float32[np.ndarray, "q d"]:
 
 
 def check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
+    check_value("k", k, NumNeighbors)
 
 
 def exact_search(
