@@ -71,6 +71,8 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 def shown(value: Any) -> str:
     """A value as a sentence shows it, cut where it is long."""
+    if value == "":
+        return "empty"
     try:
         text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists

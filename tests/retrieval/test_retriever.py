@@ -158,7 +158,7 @@ def test_scores_name_their_measure_and_neighbors_are_short_to_look_at(tmp_path, 
 
 
 def test_refusals(retriever):
-    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="k is 0; give a whole number, at least 1"):
         retriever(["w1"], num_neighbors=0)
     with pytest.raises(ValueError, match=r"write \[text\]"):
         retriever("w1")

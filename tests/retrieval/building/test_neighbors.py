@@ -146,7 +146,7 @@ def test_more_neighbors_than_chunks_are_missing(store, index):
 
 
 def test_refusals(store, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="k must be at least 1"):
+    with pytest.raises(ValueError, match="k is .*; give a whole number, at least 1"):
         build_neighbors(store, 0)
     with pytest.raises(ValueError, match="exclude must be one of"):
         build_neighbors(store, 1, exclude="source")

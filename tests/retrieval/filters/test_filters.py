@@ -363,11 +363,11 @@ def test_held_out_inputs_must_be_documents(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"deduplicate": "fuzzy"}, "deduplicate must be exact or minhash, not 'fuzzy'"),
+        ({"deduplicate": "fuzzy"}, "deduplicate is fuzzy; give one of exact, minhash"),
         ({"deduplicate_at": 0.5}, "deduplicate_at is given without deduplicate=minhash"),
         ({"deduplicate": "exact", "deduplicate_ngram": 5}, "deduplicate_ngram is given without deduplicate=minhash"),
-        ({"deduplicate": "minhash", "deduplicate_at": 0.0}, "deduplicate_at must be above 0 and at most 1, not 0.0"),
-        ({"deduplicate": "minhash", "deduplicate_ngram": 0}, "deduplicate_ngram must be 1 or more"),
+        ({"deduplicate": "minhash", "deduplicate_at": 0.0}, "deduplicate_at is 0.0; give a number, above 0 and at most 1"),
+        ({"deduplicate": "minhash", "deduplicate_ngram": 0}, "deduplicate_ngram is 0; give a whole number, at least 1"),
         ({"decontaminate_by": "overlap"}, "decontaminate_by is given without decontaminate"),
         (
             {"decontaminate": ["a"], "decontaminate_by": "cosine"},
@@ -381,14 +381,14 @@ def test_held_out_inputs_must_be_documents(tmp_path):
         ({"max_date": "2015-06-30T10:00"}, "max_date must be a year, month or day"),
         ({"min_date": "2016", "max_date": "2015-12"}, r"min_date \(2016\) is after max_date \(2015-12\)"),
         ({"undated": "keep"}, "undated is given without min_date or max_date"),
-        ({"min_date": "2015", "undated": "maybe"}, "undated must be drop or keep, not 'maybe'"),
-        ({"min_chars": 0}, "min_chars must be at least 1, not 0"),
+        ({"min_date": "2015", "undated": "maybe"}, "undated is maybe; give one of drop, keep"),
+        ({"min_chars": 0}, "min_chars is 0; give a whole number, at least 1"),
         ({"min_chars": 9, "max_chars": 8}, r"min_chars \(9\) is above max_chars \(8\)"),
         ({"quality": ["score"]}, "the quality rule 'score' is not"),
         ({"subsample": (0.0, 1)}, "subsample must be a share above 0 and at most 1, and a seed"),
         ({"subsample": (1.5, 1)}, "subsample must be a share"),
-        ({"subsample": (0.5, 0.5)}, "subsample must be a share"),
-        ({"subsample": (0.5,)}, "subsample must be a share"),
+        ({"subsample": (0.5, 0.5)}, r"subsample is \(0.5, 0.5\); give a list of values, each a whole number"),
+        ({"subsample": (0.5,)}, r"subsample is \(0.5,\); give a list of 2 values"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_in_one_sentence(given, message):

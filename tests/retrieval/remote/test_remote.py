@@ -351,7 +351,7 @@ def test_what_is_checked_at_connect(url, local, tokenizer):
 
 
 def test_refusals_are_those_of_the_retriever(remote, local):
-    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="k is 0; give a whole number, at least 1"):
         remote(["w1"], num_neighbors=0)
     with pytest.raises(ValueError, match=r"write \[text\]"):
         remote("w1")
