@@ -444,7 +444,10 @@ def test_what_cannot_run_is_left_out_or_refused(make_model, make_lm, planted_ret
         (dict(query_len=0), "query_len is 0; give a whole number, at least 1"),
         (dict(retrieval_stride=3), "retrieval_stride is 3; it must divide the chunk length 8"),
         (dict(num_neighbors=()), "num_neighbors is empty; give a number"),
-        (dict(prompt_neighbors=(2, 0)), r"prompt_neighbors is \(2, 0\); give a list of values, each a whole number, at least 1"),
+        (
+            dict(prompt_neighbors=(2, 0)),
+            r"prompt_neighbors is \(2, 0\); give a list of values, each a whole number, at least 1",
+        ),
         (dict(num_neighbors=(10**4,)), "num_neighbors is 10000; the store has"),
         (dict(prompt_neighbors=(1, 10**4)), "prompt_neighbors is 10000; the store has"),
         (dict(stride=32, window_len=32), "stride is 32 and window_len 32"),

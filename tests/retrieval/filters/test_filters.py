@@ -366,8 +366,8 @@ def test_held_out_inputs_must_be_documents(tmp_path):
         ({"deduplicate": "fuzzy"}, "deduplicate is fuzzy; give one of exact, minhash"),
         ({"deduplicate_at": 0.5}, "deduplicate_at is given without deduplicate=minhash"),
         ({"deduplicate": "exact", "deduplicate_ngram": 5}, "deduplicate_ngram is given without deduplicate=minhash"),
-        ({"deduplicate": "minhash", "deduplicate_at": 0.0}, "deduplicate_at is 0.0; give a number, above 0 and at most 1"),
-        ({"deduplicate": "minhash", "deduplicate_ngram": 0}, "deduplicate_ngram is 0; give a whole number, at least 1"),
+        ({"deduplicate": "minhash", "deduplicate_at": 0.0}, "deduplicate_at is 0.0; give a number, above 0"),
+        ({"deduplicate": "minhash", "deduplicate_ngram": 0}, "deduplicate_ngram is 0; give a whole"),
         ({"decontaminate_by": "overlap"}, "decontaminate_by is given without decontaminate"),
         (
             {"decontaminate": ["a"], "decontaminate_by": "cosine"},
