@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "retro.retrieval.search",
     ),
     "retro.retrieval.remote": (
+        "retro.common",
         "retro.version",
         "retro.web",
         "retro.text",
@@ -80,8 +81,9 @@ MAY_IMPORT = {
         "retro.loading",
         "retro.evaluation",
     ),
-    "retro.planning": ("retro.text", "retro.retrieval", "retro.model", "retro.evaluation"),
+    "retro.planning": ("retro.common", "retro.text", "retro.retrieval", "retro.model", "retro.evaluation"),
     "retro.serve": (
+        "retro.common",
         "retro.version",
         "retro.web",
         "retro.text",

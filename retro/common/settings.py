@@ -141,7 +141,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     text = read_text(path)
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, _StrictYaml)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -155,7 +155,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values or {}
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictYaml(yaml.SafeLoader):
     """Refuses what would be read as something else than it seems: names given twice, numbers that are not decimal,
     aliases; and values nested out of all measure."""
 

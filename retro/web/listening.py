@@ -7,9 +7,8 @@ import logging
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from retro.common.files import read_text
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -21,7 +20,7 @@ API_KEY = "RETRO_API_KEY"
 
 def read_api_key(file: str | None) -> str | None:
     """The bearer token: the file's content, else that of the environment's RETRO_API_KEY; None if there is neither."""
-    key = os.environ.get(API_KEY) if file is None else read_text(file).strip()
+    key = os.environ.get(API_KEY) if file is None else Path(file).read_text(encoding="utf-8", errors="replace").strip()
     if key is None:
         return None
     if not key or not all("!" <= letter <= "~" for letter in key):

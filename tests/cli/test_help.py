@@ -197,7 +197,7 @@ REFUSED = {
     "a missing option": (["build", "s", "i"], ["--tokenizer", "See retro build --help."]),
     "a missing argument": (["train"], ["CONFIG", "See retro train --help."]),
     "a missing value": (["evaluate", "m", "--store", "s", "--data"], ["--data", "at least 1"]),
-    "a setting's own check": (["build", "s", "i", "--tokenizer", "t", "--chunk-len", "0"], ["chunk_len", "not 0"]),
+    "a setting's own check": (["build", "s", "i", "--tokenizer", "t", "--chunk-len", "0"], ["chunk_len", "is 0"]),
     "a configuration": (["configs", "train_smal"], ["train_smal", "train_small"]),
 }
 

@@ -25,17 +25,9 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from retro.common import files
 from retro.common.extras import check_installed
-from retro.common.files import (
-    file_record,
-    new_npy,
-    open_npy,
-    save_json_lines,
-    save_npy,
-    sync,
-    write_with,
-    written_aside,
-)
+from retro.common.files import file_record, open_npy, save_json_lines, save_npy, sync, write_with, written_aside
 from retro.common.pretrained import pretrained_place
 from retro.retrieval.building.losses import LOSSES, look_for_losses
 from retro.retrieval.embedding.embedder import (
@@ -303,7 +295,7 @@ def _write_tokens(
     """Write tokens.npy, one part after another."""
     m, at = spec["chunk_len"], 0
     with written_aside(file) as aside:
-        out = new_npy(aside, spec["token_dtype"], (size,))
+        out = files.new_npy(aside, spec["token_dtype"], (size,))
         for of_part in runs:
             tokens, lens = _tokens(folder, of_part)
             padded = _padded(tokens, lens, -(-lens // m) * m, spec["pad_token_id"])
@@ -445,7 +437,7 @@ def join_keys(spec: dict[str, Any]) -> dict[str, Any]:
     shard = folder.parent / "shards" / spec["shard"]
     first, row = open_npy(folder / f"{spec['blocks'][0]}.npy"), 0
     with written_aside(shard / "keys.npy") as aside:
-        keys = new_npy(aside, first.dtype, (spec["rows"], first.shape[1]))
+        keys = files.new_npy(aside, first.dtype, (spec["rows"], first.shape[1]))
         for name in spec["blocks"]:
             block = open_npy(folder / f"{name}.npy")
             keys[row : row + len(block)] = block
