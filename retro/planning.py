@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from retro.common.pretrained import check_folder
 from retro.common.values import Range
 from retro.retrieval.building.settings import BuildSettings, ChunkSettings
 from retro.retrieval.building.tasks import load_tokenizer, token_dtype, torch_threads
@@ -215,7 +216,8 @@ def _config(name: str, vocab_size: int) -> Any:
     if name.removesuffix(MODERN) in PRESETS:
         return RetroConfig.from_preset(name, vocab_size=vocab_size, num_neighbors=NUM_NEIGHBORS)
     if (Path(name) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(name)
+        check_folder(Path(name))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not isinstance(config, RetroConfig):
             raise ValueError(f"model is {name}, of the type {config.model_type}, which is not planned; give a RETRO")
         return config

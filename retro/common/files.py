@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -293,10 +294,10 @@ def map_bytes(path: Path) -> np.ndarray:
 def open_npy(path: Path) -> np.ndarray:
     """Open one .npy read-only and memory-mapped; ValueError names the file if it is missing or damaged."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, "r")  # which reads neither pickles nor archives
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; restore it from a copy or build it again") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError, SyntaxError, MemoryError, RecursionError, TokenError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it from a copy or build it again") from None
 
 

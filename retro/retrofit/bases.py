@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from retro.common.pretrained import PACKAGE, pretrained_place
+from retro.common.pretrained import PACKAGE, check_weights, own_code, pretrained_place
 
 LOADING = RLock()  # from_pretrained swaps functions of torch: of two at once, both fail, and each that follows
 
@@ -30,13 +30,26 @@ def open_base(base: Any, /, **options) -> Any:
     from transformers import AutoModelForCausalLM
 
     place, gguf = pretrained_place(base)
+    options |= {"trust_remote_code": False, **(gguf or {"use_safetensors": True})}
     try:
+        if not gguf:
+            _check_weights(Path(place))
         with LOADING:
-            return AutoModelForCausalLM.from_pretrained(place, **gguf, **options).eval()
+            return AutoModelForCausalLM.from_pretrained(place, **options).eval()
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{base} holds a damaged model ({error}); copy it again from where it was trained.") from None
     except (OSError, ImportError, KeyError, ValueError) as error:
         raise ValueError(_sentence("base", base, error)) from None
+
+
+def _check_weights(folder: Path) -> None:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        return
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type != "retrofit":  # which opens its base by itself
+        check_weights(folder, lambda: random_base(config))
 
 
 def random_base(config: Any, attn_implementation: str | None = None) -> Any:
@@ -53,7 +66,7 @@ def base_tokenizer(base: str | Path) -> Any:
 
     place, gguf = pretrained_place(base)
     try:
-        return AutoTokenizer.from_pretrained(place, **gguf)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf)
     except (OSError, ImportError, KeyError, ValueError) as error:
         raise ValueError(_sentence("tokenizer", base, error)) from None
 
@@ -102,5 +115,7 @@ def is_quantized(config: Any) -> bool:
 
 
 def _sentence(what: str, base: Any, error: Exception) -> str:
+    if isinstance(error, ValueError) and (said := own_code(base)):
+        return f"{what}: {said}"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"{what}: {base} cannot be loaded ({reason}); give a Hugging Face name, a folder or a GGUF file."

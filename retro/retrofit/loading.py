@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from retro.retrofit.bases import LOADING, find_base, is_quantized, open_base
+from retro.common.own import check_names
+from retro.common.pretrained import check_folder, check_num_weights
+from retro.retrofit.bases import LOADING, find_base, is_quantized, open_base, random_base
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.fingerprint import adapter_prefixes, differing_kind, fingerprint
 from retro.retrofit.saving import BASE_PREFIX, quantization_of
@@ -31,6 +33,7 @@ def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 def read_config(folder: str, hub: dict[str, Any]) -> RetrofitConfig:
     """The configuration of a fitted folder; ValueError for a folder of another model."""
+    check_folder(Path(folder))
     kind = RetrofitConfig.get_config_dict(folder, **hub)[0].get("model_type")
     if kind != RetrofitConfig.model_type:
         raise ValueError(
@@ -65,6 +68,8 @@ def _own_base(config: RetrofitConfig, own: dict[str, Tensor], folder: str, optio
     if not weights:
         raise ValueError(f"{folder} holds no base and names none; give it: from_pretrained(..., base=...).")
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
+    stored = sum(x.numel() * x.element_size() for x in weights.values())
+    check_num_weights(lambda: random_base(config.base_config), stored, f"config.json of {folder}")
     with LOADING:
         return kind.from_pretrained(
             None, config=copy.deepcopy(config.base_config), state_dict=weights, **options
@@ -76,7 +81,7 @@ def _quantization(config: RetrofitConfig, place: str, options: dict[str, Any]) -
     if not is_quantized(config.base_config) or "quantization_config" in options:
         return {}
     hub = {name: options[name] for name in (*HUB_OPTIONS, "revision") if name in options}
-    stored = AutoConfig.from_pretrained(place, **hub)
+    stored = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub)
     return {} if hasattr(stored, "quantization_config") else quantization_of(config)
 
 
@@ -182,4 +187,5 @@ def _weight_files(folder: str, hub: dict[str, Any]) -> list[Path]:
     if index is None:
         raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}; give the folder that save_pretrained wrote.")
     names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    check_names(index, names)
     return [Path(cached_file(folder, name, **hub)) for name in names]

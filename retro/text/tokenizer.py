@@ -64,7 +64,7 @@ def open_tokenizer(folder: str | Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _segments(documents: Iterable[Any]) -> Iterator[str]:

@@ -28,7 +28,7 @@ from jaxtyping import Float32, Int64
 from retro.common import files
 from retro.common.extras import check_installed
 from retro.common.files import file_record, open_npy, save_json_lines, save_npy, sync, write_with, written_aside
-from retro.common.pretrained import pretrained_place
+from retro.common.pretrained import own_code, pretrained_place
 from retro.retrieval.building.losses import LOSSES, look_for_losses
 from retro.retrieval.embedding.embedder import (
     NO_EMBEDDER,
@@ -58,10 +58,11 @@ def load_tokenizer(name_or_folder: str) -> Any:
         check_installed("gguf", f"the tokenizer {name_or_folder}, a GGUF file,")
     try:
         with quiet_loading():
-            return AutoTokenizer.from_pretrained(place, **gguf)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf)
     except (OSError, ValueError, ImportError, KeyError, TypeError):
         raise ValueError(
-            f"the tokenizer {name_or_folder} is no folder, nor a Hugging Face tokenizer that can be loaded; "
+            own_code(place)
+            or f"the tokenizer {name_or_folder} is no folder, nor a Hugging Face tokenizer that can be loaded; "
             "train one with `retro tokenizer` or give a local folder"
         ) from None
 

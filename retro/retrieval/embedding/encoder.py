@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from retro.common.pretrained import check_folder, check_weights, own_code
 from retro.common.products import fast_products
 from retro.retrieval.embedding.encoder_config import Dense, EncoderConfig, quiet_loading
 from retro.retrieval.embedding.presets import nearest_preset
@@ -213,21 +215,19 @@ def _load(name: str, folder: str, subfolder: str, bidirectional: bool) -> tuple[
     local = Path(folder) / subfolder
     if Path(folder).is_dir() and not list(local.glob("*.safetensors*")):
         raise ValueError(f"the embedder {name} holds no safetensors weights; {_REMEDY}")
+    check_folder(local)
     place = {"subfolder": subfolder, "trust_remote_code": False}
-    try:
-        with quiet_loading():
-            config = AutoConfig.from_pretrained(folder, **place)  # where the hub cannot be reached, this fails first
-            config.use_cache = False
-            if bidirectional:
-                config.is_causal = False
-            tokenizer = AutoTokenizer.from_pretrained(folder, **place)
-            encoders = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # of T5's kind: without the decoder
-            kind = AutoModelForTextEncoding if encoders else AutoModel
-            model = kind.from_pretrained(folder, config=config, use_safetensors=True, **place)
-    except (OSError, ValueError, ImportError):
-        raise ValueError(
-            f"the embedder {name} is no folder, nor a Hugging Face encoder that can be loaded{_meant(name)}; {_REMEDY}"
-        ) from None
+    with _told(name, local):
+        config = AutoConfig.from_pretrained(folder, **place)  # where the hub cannot be reached, this fails first
+        config.use_cache = False
+        if bidirectional:
+            config.is_causal = False
+        tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+    encoders = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # of T5's kind: without the decoder
+    kind = AutoModelForTextEncoding if encoders else AutoModel
+    check_weights(local, lambda: kind.from_config(config))
+    with _told(name, local):
+        model = kind.from_pretrained(folder, config=config, use_safetensors=True, **place)
     if getattr(tokenizer, "pad_token_id", None) is None:
         tokenizer.pad_token = tokenizer.eos_token
     if bidirectional and not _sees_what_follows(model):
@@ -236,6 +236,19 @@ def _load(name: str, folder: str, subfolder: str, bidirectional: bool) -> tuple[
             "transformers; use transformers >= 5.2 and an architecture whose attention it makes from config.is_causal"
         )
     return tokenizer, model
+
+
+@contextmanager
+def _told(name: str, folder: Path) -> Iterator[None]:
+    """Load quietly, and say in one sentence what cannot be loaded."""
+    try:
+        with quiet_loading():
+            yield
+    except (OSError, ValueError, ImportError):
+        other = (
+            f"the embedder {name} is no folder, nor a Hugging Face encoder that can be loaded{_meant(name)}; {_REMEDY}"
+        )
+        raise ValueError(own_code(folder) or other) from None
 
 
 def _meant(name: str) -> str:

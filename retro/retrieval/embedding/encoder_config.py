@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retro.common.own import check_names
+
 _POOLINGS = {
     "mean": "mean",
     "cls": "cls",
@@ -74,6 +76,7 @@ def read_encoder_config(name: str, folder: str, pooling: str | None = None) -> E
             "order; it reads Transformer, Pooling, Dense ..., Normalize; use another embedder"
         )
     paths = [str(module.get("path", "")) for module in modules]
+    check_names(f"modules.json of the embedder {name}", filter(None, paths))
     pooling_config = folder_json(folder, f"{paths[1]}/config.json", dict)
     transformer = _transformer_config(name, folder, paths[0])
     query_prefix, passage_prefix, similarity = _prompts(name, folder)
@@ -203,7 +206,13 @@ def _dense(name: str, folder: str, path: str) -> Dense:
             f"the embedder {name} holds no safetensors weights in {path}; save it again with sentence-transformers, "
             "or use another embedder"
         )
-    return Dense(weights, config["in_features"], config["out_features"], bool(config.get("bias", True)), kind)
+    sizes = [config.get("in_features"), config.get("out_features")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[0] * sizes[1] > weights.stat().st_size:
+        raise ValueError(
+            f"the embedder {name} says in {path}/config.json that its head is {sizes[0]} x {sizes[1]}, which "
+            f"{weights} does not hold; download the embedder again"
+        )
+    return Dense(weights, *sizes, bool(config.get("bias", True)), kind)
 
 
 def _prompts(name: str, folder: str) -> tuple[str, str, str]:

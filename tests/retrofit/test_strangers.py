@@ -1,0 +1,120 @@
+"""A model's folder from a stranger: nothing in it runs, and what it asks for is bounded before memory is taken."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from retro.common.files import open_npy
+from retro.retrieval.building.tasks import load_tokenizer
+from retro.retrieval.embedding.embedder import load_embedder
+from retro.retrofit.bases import base_tokenizer, open_base
+from tests.stand_ins import make_words_tokenizer
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=103, **sizes)).save_pretrained(folder)
+    make_words_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return shutil.copytree(model, tmp_path / "stranger")
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("load", [open_base, base_tokenizer, load_tokenizer, load_embedder])
+def test_code_of_a_folder(folder, load, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("it asks whether to run the code"))
+    (folder / "code.py").write_text("raise SystemExit('it ran')")
+    classes = {name: "code.Own" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    change(folder / "config.json", model_type="own", auto_map=classes)
+    change(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.Own", None]})
+    with pytest.raises(ValueError, match="config.json asks for code of its own|comes with code of its own"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("load", [open_base, load_embedder])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
+def test_pickled_weights(folder, load, name):
+    if name == "adapter_model.bin":
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "."}))
+    else:
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=f"{name} holds pickled weights|no safetensors weights"):
+        load(str(folder))
+
+
+SIZES = [
+    {"vocab_size": 10**11},
+    {"hidden_size": 1 << 20, "head_dim": 4},
+    {"intermediate_size": 1 << 36},
+    {"num_hidden_layers": 10**9},
+    {"vocab_size": 10**30},
+]
+
+
+@pytest.mark.parametrize("load", [open_base, load_embedder])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_absurd_sizes(folder, load, sizes):
+    change(folder / "config.json", **sizes)
+    with pytest.raises(ValueError, match=r"config\.json.*(which no model has|asks for [0-9,]+ weights)"):
+        load(str(folder))
+
+
+def test_names_of_weights(folder):
+    index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").unlink()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"x": "../../outside.safetensors"}}))
+    with pytest.raises(ValueError, match="no plain name"):
+        open_base(str(folder))
+
+
+def npy(descr, shape, data=b""):
+    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+
+
+ARRAYS = {
+    "pickle": npy("|O", "(1,)", pickle.dumps(Bomb())),
+    "huge": npy("<f4", f"({1 << 50},)"),
+    "wraps to nothing": npy("<f4", f"({1 << 32}, {1 << 32})"),
+    "no number": npy("<f4", f"({10**30},)"),
+    "negative": npy("<f4", "(-1,)"),
+    "nested": npy("<f4", "(" * 90),
+    "code": npy("<f4", "__import__('os')"),
+    "a pickle alone": pickle.dumps(Bomb()),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", [*ARRAYS, "archive"])
+def test_arrays(tmp_path, kind):
+    file = tmp_path / "tokens.npy"
+    if kind == "archive":
+        np.savez(file.open("wb"), x=np.zeros(2))
+    else:
+        file.write_bytes(ARRAYS[kind])
+    with pytest.raises(ValueError, match=r"tokens\.npy cannot be read"):
+        open_npy(file)
+
+
+def test_a_folder_of_ones_own_is_opened(folder):
+    assert isinstance(open_base(str(folder)), torch.nn.Module)
