@@ -17,6 +17,7 @@ import base64
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -55,7 +56,7 @@ class TrainState:
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint of a run's folder, None if there is none."""
-    return max(output.glob("checkpoints/step-*"), default=None, key=lambda folder: folder.name)
+    return max(_steps(output / "checkpoints"), default=None)
 
 
 def save_checkpoint(
@@ -173,8 +174,13 @@ def _load_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None
 
 
 def _keep_newest(checkpoints: Path, keep: int) -> None:
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+    for old in sorted(_steps(checkpoints))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    """The folders of our names; what else lies there is not ours to read or to delete."""
+    return [folder for folder in checkpoints.glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", folder.name)]
 
 
 def _at(values: dict[str, Any], name: str) -> Any:

@@ -26,6 +26,7 @@ from retro.training.batches import count_targets, sum_over_processes, to_device
 from retro.training.checkpoint import last_checkpoint
 from retro.training.optimizer import step_if_finite
 from retro.training.output import finish, log_metrics, prepare_output, save
+from retro.training.place import held
 from retro.training.sayings import say_begin, say_end, say_line
 from retro.training.settings import learning_rate
 from retro.training.setup import TrainingRun
@@ -41,8 +42,14 @@ def fit(run: TrainingRun) -> bool:
     """Train to the last step; True if it was reached, False if SIGTERM or SIGINT asked to stop (the state is saved).
 
     Raises ValueError, naming the step, if a loss or a gradient is not finite: at the next log, evaluation or
-    checkpoint, since nobody looks at the numbers before. The last good checkpoint stays.
+    checkpoint, since nobody looks at the numbers before. The last good checkpoint stays. Also if another run is writing
+    the same output.
     """
+    with held(run.output) if run.accelerator.is_main_process else nullcontext():
+        return _fit(run)
+
+
+def _fit(run: TrainingRun) -> bool:
     settings, state, accelerator = run.settings, run.state, run.accelerator
     prepare_output(run)
     intervals = settings.log_every, settings.eval_every, settings.save_every

@@ -27,6 +27,7 @@ from retro.training.checkpoint import TrainState, check_identity, last_checkpoin
 from retro.training.compiling import compile_base, compiled, wants_compile
 from retro.training.memory import keep_freed_memory
 from retro.training.optimizer import make_optimizer
+from retro.training.place import check_output
 from retro.training.settings import FREE_FIELDS, RetrofitSettings, TrainSettings
 from retro.training.sharding import shard
 from retro.training.unread import Unread
@@ -65,8 +66,10 @@ def setup(
 
     make_config: the model's configuration for a store. model_class: makes a model of it, and reads checkpoints.
     make_windows: what is trained on, from settings, store and r, if not the windows of the store.
-    Raises ValueError for data or a checkpoint that do not fit the settings.
+    Raises ValueError for data or a checkpoint that do not fit the settings, and for an output that is no place for it.
     """
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_output(Path(settings.output))
     store = Store.open(settings.store)
     check_window(settings.window_len, store.chunk_len)
     config = make_config(settings, store)

@@ -245,10 +245,8 @@ def _told(name: str, folder: Path) -> Iterator[None]:
         with quiet_loading():
             yield
     except (OSError, ValueError, ImportError):
-        other = (
-            f"the embedder {name} is no folder, nor a Hugging Face encoder that can be loaded{_meant(name)}; {_REMEDY}"
-        )
-        raise ValueError(own_code(folder) or other) from None
+        other = f"is no folder, nor a Hugging Face encoder that can be loaded{_meant(name)}; {_REMEDY}"
+        raise ValueError(own_code(folder) or f"the embedder {name} {other}") from None
 
 
 def _meant(name: str) -> str:
