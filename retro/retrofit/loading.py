@@ -50,6 +50,8 @@ def open_fitted_base(
     options: as for `open_base`. Raises ValueError for a base that is missing, or another than the one that was fitted.
     """
     own = {_plain_name(name): x for name, x in weights.items() if name.startswith(BASE_PREFIX)}
+    form_bytes = sum(x.numel() * x.element_size() for name, x in weights.items() if not name.startswith(BASE_PREFIX))
+    check_num_weights(lambda: random_base(config).form, form_bytes, f"config.json of {folder}")
     options = {"dtype": config.base_dtype or "auto"} | options
     if base is None and config.base_name_or_path is None:
         return _add_adapter(config, _own_base(config, own, folder, options), own)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retro.common.files import write_lock
+from retro.common.files import LOCK_FILE, write_lock
 from retro.common.own import check_no_links
 
 
@@ -34,4 +34,7 @@ def held(output: Path) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     check_no_links(output, "checkpoints")
     with write_lock(output):
-        yield
+        try:
+            yield
+        finally:
+            (output / LOCK_FILE).unlink(missing_ok=True)  # while it is held: of others, who opened it, each looks again

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from retro.common.files import open_npy
 from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrieval.embedding.embedder import load_embedder
+from retro.retrofit import retrofit
 from retro.retrofit.bases import base_tokenizer, open_base
 from tests.stand_ins import make_words_tokenizer
 
@@ -77,6 +78,17 @@ def test_absurd_sizes(folder, load, sizes):
     change(folder / "config.json", **sizes)
     with pytest.raises(ValueError, match=r"config\.json.*(which no model has|asks for [0-9,]+ weights)"):
         load(str(folder))
+
+
+FORM_SIZES = [{"encoder_num_layers": 10**6}, {"encoder_num_layers": 1, "encoder_intermediate_size": 1 << 36}]
+
+
+@pytest.mark.parametrize("sizes", FORM_SIZES, ids=str)
+def test_absurd_sizes_of_a_form(folder, tmp_path, sizes):
+    retrofit(open_base(str(folder)), form="paper", chunk_len=4).save_pretrained(tmp_path / "fitted")
+    change(tmp_path / "fitted/config.json", **sizes)
+    with pytest.raises(ValueError, match=r"config\.json.*(which no model has|asks for [0-9,]+ weights)"):
+        open_base(str(tmp_path / "fitted"))
 
 
 def test_names_of_weights(folder):
