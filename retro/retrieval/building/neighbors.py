@@ -24,6 +24,7 @@ from retro.common.own import check_no_links
 from retro.retrieval.building.join import Join, run_join, shared_with_tasks, uses_keys
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.search import lexical
+from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.index import resolve_kind
 from retro.retrieval.search.searchers import is_keyless, parse_kind
 from retro.retrieval.store.store import Store
@@ -141,8 +142,7 @@ def _resolved(store: Store, index: str) -> str:
 def _check(store: Store, queries: Store, k: int, exclude: str, uses_keys: bool) -> None:
     if exclude not in EXCLUDE:
         raise ValueError(f"exclude must be one of {', '.join(EXCLUDE)}, not {exclude!r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
+    check_k(k)
     for name in ("embedder", "tokenizer") if uses_keys else ("tokenizer",):
         mine, other = store.manifest[name], queries.manifest[name]
         if mine["fingerprint"] != other["fingerprint"]:
