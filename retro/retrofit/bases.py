@@ -45,10 +45,9 @@ def open_base(base: Any, /, **options) -> Any:
 def _check_weights(folder: Path) -> None:
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        return
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.model_type != "retrofit":  # which opens its base by itself
+    there = (folder / "config.json").is_file()  # else it is a name, or an adapter
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if there else None
+    if config is None or config.model_type != "retrofit":  # which opens its base by itself
         check_weights(folder, lambda: random_base(config))
 
 

@@ -55,6 +55,8 @@ def test_code_of_a_folder(folder, load, monkeypatch):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
 def test_pickled_weights(folder, load, name):
     if name == "adapter_model.bin":
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").unlink()
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "."}))
     else:
         (folder / "model.safetensors").unlink()
@@ -87,7 +89,7 @@ FORM_SIZES = [{"encoder_num_layers": 10**6}, {"encoder_num_layers": 1, "encoder_
 def test_absurd_sizes_of_a_form(folder, tmp_path, sizes):
     retrofit(open_base(str(folder)), form="paper", chunk_len=4).save_pretrained(tmp_path / "fitted")
     change(tmp_path / "fitted/config.json", **sizes)
-    with pytest.raises(ValueError, match=r"config\.json.*(which no model has|asks for [0-9,]+ weights)"):
+    with pytest.raises(ValueError, match=r"which no model has|asks for [0-9,]+ weights|is 68719476736; give"):
         open_base(str(tmp_path / "fitted"))
 
 
