@@ -375,6 +375,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         return self.base.get_output_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """The base's."""
         self.base.set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
