@@ -1,5 +1,6 @@
 """The second stage that learns which candidates hold the text to come: what it counts, learns and keeps, and where."""
 
+import errno
 import itertools
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_what_was_learned_is_kept(store, monkeypatch):
 
 def test_a_store_that_cannot_be_written(written, monkeypatch, caplog):
     def refuse(*given):
-        raise PermissionError("read-only")
+        raise PermissionError(errno.EACCES, "read-only")
 
     monkeypatch.setattr(continuation, "write_index", refuse)
     assert len(build_continuation(written).weights) == 6 and "is not kept" in caplog.text
