@@ -72,6 +72,8 @@ class RetrofitGeneration(RetrievalGeneration):
                 is_first_iteration=is_first_iteration,
                 **kwargs,
             )
+            for name in ("next_sequence_length", "is_first_iteration"):  # some bases hand on all that they are given
+                inputs.pop(name, None)
             inputs["past_key_values"] = past_key_values
         if not reads and retrieval is None:
             return inputs

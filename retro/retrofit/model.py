@@ -52,10 +52,11 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True  # a Trainer gives num_items_in_batch
 
     def __init__(self, config: RetrofitConfig, base: PreTrainedModel | None = None, start: bool = True):
+        attention = config._attn_implementation  # as it was asked for: the next line puts a default in its place
         super().__init__(config)
         if config.base_config is None:
             raise ValueError("base_config is None; make a RetrofitForCausalLM with retrofit(base, ...).")
-        self.base = random_base(config.base_config, config._attn_implementation) if base is None else base
+        self.base = random_base(config.base_config, attention) if base is None else base
         self.base.requires_grad_(False)
         self.config._attn_implementation = self.base.config._attn_implementation
         self.anatomy = find_anatomy(self.base, config.cca_layers or [])

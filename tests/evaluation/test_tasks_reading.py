@@ -161,7 +161,7 @@ def test_nothing_is_searched_twice_and_overlapping_neighbors_are_left_out(pointe
 def test_readers_refuse(options, said, retro_lm, words_tokenizer):
     with pytest.raises(ValueError, match=said):
         Reader(model=retro_lm, tokenizer=words_tokenizer, **options)
-    with pytest.raises(ValueError, match="choose one of start, end"):
+    with pytest.raises(ValueError, match="give one of start, end"):
         ReaderSettings(align="middle")
 
 

@@ -220,6 +220,8 @@ def test_layers_of_several_streams_are_refused(make_base):
     base = make_base()
     for layer in base.model.layers:
         layer.register_forward_hook(lambda m, args, out: anatomy.with_first(out, anatomy.first_tensor(out)[None]))
+    for reader in (*base.model.layers[1:], base.model.norm):  # so that the base itself runs
+        reader.register_forward_pre_hook(lambda m, args: (args[0][0], *args[1:]))
     with pytest.raises(ValueError, match=r"layer 1 gives \[1, 4, 64, 16\], not one stream of its width 16"):
         retrofit(base, form="pointer", chunk_len=4, retrieved_len=8)
 

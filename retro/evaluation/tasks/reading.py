@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +34,6 @@ from retro.loading import load
 from retro.model.padding import pad_left
 from retro.retrieval.filters import shares_run
 from retro.text.chunks import decode_chunks, pad_token_id
-
-if TYPE_CHECKING:
-    from retro.retrieval import Retriever
 
 CHUNK_LEN = 64  # of models that have none
 Passages = tuple[Int64[np.ndarray, "_ _"], Bool[np.ndarray, "_ _"]]  # [k, r]; "_": lists of them may differ
@@ -57,7 +54,7 @@ class Reader(ReaderSettings):
 
     model: Any
     tokenizer: Any
-    retriever: Retriever | None = None
+    retriever: Any = None
     retrieval: str = "off"
     progress: bool = False
 

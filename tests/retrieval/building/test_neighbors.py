@@ -158,7 +158,8 @@ def test_refusals(store, tmp_path, tokenizer):
         build_neighbors(store, 1, longer)
 
 
-def test_progress_is_in_whole_chunks(store, capsys):
+def test_progress_is_in_whole_chunks(store, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # bars are for terminals
     build_neighbors(store, 7, progress=True)
     assert f"{store.num_chunks}/{store.num_chunks} [" in capsys.readouterr().err
 
@@ -221,6 +222,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(store, monkeypatch):
 
 
 def test_an_interrupted_table_is_taken_up_again(store, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     kept = table_bytes(build_neighbors(store, 2))
     shutil.rmtree(build_neighbors(store, 2).path)
     small_tasks(monkeypatch, tasks=1)

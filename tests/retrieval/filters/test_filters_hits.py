@@ -293,7 +293,7 @@ def test_a_query_without_text_and_queries_by_tokens(make, store):
         ({"decontaminate": "jaccard", "against": "a"}, "against must be a list of texts, not one text"),
         ({"decontaminate": "cosine"}, "'cosine' is no measure of resemblance"),
         ({"min_date": "soon"}, "min_date must be a year, month or day"),
-        ({"min_date": ""}, "min_date must be a year, month or day"),
+        ({"min_date": ""}, "min_date is empty"),
         ({"undated": "keep"}, "undated is given without min_date or max_date"),
         ({"subsample": (2.0, 0)}, "subsample must be a share"),
         ({"quality": ["score"]}, "the quality rule 'score' is not"),
