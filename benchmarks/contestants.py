@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,24 +62,27 @@ class Shape:
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def model_fields(shape: Shape) -> dict[str, Any]:
+    """The fields of RetroConfig that a shape says."""
+    return dict(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        head_dim=shape.channels,
+        cca_layers=list(shape.cca_layers),
+        encoder_num_layers=shape.encoder_layers,
+    )
+
+
 def ours(
     shape: Shape, cca: bool = True, retrieve: bool = True, documents: bool = False, paper: bool = False, **changes
 ) -> tuple[nn.Module, Loss]:
     """Ours, or the form of the paper's presets at a shape. changes: fields of RetroConfig."""
     from retro.model import RetroConfig, RetroForCausalLM
 
-    sizes = dict(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.d,
-        intermediate_size=4 * shape.d,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        head_dim=shape.channels,
-        cca_layers=list(shape.cca_layers) if cca else [],
-        encoder_num_layers=shape.encoder_layers,
-        chunk_len=shape.m,
-        retrieved_len=R,
-    )
+    lengths = dict(chunk_len=shape.m, retrieved_len=R, intermediate_size=4 * shape.d)
+    sizes = model_fields(shape) | lengths | ({} if cca else {"cca_layers": []})
     if paper:
         config = RetroConfig.from_preset("172m", **{**sizes, **changes})
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS, PEERS, Contestant, Shape, formula, installed, ours
+from contestants import CONTESTANTS, PEERS, Contestant, Shape, formula, installed, model_fields, ours
 from gpu_sections.bench import Bench, Figures
 from synthetic import write_synthetic_store
 
@@ -102,16 +102,7 @@ def run(bench: Bench) -> None:
 
 
 def trained(bench: Bench, store: Store, shape: Shape, output: str, steps: int, changes: dict[str, Any]) -> Figures:
-    model = dict(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.d,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        head_dim=shape.channels,
-        cca_layers=list(shape.cca_layers),
-        encoder_num_layers=shape.encoder_layers,
-        encoder_shares_embeddings=True,
-    )
+    model = model_fields(shape) | {"encoder_shares_embeddings": True}
     sizes = dict(window_len=shape.n, batch_size=shape.batch, num_neighbors=shape.k, max_steps=steps)
     often = dict(log_every=steps // 4, save_every=2 * steps, warmup_steps=1, mixed_precision="bf16")
     settings = TrainSettings(store=str(store.path), output=output, model=model, **sizes, **often, **changes)

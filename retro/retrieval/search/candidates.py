@@ -85,8 +85,7 @@ def best_chunks(
         if not few[q]:
             part = slice(queried.indptr[q], queried.indptr[q + 1])
             of_best = _scores(segment, queried.indices[part], queried.data[part], best)
-            order = np.lexsort((best, -of_best))[:k]
-            chunks[q], scores[q] = best[order], of_best[order]
+            chunks[q], scores[q] = highest(best, of_best, k, segment.documents, set())
     return chunks, scores, few
 
 
