@@ -68,6 +68,7 @@ setup(
         "protobuf>=4",
         "safetensors>=0.5",
         "numpy>=1.26",
+        "xxhash>=3.0",
         "scipy>=1.11",
         "filelock>=3.12",
         "pyarrow>=17",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from retro.common.files import file_record, save_json, save_npy, write_with, written_aside
+from retro.common.files import file_record, save_npy, save_record, write_with, written_aside
 from retro.retrieval.building.build import build_store
 from retro.retrieval.building.settings import BuildSettings
 from retro.retrieval.store.format import CHUNK_DTYPE, narrow_keys, read_manifest
@@ -74,7 +74,7 @@ def write_synthetic_store(
     totals = {name: sum(r[name] for r in manifest["shards"]) for name in ("documents", "tokens", "bytes")}
     kept = {"read": totals["documents"], "kept": totals["documents"], "chunks": rows, "short_chunks": 0}
     manifest["counts"] |= totals | kept
-    save_json(path / "manifest.json", manifest)
+    save_record(path / "manifest.json", manifest)
     return Store.open(path)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from retro.common.checksums import BLOCK_BYTES
 from retro.common.pretrained import check_folder
 from retro.common.values import Range
 from retro.retrieval.building.settings import BuildSettings, ChunkSettings
@@ -30,6 +31,7 @@ from retro.text.estimate import Estimate, estimate_corpus
 NUM_NEIGHBORS = 2  # of the neighbor table, as in the paper
 SHARD_CHUNKS = BuildSettings.shard_chunks
 NPY_HEADER, MANIFEST_BYTES, TABLE_BYTES = 128, 1500, 3000  # of a shard: each array, its record, its table without rows
+SUM_BYTES = 32 / 3  # in the manifest, of each block
 TRAINING_SAMPLE = 100_000  # of an index's segment
 STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and two moments of AdamW
 MEASURED_SECONDS = 10.0
@@ -123,10 +125,10 @@ def disk_bytes(
         "chunk_table": array(CHUNK_DTYPE.itemsize),
         "document_table": round(corpus["documents"] * on_disk) + TABLE_BYTES * shards,
         "keys": array(key_bytes),
-        "manifest": MANIFEST_BYTES * shards,
         "neighbors": 2 * NPY_HEADER + chunks * NUM_NEIGHBORS * 12,
     }
-    return found, in_memory
+    sums = sum(found.values()) * SUM_BYTES / BLOCK_BYTES
+    return found | {"manifest": MANIFEST_BYTES * shards + round(sums)}, in_memory
 
 
 def _table_row(documents: Sequence[Any]) -> tuple[float, float]:

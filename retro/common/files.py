@@ -19,12 +19,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from retro.common.checksums import block_sums, open_checked
 from retro.common.own import check_inside, check_names
 
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_FILE = ".lock"
 READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS  # of OSErrors where nothing may be written
-_END_BYTES = 4096
+_CHECKSUM = "checksum"
+_HEAD_BYTES = 4096
 _ABANDONED_SECONDS = 24 * 3600
 _ZEROS = 1 << 20
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -194,7 +196,7 @@ def _reserve(handle: IO[bytes], size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # not on every file system
             raise
-    for start in range(handle.seek(min(_END_BYTES, size)), size, _ZEROS):
+    for start in range(handle.seek(min(_HEAD_BYTES, size)), size, _ZEROS):
         handle.write(bytes(min(_ZEROS, size - start)))
 
 
@@ -207,6 +209,23 @@ def save_json(path: Path, value: Any) -> None:
     """Write one JSON value, atomically, with sorted keys and a final newline."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     write_with(path, lambda handle: handle.write(text.encode("utf-8")) and None)
+
+
+def save_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record of ours as JSON, atomically, with a checksum of what it says."""
+    save_json(path, {**record, _CHECKSUM: stable_hash(record)})
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """Read what `save_record` wrote; ValueError names the file if it is damaged or was changed by hand."""
+    record = load_json(path)
+    if not isinstance(record, dict) or _CHECKSUM not in record:
+        raise ValueError(f"{path} is no record with a checksum, as this version writes them; build it again")
+    if record.pop(_CHECKSUM) != stable_hash(record):
+        raise ValueError(
+            f"{path} is damaged: what it says does not have its checksum; restore it from a copy or build it again"
+        )
+    return record
 
 
 def save_json_lines(path: Path, records: list[dict]) -> None:
@@ -283,14 +302,6 @@ def allow_open_files(number: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def map_bytes(path: Path) -> np.ndarray:
-    """A file's bytes (one at least), read-only and memory-mapped; ValueError names the file if it is missing."""
-    try:
-        return np.memmap(path, np.uint8, "r")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; restore it from a copy or build it again") from None
-
-
 def open_npy(path: Path) -> np.ndarray:
     """Open one .npy read-only and memory-mapped; ValueError names the file if it is missing or damaged."""
     try:
@@ -301,24 +312,9 @@ def open_npy(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read ({error}); restore it from a copy or build it again") from None
 
 
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def file_record(path: Path) -> dict[str, Any]:
-    """What a manifest records of one file: its bytes, its checksum, and one of its ends that costs no reading of it."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path), "ends": ends_of(path)}
-
-
-def ends_of(path: Path) -> str:
-    """A checksum (16 hex digits) of the first and the last 4 KiB: tells files of the same size apart."""
-    with open(path, "rb") as handle:
-        digest = hashlib.sha256(handle.read(_END_BYTES))
-        handle.seek(max(path.stat().st_size - _END_BYTES, 0))
-        digest.update(handle.read(_END_BYTES))
-    return digest.hexdigest()[:16]
+    """What a record says of one file: its bytes, and their checksums (see retro.common.checksums)."""
+    return {"bytes": path.stat().st_size, "xxh3": block_sums(path)}
 
 
 def folder_record(folder: Path) -> dict[str, dict[str, Any]]:
@@ -328,26 +324,15 @@ def folder_record(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_files(folder: Path, records: dict[str, dict[str, Any]], checksums: bool) -> None:
-    """Refuse, naming the file, when a recorded file is missing or its size or ends (or checksum, if asked) differ.
+    """Refuse, naming the file, when a recorded file is missing or its size or ends (or checksums, if asked) differ.
 
     So are names that lead out of the folder.
     """
     check_names(f"a record of {folder}", records)
-    for name, record in records.items():
-        path = folder / name
-        try:
-            if (size := path.stat().st_size) != record["bytes"]:
-                raise ValueError(
-                    f"{path} has {size} bytes, but {record['bytes']} are recorded; "
-                    "restore it from a copy or build it again"
-                )
-            damaged = record.get("ends") not in (None, ends_of(path))  # the first format did not record them
-            if damaged or (checksums and sha256_file(path) != record["sha256"]):
-                raise ValueError(
-                    f"{path} is damaged: its checksum is not the recorded one; restore it from a copy or build it again"
-                )
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{path} is missing; restore it from a copy or build it again") from None
+    for name in records:
+        file = open_checked(folder, name, records)
+        if checksums:
+            file.check()
 
 
 def stable_hash(value: Any) -> str:

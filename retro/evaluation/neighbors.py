@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 from tqdm.auto import tqdm
 
-from retro.common.files import check_files, file_record, load_json, open_npy, save_json, save_npy, stable_hash
+from retro.common.checksums import open_array
+from retro.common.files import file_record, load_record, save_npy, save_record, stable_hash
 from retro.retrieval.filters.hits import FilteredSearcher
 from retro.retrieval.remote.client import RemoteIndex
 from retro.retrieval.search.sharded import ShardedSearcher
@@ -108,11 +109,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _open(folder: Path, shape: tuple[int, int]) -> np.ndarray:
-    check_files(folder, load_json(folder / "queries.json")["files"], checksums=True)
-    rows = np.asarray(open_npy(folder / "rows.npy"))
-    if rows.shape != shape:
-        raise ValueError(f"{folder / 'rows.npy'} has shape {rows.shape}, not {shape}")
-    return rows
+    return np.asarray(open_array(folder, "rows.npy", load_record(folder / "queries.json")["files"], shape, np.int64))
 
 
 def _save(folder: Path, rows: np.ndarray, asked: dict[str, Any]) -> None:
@@ -120,4 +117,4 @@ def _save(folder: Path, rows: np.ndarray, asked: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "queries.json").unlink(missing_ok=True)
     save_npy(folder / "rows.npy", rows)
-    save_json(folder / "queries.json", {**asked, "files": {"rows.npy": file_record(folder / "rows.npy")}})
+    save_record(folder / "queries.json", {**asked, "files": {"rows.npy": file_record(folder / "rows.npy")}})

@@ -33,15 +33,15 @@ def make_store(document_lens: list[int], shards: int = 1, seed: int = 0, removed
                 chunks.append((local, position, length))
         table = np.array(chunks, CHUNK_DTYPE)
         arrays = np.array(tokens, np.uint32).reshape(-1, M), table, np.zeros((len(table), 2), np.float32)
-        parts.append(ShardArrays(*arrays, np.zeros(0, np.uint8)))
+        parts.append(ShardArrays(*arrays, None))
         record = {"first_row": first_row, "first_document": int(share[0]), "rows": len(table), "documents": len(share)}
-        record["files"] = {"tokens.npy": {"sha256": hashlib.sha256(arrays[0].tobytes()).hexdigest()}}
+        record["files"] = {"tokens.npy": {"xxh3": hashlib.sha256(arrays[0].tobytes()).hexdigest()}}
         records, first_row = [*records, record], first_row + len(table)
     manifest = {
         "format_version": 2,
         "generation": 1,
         "tokenizer": {"fingerprint": "t"},
-        "removed": {"sha256": str(removed)},
+        "removed": {"xxh3": str(removed)},
         "shards": records,
         "chunk_len": M,
         "pad_token_id": PAD,

@@ -9,7 +9,6 @@ folder whose manifest says "building", which no reader opens and the same build 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -26,7 +25,9 @@ from retro.common.files import (
     check_files,
     delete,
     folder_record,
+    load_json,
     save_json,
+    save_record,
     sync,
     write_lock,
     writing,
@@ -275,7 +276,7 @@ def _build(
             plan = _begin(path, plan, tokenizer)
             written = work()
             _remove_temporary(path)
-            save_json(path / "manifest.json", {**plan, **written, "state": "complete"})
+            save_record(path / "manifest.json", {**plan, **written, "state": "complete"})
             remove_parts(path)
 
 
@@ -318,9 +319,9 @@ def _begin(path: Path, plan: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         log.info("taking up the build of %s", path)
         return {**plan, "tokenizer": existing["tokenizer"]}
     _clear(path)
-    save_json(manifest, plan)
+    save_record(manifest, plan)
     plan = {**plan, "tokenizer": {**plan["tokenizer"], "files": _save_tokenizer(path, tokenizer)}}
-    save_json(manifest, plan)
+    save_record(manifest, plan)
     return plan
 
 
@@ -342,7 +343,7 @@ def _save_tokenizer(path: Path, tokenizer: Any) -> dict[str, Any]:
     with writing(folder):
         tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
-    content = json.loads(config.read_text(encoding="utf-8"))
+    content = load_json(config)
     save_json(config, {k: v for k, v in content.items() if k not in ("name_or_path", "is_local", "local_files_only")})
     if tokenizer_fingerprint(saved_tokenizer(str(folder), fingerprint)) != fingerprint:
         raise ValueError(
@@ -357,7 +358,7 @@ def _clear(path: Path) -> None:
     """Remove what an unfinished build wrote, the manifest last: killed here, it is cleared by the next build."""
     manifest = path / "manifest.json"
     if manifest.exists():
-        save_json(manifest, {**read_manifest(path), "state": "clearing"})
+        save_record(manifest, {**read_manifest(path), "state": "clearing"})
     for name in OWN_FOLDERS:
         delete(path / name)
     manifest.unlink(missing_ok=True)

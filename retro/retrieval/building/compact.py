@@ -160,7 +160,7 @@ def _write_chunks(store: Store, group: list[int], live: list[np.ndarray], folder
     return np.concatenate(parts)
 
 
-def _copy_rows(arrays: list[np.ndarray], live: list[np.ndarray], shape: tuple[int, ...], file: Path) -> None:
+def _copy_rows(arrays: list[Any], live: list[np.ndarray], shape: tuple[int, ...], file: Path) -> None:
     """Write the rows that are left of several arrays [rows, width] as one array of a shape that holds them all."""
     with written_aside(file) as aside:
         out = new_npy(aside, arrays[0].dtype, shape)

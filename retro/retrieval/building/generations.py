@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, load_json, save_json, write_lock
+from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, load_record, save_record, write_lock
 from retro.common.own import check_no_links
 from retro.retrieval.building.job import PARTS
 from retro.retrieval.search import continuation
 from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.index import build_index
 from retro.retrieval.search.lexical import build_lexical
-from retro.retrieval.store.format import FORMAT_VERSION, OWN_FOLDERS
+from retro.retrieval.store.format import OWN_FOLDERS
 from retro.retrieval.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def save_generation(store: Store, verb: str, changes: dict[str, Any], said: dict
     generation = store.generation + 1
     updates = [*store.manifest.get("updates", []), {"generation": generation, "verb": verb, **said}]
     manifest = {**store.manifest, **changes, "generation": generation, "updates": updates}
-    save_json(store.path / "manifest.json", manifest | {"format_version": FORMAT_VERSION})
+    save_record(store.path / "manifest.json", manifest)
 
 
 def open_generation(path: Path, index: bool) -> Store:
@@ -95,11 +95,10 @@ def _indexes(path: Path) -> set[tuple[str, str]]:
 def read_record(file: Path) -> dict[str, Any]:
     """The record of an index or a table; nothing where it is damaged."""
     try:
-        record = load_json(file)
+        return load_record(file)
     except (ValueError, FileNotFoundError) as error:
         log.warning("%s is left out: %s", file.parent, error)
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _build_index(store: Store, kind: str, settings: dict[str, Any]) -> None:

@@ -18,11 +18,11 @@ from retro.common.files import (
     TEMPORARY_PREFIX,
     delete,
     file_record,
-    load_json,
+    load_record,
     new_npy,
     open_npy,
-    save_json,
     save_npy,
+    save_record,
     write_lock,
     written_aside,
 )
@@ -136,7 +136,7 @@ def run_join(job: Join, executor: str, workers: int | None, progress: bool) -> N
 
         chosen.run(job.folder, job.first(), on_done)
         if chosen.leads:
-            save_json(ready, load_json(job.folder / "table.json")["table"])
+            save_record(ready, load_record(job.folder / "table.json")["table"])
             delete(job.folder, job.folder.parent)
     await_leader(chosen, ready.is_file, "written the table")
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from retro.common.files import check_files, delete, load_json, open_npy, stable_hash
+from retro.common.checksums import CheckedArray, open_array
+from retro.common.files import check_files, delete, load_record, stable_hash
 from retro.common.own import check_no_links
 from retro.retrieval.building.join import Join, run_join, shared_with_tasks, uses_keys
 from retro.retrieval.embedding.embedder import Embedder
@@ -38,8 +39,8 @@ EXCLUDE = ("same_document", "none")
 class NeighborTable:
     """Neighbors of every chunk of a store, nearest first, memory-mapped; row -1 (distance inf) = none."""
 
-    rows: Int64[np.ndarray, "chunks k"]
-    distances: Float32[np.ndarray, "chunks k"]
+    rows: Int64[np.ndarray | CheckedArray, "chunks k"]
+    distances: Float32[np.ndarray | CheckedArray, "chunks k"]
     record: dict[str, Any]
     path: Path
 
@@ -115,7 +116,7 @@ def open_neighbors(
     index = None if index is None else _resolved(store, index)
     found = []
     for file in sorted((store.path / "neighbors").glob("*/neighbors.json")):
-        record = load_json(file)
+        record = load_record(file)
         same = (record["store"], record["queries"]) == wanted and exclude in (None, record["exclude"])
         same = same and index in (None, record["index"])
         if same and record["k"] >= (k or 1):
@@ -169,7 +170,6 @@ def _folder(store: Store, queries: Store, settings: dict[str, Any]) -> Path:
 
 
 def _open(folder: Path, k: int) -> NeighborTable:
-    record = load_json(folder / "neighbors.json")
-    check_files(folder, record["files"], checksums=False)
-    rows, distances = open_npy(folder / "rows.npy"), open_npy(folder / "distances.npy")
-    return NeighborTable(rows[:, :k], distances[:, :k], record, folder)
+    record = load_record(folder / "neighbors.json")
+    rows, distances = (open_array(folder, f"{name}.npy", record["files"]) for name in ("rows", "distances"))
+    return NeighborTable(*(whole.view(lambda array: array[:, :k]) for whole in (rows, distances)), record, folder)

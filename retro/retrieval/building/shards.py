@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from retro.common.files import delete, file_record, json_lines, load_json, save_json, stable_hash, sync, write_with
+from retro.common.files import delete, file_record, json_lines, load_record, save_record, stable_hash, sync, write_with
 from retro.retrieval.building.ids import SeenIds
 from retro.retrieval.building.job import PARTS, Job
 from retro.retrieval.building.losses import warn_of_losses
@@ -83,7 +83,7 @@ def _identity(plan: dict[str, Any], existing: Store | None) -> str:
 def _is_of(path: Path, identity: str) -> bool:
     file = path / PARTS / _JOB_FILE
     try:
-        return file.is_file() and load_json(file)["identity"] == identity
+        return file.is_file() and load_record(file)["identity"] == identity
     except FileNotFoundError:  # rank 0 has just removed it
         return False
 
@@ -103,12 +103,12 @@ def _begin(job: Job, executor: Executor, identity: str, is_first: bool) -> None:
         job.folder.mkdir()
         (job.path / "shards").mkdir(exist_ok=True)
         sync(job.path)
-        save_json(job.folder / _JOB_FILE, {"identity": identity})
+        save_record(job.folder / _JOB_FILE, {"identity": identity})
 
 
 def _is_complete(path: Path) -> bool:
     manifest = path / "manifest.json"
-    return manifest.is_file() and load_json(manifest).get("state") == "complete"
+    return manifest.is_file() and load_record(manifest).get("state") == "complete"
 
 
 def _grouped(partitions: Sequence[InputPartition]) -> list[list[InputPartition]]:

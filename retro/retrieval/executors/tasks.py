@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from retro.common.files import check_files, load_json, os_error_text, save_json
+from retro.common.files import check_files, load_record, os_error_text, save_record
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def finished(folder: Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = load_json(path)
+        record = load_record(path)
         beside, files = {}, dict(record.get("files", {}))
         for file in [name for name in files if name.startswith("../")]:
             beside[file.removeprefix("../")] = files.pop(file)
@@ -85,7 +85,7 @@ def run_task(folder: Path, task: Task) -> dict[str, Any]:
     """Do one task in this process and write its record."""
     module, _, name = task.function.partition(":")
     record = getattr(import_module(module), name)(task.spec)
-    save_json(folder / f"{task.name}.json", record)
+    save_record(folder / f"{task.name}.json", record)
     return json.loads(json.dumps(record))  # as one that is read back
 
 

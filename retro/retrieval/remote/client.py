@@ -5,7 +5,6 @@ Where a server is started is where its embedder and its indexes run; a client ne
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -21,12 +20,13 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
+from retro.common.files import check_files
+from retro.common.own import check_names
 from retro.retrieval.neighbors import Neighbors, Source
 from retro.retrieval.remote.wire import ROW_TOKENS, unpack, unpack_neighbors, unpack_sources
 from retro.retrieval.retriever import Retriever
 from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import as_lists
-from retro.retrieval.store.format import check_names
 from retro.retrieval.store.store import Store
 from retro.text.chunks import decode_chunks, tokenizer_fingerprint
 from retro.text.tokenizer import open_tokenizer
@@ -176,10 +176,13 @@ class RemoteStore:
         with tempfile.TemporaryDirectory() as folder:
             for name, record in files.items():
                 data = self._server.ask("GET", f"/v1/store/tokenizer/{quote(name)}")
-                if hashlib.sha256(data).hexdigest() != record["sha256"]:
-                    raise ConnectionError(f"{self.path} sent a damaged tokenizer file {name}; restart the server")
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / name).write_bytes(data)
+                try:
+                    check_files(Path(folder), {name: record}, checksums=True)
+                except ValueError:
+                    said = f"{self.path} sent a damaged tokenizer file {name}; restart the server"
+                    raise ConnectionError(said) from None
             return open_tokenizer(folder)
 
     def check_tokenizer(self, tokenizer: Any) -> None:

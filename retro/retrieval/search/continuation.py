@@ -27,7 +27,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Int64
 
-from retro.common.files import READ_ONLY, load_json, stable_hash
+from retro.common.files import READ_ONLY, load_record, stable_hash
 from retro.retrieval.search.lexical import LexicalIndex, build_lexical
 from retro.retrieval.search.postings import buckets
 from retro.retrieval.search.queries import Queries
@@ -66,7 +66,7 @@ def build_continuation(store: Store) -> ContinuationReranker:
     index = build_lexical(store, "tfidf")
     folder = store.path / "index" / stable_hash({"kind": KIND, "of": index.name})[:16]
     if (folder / "index.json").is_file():
-        return ContinuationReranker(index, np.asarray(load_json(folder / "index.json")["weights"]))
+        return ContinuationReranker(index, np.asarray(load_record(folder / "index.json")["weights"]))
     weights = learn(index)
     try:
         write_index(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from retro.common.files import check_files, open_npy, save_json, save_npy
+from retro.common.files import check_files, open_npy, save_npy, save_record
 from retro.retrieval.search.engines import IndexLayout, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
@@ -155,7 +155,7 @@ def retune(segment: Segment, target: float) -> None:
     """Tune a segment to another recall and write that into its index.json."""
     segment.record["recall"] = tune(segment, target)
     segment.store.check_on_disk(range(segment.shards.first, segment.shards.stop))
-    save_json(segment.folder / "index.json", segment.record)
+    save_record(segment.folder / "index.json", segment.record)
 
 
 # Tuning

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from retro.common.files import READ_ONLY, check_files, delete, load_json, open_npy, stable_hash
+from retro.common.files import READ_ONLY, check_files, delete, load_record, open_npy, stable_hash
 from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
 from retro.retrieval.search.index import Hits, check_k, check_searchable
 from retro.retrieval.search.postings import (
@@ -63,7 +63,7 @@ class LexicalIndex:
 
     def __init__(self, store: Store, folder: Path, segments: list[Postings], exact: bool) -> None:
         self.store, self.folder, self.segments, self.exact = store, folder, segments, exact
-        self.record: dict[str, Any] = load_json(folder / "index.json")
+        self.record: dict[str, Any] = load_record(folder / "index.json")
         self.kind: str = self.record["kind"] + EXACT * exact
         self.num_rows = store.num_searchable
         self.recall = 1.0 if exact else self.record["recall"]
@@ -203,7 +203,7 @@ def build_lexical(store: Store, kind: str) -> LexicalIndex:
             segments = [Postings(store, shards) for shards in shard_ranges]
             if not (folder / "index.json").is_file():
                 _written(store, kind, lambda: _write_weights(store, kind, segments, folder))  # noqa: B023
-            check_files(folder, load_json(folder / "index.json")["files"], checksums=False)
+            check_files(folder, load_record(folder / "index.json")["files"], checksums=False)
             return LexicalIndex(store, folder, segments, bool(exact))
         except ValueError as error:
             damaged = [shards.folder for shards in shard_ranges if _is_damaged(shards.folder)]
@@ -218,7 +218,7 @@ def build_lexical(store: Store, kind: str) -> LexicalIndex:
 
 def _is_damaged(folder: Path) -> bool:
     try:
-        check_files(folder, load_json(folder / "index.json")["files"], checksums=False)
+        check_files(folder, load_record(folder / "index.json")["files"], checksums=False)
     except (ValueError, OSError):
         return True
     return False

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt32
 
-from retro.common.files import delete, folder_record, folder_written_aside, load_json, open_npy, save_json, stable_hash
+from retro.common.checksums import open_array
+from retro.common.files import delete, folder_record, folder_written_aside, load_record, save_record, stable_hash
 from retro.common.own import check_no_links
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
@@ -74,7 +75,7 @@ def segment_records(store: Store, kind: str) -> list[tuple[Path, dict[str, Any]]
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return load_json(file)
+        return load_record(file)
     except ValueError as error:
         log.warning("an index is left out: %s", error)
         return {}
@@ -85,7 +86,7 @@ def _is_whole(store: Store, shards: ShardRange) -> bool:
     if shards.record["skipped"] is None:
         return True
     try:
-        rows = open_npy(shards.folder / "rows.npy")
+        rows = np.asarray(open_array(shards.folder, "rows.npy", shards.record["files"]))
     except ValueError:
         return False
     first, last = row_range(store, shards)
@@ -195,14 +196,14 @@ def write_index(
         with folder_written_aside(folder) as aside:
             try:
                 record = write(aside)
-                save_json(aside / "index.json", record | {"files": folder_record(aside)})
+                save_record(aside / "index.json", record | {"files": folder_record(aside)})
             except (OSError, RuntimeError) as error:  # an engine's own, too
                 if not aside.is_dir():  # `compact` deletes what is being written of any generation
                     raise FileNotFoundError(f"{aside} is gone") from error
                 raise
             store.check_on_disk(numbers)
         store.check_on_disk(numbers)
-        return load_json(folder / "index.json")
+        return load_record(folder / "index.json")
     except Exception as error:
         try:
             store.check_on_disk(numbers)

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from retro.common.extras import check_installed
-from retro.common.files import load_json
+from retro.common.files import load_record
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.search import lexical
 from retro.retrieval.search.dense import Segment, open_segment
@@ -141,7 +141,8 @@ class _PartIndex:
         self.segments: list[Segment] = []
         for first, stop, name in part.segments:
             folder = store.path / "index" / name
-            self.segments.append(open_segment(store, ShardRange(first, stop, folder, load_json(folder / "index.json"))))
+            record = load_record(folder / "index.json")
+            self.segments.append(open_segment(store, ShardRange(first, stop, folder, record)))
         in_ranges = sum(len(store.searchable_in(*rows)) for rows in part.ranges)
         self.num_rows = in_ranges + sum(segment.num_live for segment in self.segments)
 

@@ -111,7 +111,7 @@ class DocumentTables:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(self._shards[number].documents)), metadata=metadata)
+        return pq.ParquetFile(pa.PythonFile(self._shards[number].documents.opened(), "r"), metadata=metadata)
 
     def document_table(self, number: int, columns: Sequence[str] | None = None) -> Any:
         """The Arrow table of one shard's documents, the removed ones included; first_chunk counts from the shard.

@@ -6,17 +6,19 @@ See retro.retrieval.store.store for the folder as a whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from retro.common.files import check_files, load_json, map_bytes, open_npy, stable_hash
+from retro.common.checksums import CheckedArray, CheckedFile, open_array, open_checked
+from retro.common.files import check_files, load_record, stable_hash
 from retro.common.own import check_names, check_no_links
 
 FORMAT = "retro-store"
-FORMAT_VERSION = 2  # 1 had one generation only
+FORMAT_VERSION = 3  # the first with checksums of blocks
 CHUNK_DTYPE = np.dtype([("document", "<u4"), ("position", "<u4"), ("length", "<u2")])  # document row within the shard
 STORED_KEYS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 OWN_FOLDERS = ("shards", "tokenizer", "rejects", "index", "neighbors", "removed", "parts")
@@ -29,14 +31,18 @@ TABLE_NUMBERS = ("first_chunk", "num_chunks", "num_tokens", "num_bytes")
 class ShardArrays:
     """The memory maps of one shard, as stored."""
 
-    tokens: np.ndarray  # [rows, m] uint16 or uint32
-    chunks: np.ndarray  # [rows] CHUNK_DTYPE
-    keys: np.ndarray  # [rows, d] float32, float16, or uint16 holding bfloat16
-    documents: np.ndarray  # [bytes] of documents.parquet
+    tokens: np.ndarray | CheckedArray  # [rows, m] uint16 or uint32
+    chunks: np.ndarray | CheckedArray  # [rows] CHUNK_DTYPE
+    keys: np.ndarray | CheckedArray  # [rows, d] float32, float16, or uint16 holding bfloat16
+    documents: CheckedFile | None  # documents.parquet
 
-    def array(self, what: str) -> np.ndarray:
-        """An array, or a column of the chunk table, without the costs of a np.memmap."""
-        return np.asarray(getattr(self, what) if what in ("tokens", "keys", "chunks") else self.chunks[what])
+    def array(self, what: str) -> np.ndarray | CheckedArray:
+        """An array, or a column of the chunk table."""
+        return self._columns[what] if what in CHUNK_DTYPE.names else getattr(self, what)
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray | CheckedArray]:
+        return {name: self.chunks[name] for name in CHUNK_DTYPE.names}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -44,8 +50,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a datastore (it has no manifest.json); build one with `retro build`")
-    manifest = load_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = load_record(file)
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is not the manifest of a datastore; build one with `retro build`")
     if manifest["format_version"] > FORMAT_VERSION:
         raise ValueError(
@@ -96,7 +102,7 @@ def narrow_keys(keys: Float32[np.ndarray, "c d"], key_dtype: str) -> np.ndarray:
 
 def fingerprint_of_shard(manifest: dict[str, Any], number: int) -> str:
     files = manifest["shards"][number]["files"]
-    checksums = [files[name]["sha256"] for name in ("tokens.npy", "chunks.npy", "keys.npy")]
+    checksums = [files[name]["xxh3"] for name in ("tokens.npy", "chunks.npy", "keys.npy")]
     return stable_hash({"files": checksums, "min_chunk_len": manifest["settings"]["min_chunk_len"]})
 
 
@@ -104,22 +110,13 @@ def open_shard(folder: Path, record: dict[str, Any], manifest: dict[str, Any]) -
     missing = [name for name in SHARD_FILES if name not in record["files"]]
     if missing:
         raise ValueError(f"the manifest records no {missing[0]} for shard {record['name']}; build the store again")
-    check_files(folder, record["files"], checksums=False)
-    tokens, chunks, keys = (open_npy(folder / name) for name in ("tokens.npy", "chunks.npy", "keys.npy"))
-    rows, chunk_len = record["rows"], manifest["chunk_len"]
-    expected = {
-        "tokens.npy": (rows * chunk_len,),
-        "chunks.npy": (rows,),
-        "keys.npy": (rows, manifest["embedder"]["dim"]),
-    }
-    for name, array in (("tokens.npy", tokens), ("chunks.npy", chunks), ("keys.npy", keys)):
-        if array.shape != expected[name]:
-            raise ValueError(
-                f"{folder / name} has shape {array.shape}, but the manifest says {expected[name]}; "
-                "restore it from a copy"
-            )
-    documents = map_bytes(folder / "documents.parquet")
-    return ShardArrays(tokens.reshape(rows, chunk_len), chunks, keys, documents)
+    files, rows, chunk_len = record["files"], record["rows"], manifest["chunk_len"]
+    tokens = open_array(folder, "tokens.npy", files, (rows * chunk_len,), manifest["token_dtype"])
+    chunks = open_array(folder, "chunks.npy", files, (rows,), CHUNK_DTYPE)
+    width, key_dtype = manifest["embedder"]["dim"], STORED_KEYS[manifest["key_dtype"]]
+    keys = open_array(folder, "keys.npy", files, (rows, width), key_dtype)
+    documents = open_checked(folder, "documents.parquet", files)
+    return ShardArrays(tokens.view(lambda array: array.reshape(rows, chunk_len)), chunks, keys, documents)
 
 
 def open_removed(path: Path, manifest: dict[str, Any]) -> np.ndarray:
@@ -127,10 +124,5 @@ def open_removed(path: Path, manifest: dict[str, Any]) -> np.ndarray:
     record = manifest.get("removed")
     if not record:
         return np.zeros((0, 3), np.int64)
-    check_files(path, {record["file"]: record}, checksums=False)
-    removed = open_npy(path / record["file"])
-    if removed.shape != (record["documents"], 3) or removed.dtype != np.int64:
-        raise ValueError(
-            f"{path / record['file']} is no list of {record['documents']} documents; restore it from a copy"
-        )
-    return removed
+    shape = (record["documents"], 3)
+    return np.asarray(open_array(path, record["file"], {record["file"]: record}, shape, np.int64))

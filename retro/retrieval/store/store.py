@@ -70,7 +70,7 @@ class Store(DocumentTables):
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Open a store; sizes, row counts and the ends of files are checked, the rest by `verify_store`.
+        """Open a store; sizes, row counts and the ends of files are checked, the rest when it is first read.
 
         Every file of the generation is mapped here, so that one which `compact` deletes later stays readable.
         Raises ValueError, naming the file, when the folder is no complete store or a file is missing, cut or
@@ -120,9 +120,9 @@ class Store(DocumentTables):
             "min_chunk_len": self.min_chunk_len,
             "tokenizer": manifest["tokenizer"]["fingerprint"],
             "embedder": manifest["embedder"]["fingerprint"],
-            "shards": [{n: f["sha256"] for n, f in record["files"].items()} for record in manifest["shards"]],
+            "shards": [{n: f["xxh3"] for n, f in record["files"].items()} for record in manifest["shards"]],
         }
-        return stable_hash(content | ({"removed": removed["sha256"]} if removed else {}))
+        return stable_hash(content | ({"removed": removed["xxh3"]} if removed else {}))
 
     @property
     def generation(self) -> int:
@@ -266,7 +266,7 @@ class Store(DocumentTables):
     def key_block(self, start: int, stop: int) -> Float32[np.ndarray, "c d"]:
         """Keys of the rows start .. stop - 1, read sequentially."""
         blocks = [np.zeros((0, self.key_dim), STORED_KEYS[self.manifest["key_dtype"]])]
-        blocks += [np.asarray(self._shards[number].keys[part]) for number, part in self._parts(start, stop)]
+        blocks += [self._shards[number].keys[part] for number, part in self._parts(start, stop)]
         return widen_keys(np.concatenate(blocks), self.manifest["key_dtype"])
 
     @cached_property
@@ -288,7 +288,7 @@ class Store(DocumentTables):
 
     def _searchable_in(self, start: int, stop: int) -> np.ndarray:
         lens = [np.zeros(0, np.uint16)]
-        lens += [np.asarray(self._shards[number].chunks["length"][part]) for number, part in self._parts(start, stop)]
+        lens += [self._shards[number].array("length")[part] for number, part in self._parts(start, stop)]
         rows = start + np.flatnonzero(np.concatenate(lens) >= self.min_chunk_len)
         return rows[~self.is_removed(rows)] if len(self._removed) else rows
 

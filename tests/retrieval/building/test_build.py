@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro.common.files import save_npy, sha256_file, write_lock
+from retro.common.files import save_npy, save_record, write_lock
 from retro.retrieval import BuildSettings, Store, build_store, remove_documents
 from retro.retrieval.building import build as build_module
 from retro.retrieval.building import shards, tasks
@@ -21,7 +21,7 @@ from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, w
 
 
 def files_of(folder):
-    return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
@@ -170,14 +170,14 @@ def test_work_in_progress_is_left_to_the_process_that_writes(settings, tokenizer
     left = store.path / "parts"
     left.mkdir()
     plan = plan_build(settings, tokenizer, HashingEmbedder())
-    (left / "job.json").write_text(json.dumps({"identity": shards._identity(plan, None)}))
+    save_record(left / "job.json", {"identity": shards._identity(plan, None)})
     with write_lock(store.path):
         assert build(settings, tokenizer).fingerprint == store.fingerprint and left.exists()
     assert build(settings, tokenizer).fingerprint == store.fingerprint and not left.exists()
     (store.path / ".tmp-1.x-0-parts").mkdir()  # of one that was killed while it was deleting its work
     assert build(settings, tokenizer).fingerprint == store.fingerprint and not list(store.path.glob(".tmp-*"))
     shutil.copytree(settings.store, left)
-    (left / "job.json").write_text(json.dumps({"identity": "of an addition"}))
+    save_record(left / "job.json", {"identity": "of an addition"})
     build(settings, tokenizer)
     assert left.exists()
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro.common.files import write_lock
+from retro.common.files import load_record, save_record, write_lock
 from retro.retrieval import (
     Retriever,
     Store,
@@ -137,9 +137,9 @@ def test_removed_and_added_again(path):
 
 def test_compact_is_a_fresh_build_of_what_is_left(path, tmp_path, tokenizer):
     """One shard of all: byte by byte the shard that a build of the remaining documents writes."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = load_record(path / "manifest.json")
     manifest["settings"]["shard_chunks"] = 1000
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    save_record(path / "manifest.json", manifest)
     add(path, NEW)
     remove_documents(path, ["d0", "d5", "n4"])
     store = compact(path)
@@ -457,9 +457,9 @@ def test_documents_that_cannot_be_compared_are_counted_in_the_log(path, caplog):
     caplog.clear()
     store = add(path, {"another": words(20, seed=77), "fresh": words(20, seed=78)}, deduplicate="exact")
     assert store.find_documents(["another", "fresh"]) == {"fresh": 10} and "8 of the 10 documents" in caplog.text
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = load_record(path / "manifest.json")
     manifest["settings"]["shard_chunks"] = 1000
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    save_record(path / "manifest.json", manifest)
     remove_documents(path, ["d0"])
     store = compact(path)  # shards with signatures and without become one
     assert len(store.shards) == 1 and store.document_table(0).column("signature_exact").null_count == 7
@@ -692,15 +692,6 @@ def test_neighbor_tables_are_of_one_generation(path):
     found = table.rows[store.searchable_rows]
     assert not store.is_removed(found[found >= 0]).any()
     assert (table.rows[store.is_removed(np.arange(store.num_chunks))] == -1).all()
-
-
-def test_the_first_format_is_taken_further(path):
-    from tests.retrieval.store.test_store import first_format
-
-    first_format(path)
-    check_holds(remove_documents(path, ["d2"]), {name: text for name, text in TEXTS.items() if name != "d2"})
-    store = compact(path)
-    assert store.manifest["format_version"] == 2 and store.generation == 3
 
 
 # The commands

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from retro.common.files import file_record
+from retro.common.files import file_record, load_record, save_record
 from retro.retrieval import Store, build_neighbors, compact, remove_documents, verify_store
 from retro.retrieval.embedding.embedder import NoEmbedder
 from retro.retrieval.search.searchers import open_searcher
@@ -29,19 +29,19 @@ def path(built, tmp_path):
 
 def change_shard(path, name, change, number=2):
     """Change one file of a shard, and its record in the manifest with it, as a wrong writer would."""
-    file, manifest = path / "shards" / f"{number:05d}" / name, json.loads((path / "manifest.json").read_text())
+    file, manifest = path / "shards" / f"{number:05d}" / name, load_record(path / "manifest.json")
     array = np.load(file)
     change(array)
     np.save(file, array)
     manifest["shards"][number]["files"][name] = file_record(file)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    save_record(path / "manifest.json", manifest)
     return manifest["shards"][number]["first_row"]
 
 
 def test_a_whole_store(path):
     store = Store.open(path)
     quick, full = verify_store(store, "quick"), verify_store(store, "full", embed=5, embedder=HashingEmbedder())
-    assert (quick["documents"], quick["chunks"], quick["files"]) == (8, store.num_chunks, 0)
+    assert (quick["documents"], quick["chunks"], quick["files"]) == (8, store.num_chunks, full["files"])
     assert full["files"] > 4 * len(store.shards) and full["embedded"] == 5 and full["largest_difference"] < 1e-5
     remove_documents(path, ["d1", "d4"])
     after = verify_store(Store.open(path), "full", embed=100, embedder=HashingEmbedder())
@@ -56,23 +56,23 @@ def test_chunks_that_do_not_fit_their_documents(path, column):
 
     row = change_shard(path, "chunks.npy", change) + 2
     with pytest.raises(ValueError, match=f"shards/00002/chunks.npy: row {row} has {column} "):
-        verify_store(Store.open(path), "quick")
+        verify_store(Store.open(path), "full")
 
 
 def test_a_removed_list_that_does_not_fit_its_documents(path):
     remove_documents(path, ["d1", "d4"])
-    manifest, file = json.loads((path / "manifest.json").read_text()), path / "removed" / "00002.npy"
+    manifest, file = load_record(path / "manifest.json"), path / "removed" / "00002.npy"
     removed = np.load(file)
     removed[0, 1] += 1
     np.save(file, removed)
     manifest["removed"] |= file_record(file)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    save_record(path / "manifest.json", manifest)
     with pytest.raises(ValueError, match="00002.npy has other chunks for document row 1 "):
-        verify_store(Store.open(path), "quick")
+        verify_store(Store.open(path), "full")
 
 
 @pytest.mark.parametrize("place", ["shards/*/keys.npy", "tokenizer/*", "index/*/*.npy", "neighbors/*/*.npy"])
-def test_a_changed_byte_anywhere_is_found_by_full(path, place):
+def test_a_changed_byte_anywhere_is_found(path, place):
     file = next(file for file in sorted(path.glob(place)) if file.stat().st_size > 130)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

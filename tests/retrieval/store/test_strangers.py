@@ -1,11 +1,11 @@
 """A store from a stranger: no name and no link in it leads a reader, a writer or a server out of its folder."""
 
-import json
 import shutil
+from copy import deepcopy
 
 import pytest
 
-from retro.common.files import file_record
+from retro.common.files import file_record, load_record, save_record
 from retro.retrieval import (
     Retriever,
     Store,
@@ -62,11 +62,11 @@ NAMES = ("../outside/secret", "/etc/passwd", "..\\secret", "a/./b", "a//b", "", 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_names_that_lead_out(path, outside, place):
-    text = (path / "manifest.json").read_text()
+    sound = load_record(path / "manifest.json")
     for name in NAMES:
-        manifest = json.loads(text)
+        manifest = deepcopy(sound)
         PLACES[place](manifest, name)
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        save_record(path / "manifest.json", manifest)
         for action in (Store.open, compact):
             with pytest.raises(ValueError, match="manifest.json names the (file|shard)"):
                 action(path)
@@ -76,9 +76,9 @@ def test_names_that_lead_out(path, outside, place):
 @pytest.mark.parametrize("record", ["index/{}/index.json", "neighbors/{}/neighbors.json"])
 def test_names_in_other_records(path, outside, record):
     (file,) = path.glob(record.format("*")) if "neighbors" in record else list(path.glob(record.format("*")))[:1]
-    value = json.loads(file.read_text())
-    value["files"]["../../../outside/secret"] = {"bytes": len(SECRET), "sha256": "?"}
-    file.write_text(json.dumps(value))
+    value = load_record(file)
+    value["files"]["../../../outside/secret"] = file_record(outside / "secret")
+    save_record(file, value)
     with pytest.raises(ValueError, match="no plain name"):
         verify_store(Store.open(path), level="full")
 
@@ -151,9 +151,9 @@ def test_compact_leaves_what_is_not_ours(path):
 
 def test_a_server_hands_out_no_link(path, outside):
     (path / "tokenizer/more.txt").symlink_to(outside / "secret")
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = load_record(path / "manifest.json")
     manifest["tokenizer"]["files"]["more.txt"] = file_record(outside / "secret")
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    save_record(path / "manifest.json", manifest)
     with pytest.raises(ValueError, match=r"more\.txt is a link"):
         create_retrieval_app(Retriever(Store.open(path), "tfidf"))
 
