@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import numpy as np
 
 from retro.common.checksums import BLOCK_BYTES
+from retro.common.devices import torch_threads
 from retro.common.pretrained import check_folder
 from retro.common.values import Range
 from retro.retrieval.building.settings import BuildSettings, ChunkSettings
-from retro.retrieval.building.tasks import load_tokenizer, token_dtype, torch_threads
+from retro.retrieval.building.tasks import load_tokenizer, token_dtype
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder
 from retro.retrieval.executors.local import default_workers
 from retro.retrieval.search import lexical

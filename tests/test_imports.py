@@ -23,8 +23,14 @@ MAY_IMPORT = {
     "retro.retrieval.store": ("retro.common", "retro.text"),
     "retro.retrieval.embedding": ("retro.common", "retro.text"),
     "retro.retrieval.filters": ("retro.common", "retro.text"),
-    "retro.retrieval.search": ("retro.common", "retro.text", "retro.retrieval.store", "retro.retrieval.embedding"),
     "retro.retrieval.executors": ("retro.common",),
+    "retro.retrieval.search": (
+        "retro.common",
+        "retro.text",
+        "retro.retrieval.store",
+        "retro.retrieval.embedding",
+        "retro.retrieval.executors",
+    ),
     "retro.retrieval.building": (
         "retro.version",
         "retro.common",

@@ -7,6 +7,9 @@ A call's own `device` or `dtype` goes first, then the environment's RETRO_DEVICE
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -75,3 +78,19 @@ def find_dtype(dtype: Any = None) -> Any:
     if asked not in DTYPES:
         raise ValueError(f"dtype: {asked} is unknown; give one of {', '.join(DTYPES)}")
     return getattr(torch, asked)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run torch on so many threads; None leaves it as it is."""
+    if count is None or "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

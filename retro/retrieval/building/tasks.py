@@ -13,7 +13,6 @@ Files, in the job's folder parts/ of the store:
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.common import files
+from retro.common.devices import torch_threads
 from retro.common.extras import check_installed
 from retro.common.files import file_record, open_npy, save_json_lines, save_npy, sync, write_with, written_aside
 from retro.common.pretrained import own_code, pretrained_place
@@ -414,22 +414,6 @@ def _load_embedder(described: str, store: str, batch_size: int | None) -> Embedd
     if description["name"] == NO_EMBEDDER:
         return NoEmbedder()
     return embedder_from(description, Path(store), batch_size=batch_size)
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Run torch on so many threads; None leaves it as it is."""
-    if count is None or "torch" not in sys.modules:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def join_keys(spec: dict[str, Any]) -> dict[str, Any]:

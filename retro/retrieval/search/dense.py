@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from retro.common.files import check_files, open_npy, save_npy, save_record
-from retro.retrieval.search.engines import IndexLayout, choose_layout, engine_of
+from retro.retrieval.search.engines import HERE, IndexLayout, Work, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
 from retro.retrieval.store.store import Store
@@ -78,11 +78,15 @@ class Segment:
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
         """The k nearest rows that are found and their squared distances.
 
-        Where fewer are found than the segment has, the search is widened, twofold each time, until it has seen all.
+        More lists and rows are looked at by the share of removed rows. Where fewer are found than the segment has,
+        the search is widened, twofold each time, until it has seen all.
         """
-        effort, fetch, most = self.effort, min(k + 8 * self._has_removed, self.num_rows), min(k, self.num_live)
+        most = min(k, self.num_live)
         if not most or not len(queries):
             return no_hits(len(queries), k)
+        further = lambda count: -(-count * self.num_rows // self.num_live)  # noqa: E731
+        effort = Effort(min(further(self.effort.lists), self.layout.lists), self.effort.candidates)
+        fetch = min(further(k) + 8 * self._has_removed, self.num_rows)
         rows, distances = self.attempt(queries, k, effort, fetch)
         while fetch < self.num_rows or effort.lists < self.layout.lists:
             waiting = np.flatnonzero(rows[:, most - 1] < 0)  # what is missing comes last
@@ -132,7 +136,9 @@ def open_segment(store: Store, shards: ShardRange) -> Segment:
     return Segment(store, shards)
 
 
-def write_dense(store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
+def write_dense(
+    store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float, work: Work = HERE
+) -> ShardRange:
     """Write the segment of some shards, tuned to a recall, and return these with its folder and record.
 
     The peak of memory is `EngineKind.peak_bytes`.
@@ -143,7 +149,7 @@ def write_dense(store: Store, shards: ShardRange, kind: str, settings: dict[str,
         start, _ = row_range(store, shards)
         save_npy(folder / "rows.npy", rows)
         given = settings["training_sample"], settings["seed"]
-        engine_of(layout).write(layout, store, start + rows.astype(np.int64), folder, *given)
+        engine_of(layout).write(layout, store, start + rows.astype(np.int64), folder, *given, work)
         record = {"layout": asdict(layout), "settings": settings}
         segment = Segment(store, ShardRange(shards.first, shards.stop, folder, record))
         return {"layout": asdict(layout), "recall": tune(segment, target)}

@@ -1,12 +1,12 @@
-"""Nearest keys: exact search, ScaNN and faiss behind one protocol.
+"""Nearest keys: exact search, ScaNN, faiss and routed lists behind one protocol.
 
 Every index answers with store rows, scores = -squared L2 distance computed from the stored keys (higher is closer),
 and a mask: a hit that an engine could not find is masked, never another row. Approximate indexes are made of segments
 (retro.retrieval.search.segments), folders index/<hash>/ that serve whole shards; shards without one are searched
 exactly.
 
-A kind is "auto", "exact", "scann" or "faiss"; the last two choose their codes by size, or take them by name, as in
-"scann:ah" and "faiss:ivf-pq" (retro.retrieval.search.engines has the list).
+A kind is "auto", "exact", "scann", "routed" or "faiss"; the last three choose their codes by size, or take them by
+name, as in "scann:ah" and "faiss:ivf-pq" (retro.retrieval.search.engines has the list).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from retro.common.files import check_files, delete, stable_hash
 from retro.retrieval.search.dense import Segment, open_segment, retune, write_dense
-from retro.retrieval.search.engines import ENGINES, FAISS_FLAT_ROWS
+from retro.retrieval.search.engines import ENGINES, FAISS_FLAT_ROWS, ROUTED_ROWS, Work
 from retro.retrieval.search.exact import (
     ExactIndex,
     Hits,
@@ -110,12 +110,19 @@ class ApproximateIndex:
             yield rows, -scores.astype(np.float64)
 
 
-def build_index(store: Store, kind: str = "auto", recall: float | None = None, **settings: Any) -> Index:
+def build_index(
+    store: Store,
+    kind: str = "auto",
+    recall: float | None = None,
+    executor: str = "local",
+    workers: int | None = None,
+    **settings: Any,
+) -> Index:
     """Build an index of the store's searchable rows: the segments that are not there already.
 
     Arguments:
-        kind: "auto" (scann if importable, else faiss, else exact), "exact" (nothing to build), "scann" or "faiss", or
-            one of these with its codes, as in "faiss:ivf-pq".
+        kind: "auto" (routed from a million rows, else scann, faiss, exact, whichever is installed first), "exact"
+            (nothing to build), "scann", "routed" or "faiss", or one of these with its codes, as in "faiss:ivf-pq".
         recall: of the 10 nearest, to which each segment is tuned; None keeps what is tuned, and tunes new segments to
             the same, or to 0.95 if there are none. One that is not reached is said in the log, with the best found.
         settings: scann: leaves, leaves_to_search, soar; faiss: lists, probes; both: codes, candidates (for 10
@@ -125,7 +132,7 @@ def build_index(store: Store, kind: str = "auto", recall: float | None = None, *
     Writes index/<hash>/{index.json, rows.npy, ...}, a folder a segment; see retro.retrieval.search.segments for
     which.
     """
-    kind, codes = _split(resolve_kind(kind))
+    kind, codes = _split(resolve_kind(kind, store.num_searchable))
     if codes:
         settings = {"codes": codes, **settings}
     _check_recall(recall)
@@ -140,7 +147,9 @@ def build_index(store: Store, kind: str = "auto", recall: float | None = None, *
     for shards in plan_segments(store, there, chosen["max_segment_rows"]):
         if shards.folder is None and not len(store.searchable_in(*row_range(store, shards))):
             continue
-        segment = Segment(store, shards if shards.folder else _write(store, shards, kind, chosen, target))
+        segment = Segment(
+            store, shards if shards.folder else _write(store, shards, kind, chosen, target, Work(executor, workers))
+        )
         if recall and segment.record["recall"]["target"] != recall:
             retune(segment, recall)
             _say_recall(segment.shards)
@@ -189,8 +198,10 @@ def measured_recall(store: Store) -> dict[str, dict[str, Any]]:
     return found
 
 
-def resolve_kind(kind: str) -> str:
-    """The kind that "auto" stands for here; ValueError for an unknown kind or one that is not installed."""
+def resolve_kind(kind: str, rows: int = 0) -> str:
+    """The kind that "auto" stands for here with so many rows; ValueError for an unknown kind or one not installed."""
+    if kind == "auto" and rows >= ROUTED_ROWS and _importable("routed"):
+        return "routed"
     if kind == "auto":
         return next((name for name in ENGINES if _importable(name)), "exact")
     engine, codes = _split(kind)
@@ -219,7 +230,7 @@ def check_searchable(store: Store) -> None:
 
 
 def _importable(kind: str) -> bool:
-    return kind == "exact" or find_spec(kind) is not None
+    return kind == "exact" or find_spec(ENGINES[kind].module) is not None
 
 
 def _split(kind: str) -> tuple[str, str | None]:
@@ -258,8 +269,10 @@ def _check_recall(recall: float | None) -> None:
         raise ValueError(f"recall must be above 0 and at most 1, not {recall}")
 
 
-def _write(store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float) -> ShardRange:
-    written = write_dense(store, shards, kind, settings, target)
+def _write(
+    store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float, work: Work
+) -> ShardRange:
+    written = write_dense(store, shards, kind, settings, target, work)
     _say_recall(written)
     return written
 

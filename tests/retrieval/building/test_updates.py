@@ -33,7 +33,7 @@ from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 TEXTS = {f"d{i}": words(5 + 7 * i % 23, seed=i) for i in range(8)}
 NEW = {f"n{i}": words(4 + 5 * i % 19, seed=100 + i) for i in range(5)}
-KINDS = ("exact", "scann", "faiss", "tfidf", "bm25")
+KINDS = ("exact", "scann", "faiss", "routed", "tfidf", "bm25")
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def secret_store(path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_removed_text_is_never_returned(path, kind):
-    pytest.importorskip({"scann": "scann", "faiss": "faiss", "bm25": "bm25s"}.get(kind, "numpy"))
+    pytest.importorskip({"scann": "scann", "faiss": "faiss", "routed": "faiss", "bm25": "bm25s"}.get(kind, "numpy"))
     store = secret_store(path)
     asked = ["w80 w81 w82 w83", "w88 w89 w90", TEXTS["d2"]]
     open_searcher(store, kind, HashingEmbedder(), build=True)
@@ -219,7 +219,7 @@ def test_removed_text_is_never_returned(path, kind):
         found = retriever(asked, k)
         names = {source.document_id for line in found.sources for source in line if source}
         assert names.isdisjoint({"secret", "d2"}) and names
-        if kind in ("exact", "scann", "faiss"):
+        if kind in ("exact", "scann", "faiss", "routed"):
             assert found.ids.shape == (3, k) and (np.sort(found.ids) == store.searchable_rows).all()
 
 
@@ -283,7 +283,7 @@ def given_away(path, traces):
 
 
 def needs(kind):
-    pytest.importorskip({"scann": "scann", "faiss": "faiss", "bm25": "bm25s"}.get(kind, "numpy"))
+    pytest.importorskip({"scann": "scann", "faiss": "faiss", "routed": "faiss", "bm25": "bm25s"}.get(kind, "numpy"))
 
 
 @pytest.mark.parametrize("kind", [*KINDS[1:], "neighbors"])

@@ -21,7 +21,11 @@ from tests.stand_ins import make_store, words
 
 APPROXIMATE = [kind for kind in ENGINES if index_module._importable(kind)]
 EVERY_CODE = [f"{kind}:{codes}" for kind in APPROXIMATE for codes in ENGINES[kind].codes]
-LISTS = {"scann": ("leaves", "leaves_to_search"), "faiss": ("lists", "probes")}  # of the engines that have lists
+LISTS = {
+    "scann": ("leaves", "leaves_to_search"),
+    "faiss": ("lists", "probes"),
+    "routed": ("lists", "probes"),
+}  # of the engines that have lists
 
 
 class Keys(Store):
@@ -210,7 +214,7 @@ def test_changed_settings_make_another_folder_and_the_same_reuse_it(copy, kind):
     with pytest.raises(ValueError, match="recall must be above 0 and at most 1, not 95.0"):
         build_index(copy, kind, recall=95.0)
     with pytest.raises(ValueError, match=f"codes of {kind} must be one of"):
-        build_index(copy, kind, codes="pq4")
+        build_index(copy, kind, codes="pq5")
 
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
@@ -366,15 +370,16 @@ def test_recall_does_not_depend_on_the_length_of_keys(scale):
 
 
 class SortedKind(EngineKind):
-    """As little as an engine of one's own must give: whole keys, compared in NumPy. Named after the module it needs."""
+    """As little as an engine of one's own must give: whole keys, compared in NumPy."""
 
+    module = "numpy"
     codes = ("plain",)
     remedy = "pip install numpy"
 
     def layout(self, settings, rows, width, keys_fit):
         return IndexLayout("numpy", "plain")
 
-    def write(self, layout, store, rows, folder, training_sample, seed):
+    def write(self, layout, store, rows, folder, training_sample, seed, work):
         np.save(folder / "keys.npy", store.keys(rows))
 
     def open(self, layout, folder):

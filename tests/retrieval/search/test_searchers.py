@@ -6,6 +6,7 @@ import pytest
 from retro.retrieval import Retriever, build_index
 from retro.retrieval.search import index as index_module
 from retro.retrieval.search import searchers
+from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.lexical import build_lexical
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.searchers import EmbedderReranker, RerankedSearcher, open_searcher, parse_kind
@@ -86,7 +87,7 @@ def test_second_stages_that_are_none(store, kind):
         parse_kind(kind)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ("scann", "faiss") if index_module._importable(kind)])
+@pytest.mark.parametrize("kind", [kind for kind in ENGINES if index_module._importable(kind)])
 def test_recall_is_given_where_an_index_is_built(store, kind):
     searcher = open_searcher(store, f"{kind}+tfidf", EMBEDDER, build=True, recall=0.8)
     assert searcher.parts[0].index.segments[0].record["recall"]["target"] == 0.8

@@ -11,6 +11,7 @@ from retro.retrieval import Retriever, Store, build_index, build_neighbors, open
 from retro.retrieval.building.compact import compact
 from retro.retrieval.building.updates import add_documents, remove_documents
 from retro.retrieval.search import index as index_module
+from retro.retrieval.search.engines import ENGINES
 from retro.retrieval.search.index import exact_search
 from retro.retrieval.search.lexical import build_lexical
 from retro.retrieval.search.queries import Queries
@@ -18,8 +19,10 @@ from retro.retrieval.search.searchers import open_searcher
 from retro.retrieval.search.segments import MAX_SEGMENTS, ShardRange, cover, num_rows, plan_segments
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
-APPROXIMATE = [kind for kind in ("scann", "faiss") if index_module._importable(kind)]
-LISTED = [("scann", {"leaves": 8})] * ("scann" in APPROXIMATE) + [("faiss", {"lists": 8})] * ("faiss" in APPROXIMATE)
+APPROXIMATE = [kind for kind in ENGINES if index_module._importable(kind)]
+LISTED = [("scann", {"leaves": 8})] * ("scann" in APPROXIMATE) + [
+    (kind, {"lists": 8}) for kind in APPROXIMATE if kind != "scann"
+]
 EMBEDDER = HashingEmbedder()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, key_blocks
+from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.store.store import Store
 
 FAISS_FLAT_ROWS = 100_000
@@ -20,6 +20,7 @@ _GPU_LIMIT = 2048  # of candidates and of lists, in faiss on a GPU
 class FaissKind(EngineKind):
     """See `EngineKind`."""
 
+    module = "faiss"
     codes = ("flat", "sq8", "pq", "ivf-flat", "ivf-sq8", "ivf-pq")
     remedy = 'pip install "retro-lm[faiss]", or "retro-lm[gpu]" for faiss on GPUs'
     settings = ("lists", "probes")
@@ -43,7 +44,14 @@ class FaissKind(EngineKind):
         return IndexLayout("faiss", codes, lists, block, bits)
 
     def write(
-        self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, training_sample: int, seed: int
+        self,
+        layout: IndexLayout,
+        store: Store,
+        rows: np.ndarray,
+        folder: Path,
+        training_sample: int,
+        seed: int,
+        work: Work = HERE,
     ) -> None:
         """See `EngineKind`."""
         import faiss

@@ -21,10 +21,10 @@ BLOCK_BYTES = 1 << 24  # of keys read at a time
 class IndexLayout:
     """How the keys of one segment are held.
 
-    lists: leaves of ScaNN's tree or inverted lists of faiss; 0 = every row is compared, or there is a graph.
+    lists: leaves of ScaNN's tree, or inverted lists; 0 = every row is compared, or there is a graph.
     block: dimensions of one code: of an AH block or a PQ code; 0 where keys are not cut into blocks.
     bits: of a PQ code.
-    soar: whether ScaNN keeps each row in two leaves.
+    soar: whether each row is in two of them.
     """
 
     engine: str
@@ -33,6 +33,17 @@ class IndexLayout:
     block: int = 0
     bits: int = 0
     soar: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """Who does the tasks of a build; see `retro.retrieval.executors.opening.open_executor`."""
+
+    executor: str = "local"
+    workers: int | None = None
+
+
+HERE = Work(workers=1)
 
 
 @runtime_checkable
@@ -46,16 +57,18 @@ class IndexEngine(Protocol):
 
 
 class EngineKind:
-    """All that is known of an engine by its name, which is that of the module it needs.
+    """All that is known of an engine by its name.
 
-    A new one gives `codes`, `remedy`, `layout`, `write`, `open` and `code_bytes`; the rest has defaults.
+    A new one gives `module`, `codes`, `remedy`, `layout`, `write`, `open` and `code_bytes`; the rest has defaults.
 
+    module: the one that it needs.
     codes: what may stand behind its name, as in "faiss:ivf-pq".
     remedy: how to install it.
     settings: names of its own; None is the default by the number of rows.
     searched: the one of these that fixes how many lists a search visits; "" of an engine without lists.
     """
 
+    module: str
     codes: tuple[str, ...]
     remedy: str
     settings: tuple[str, ...] = ()
@@ -74,8 +87,12 @@ class EngineKind:
         folder: Path,
         training_sample: int,
         seed: int,
+        work: Work = HERE,
     ) -> None:
-        """Write the codes of the keys of some store rows into a folder, trained on a uniform sample of them."""
+        """Write the codes of the keys of some store rows into a folder, trained on a uniform sample of them.
+
+        work: who does it, where it can be shared out; else this process does.
+        """
         raise NotImplementedError
 
     def open(self, layout: IndexLayout, folder: Path) -> IndexEngine:

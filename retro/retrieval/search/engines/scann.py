@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, key_blocks
+from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.store.store import Store
 
 BRUTE_ROWS, TREE_ROWS, SOAR_ROWS = 20_000, 100_000, 5_000_000
@@ -18,6 +18,7 @@ _COPIES = {"ah-float32": 4, "ah-bfloat16": 2, "ah-int8": 1}  # bytes of a dimens
 class ScannKind(EngineKind):
     """See `EngineKind`."""
 
+    module = "scann"
     codes = ("brute", "ah", "ah-float32", "ah-bfloat16", "ah-int8")
     remedy = "pip install scann (Linux)"
     settings = ("leaves", "leaves_to_search", "soar")
@@ -39,7 +40,14 @@ class ScannKind(EngineKind):
         return IndexLayout("scann", codes, min(leaves, rows), block, soar=bool(leaves and soar))
 
     def write(
-        self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, training_sample: int, seed: int
+        self,
+        layout: IndexLayout,
+        store: Store,
+        rows: np.ndarray,
+        folder: Path,
+        training_sample: int,
+        seed: int,
+        work: Work = HERE,
     ) -> None:
         """ScaNN draws its own uniform sample, by a fixed seed of its own."""
         import scann
