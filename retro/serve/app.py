@@ -108,7 +108,8 @@ def _add_page(app: FastAPI, engine: Engine) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         status = "ok" if engine.is_alive else "shutting down"
-        return JSONResponse({"status": status, **engine.load}, 200 if engine.is_alive else 503)
+        about = {"status": status, **engine.load, "stores_down": engine.stores_down}
+        return JSONResponse(about, 200 if engine.is_alive else 503)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

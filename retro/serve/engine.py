@@ -1,11 +1,10 @@
-"""The queue of rows and the one thread that owns the model."""
+"""The model, and the rows that it continues: a lane for each store, and one for rows that read from none."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,104 +12,81 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from retro.model.padding import pad_left
+from retro.retrieval.remote.client import RemoteRetriever
+from retro.serve.lanes import Lane, Turn
 from retro.serve.limits import GenerationLimits
-from retro.serve.rows import FoundByChunk, Row, RowCancelled, RunningRow, SampleRows, StreamRows
+from retro.serve.rows import FoundByChunk, Row, RunningRow, SampleRows, StreamRows
+from retro.serve.searching import StoreSearch
 from retro.text.chunks import pad_token_id
-from retro.web.worker import Worker
 
 if TYPE_CHECKING:
     from retro.retrieval import Retriever
 
-_GATHER_SECONDS = 0.02  # how long the first row of a batch waits for others that come at the same moment
-logger = logging.getLogger(__name__)
 
-
-class QueueFull(Exception):
-    """The queue is full."""
-
-
-class Engine(Worker):
-    """Continues rows, several at once where they retrieve alike; a context in which its thread runs.
+class Engine:
+    """Continues rows, several at once where they retrieve alike; a context in which its threads run.
 
     A batch holds rows of one store and one k (or RETRO[OFF]), left-padded. All else is a row's own: length, stop
     strings, temperature, top_p, and a generator with the row's seed, so that a row's text does not depend on the batch.
-    Rows that come later wait for the next batch; the longest waiting one is always in it.
+    One batch computes at a time; while it searches, those of other stores do.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, stores: dict[str, Retriever], limits: GenerationLimits | None = None
     ) -> None:
-        super().__init__("retro-serve-model")
         self.model, self.tokenizer, self.stores, self.limits = model, tokenizer, stores, limits or GenerationLimits()
         self.end_ids = _end_ids(model, tokenizer)
         for part in {model, getattr(model, "base", model)}:  # a row says how it is drawn, nothing else does
             part.generation_config = GenerationConfig(eos_token_id=sorted(self.end_ids) or None)
-        self._waiting: list[Row]
-        self._running: list[Row] = []
+        searches, turn = {name: self._search(name) for name in stores}, Turn()
+        sizes = self.limits.max_batch, self.limits.max_queue
+        self._lanes = {name: Lane(searches.get(name), self._continue, turn, *sizes) for name in (None, *stores)}
+        self._running = ExitStack()
+
+    def _search(self, name: str) -> StoreSearch:
+        retriever, seconds = self.stores[name], self.limits.max_search_seconds
+        if isinstance(retriever, RemoteRetriever):
+            retriever.timeout = min(retriever.timeout, seconds)
+        return StoreSearch(name, retriever, seconds)
+
+    def __enter__(self) -> Engine:
+        for lane in self._lanes.values():
+            self._running.enter_context(lane)
+        return self
 
     def __exit__(self, *error: object) -> None:
-        """End all rows with `RowCancelled` and wait for the thread."""
-        with self._changed:
-            self._closed = True  # from here on no further row runs
-            for row in self._running:
-                row.cancelled = True
-        self._close()
+        """End all rows with `RowCancelled` and wait for the threads."""
+        self.stop()
+        self._running.close()
+
+    def stop(self) -> None:
+        """End all rows with `RowCancelled`, whatever they wait for, and take no more."""
+        for lane in self._lanes.values():
+            lane.stop()
+
+    @property
+    def is_alive(self) -> bool:
+        return all(lane.is_alive for lane in self._lanes.values())
 
     @property
     def load(self) -> dict[str, int]:
         """How many rows wait and how many are being written."""
-        with self._changed:
-            return {"waiting": len(self._waiting), "running": sum(not row.finished for row in self._running)}
+        waiting, running = zip(*(lane.load for lane in self._lanes.values()), strict=True)
+        return {"waiting": sum(waiting), "running": sum(running)}
+
+    @property
+    def stores_down(self) -> list[str]:
+        """The stores that do not answer at present."""
+        return [name for name, lane in self._lanes.items() if lane.search is not None and lane.search.is_down]
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows; raises Full if they do not all fit, Closed at shutdown."""
-        with self._changed:
-            if not self.is_alive:
-                raise RowCancelled
-            self._drop_cancelled()
-            if len(self._waiting) + len(rows) > self.limits.max_queue:
-                raise QueueFull
-            self._waiting.extend(rows)
-            self._changed.notify_all()
+        """Queue the rows of one store; see `Lane.submit`."""
+        self._lanes[rows[0].store].submit(rows)
 
-    def _drop_cancelled(self) -> None:
-        self._waiting = [row for row in self._waiting if not row.cancelled]
-
-    def _work(self) -> None:
-        while rows := self._next_batch():
-            try:
-                self._continue(rows)
-            except Exception as error:  # one batch's failure is its own; the thread lives on
-                logger.exception("a batch of %d rows failed", len(rows))
-                for row in rows:
-                    row.end("error", error)
-            with self._changed:
-                self._running = []
-        for row in self._waiting:
-            row.end("error", RowCancelled())
-
-    def _next_batch(self) -> list[Row]:
-        """The rows that go with the longest waiting one; none at shutdown."""
-        with self._changed:
-            while not self._closed:
-                self._drop_cancelled()
-                if len(self._waiting) >= self.limits.max_batch or self._gathered():
-                    break
-                self._changed.wait(_GATHER_SECONDS if self._waiting else None)
-            if self._closed:
-                return []
-            alike = [row for row in self._waiting if row.group == self._waiting[0].group]
-            self._running = alike[: self.limits.max_batch]
-            self._waiting = [row for row in self._waiting if row not in self._running]
-            return self._running
-
-    def _gathered(self) -> bool:
-        return bool(self._waiting) and time.monotonic() >= self._waiting[0].came_at + _GATHER_SECONDS
-
-    def _continue(self, rows: Sequence[Row]) -> None:
+    def _continue(self, rows: Sequence[Row], search: Callable[..., Any] | None) -> None:
         """Generate one batch to its end."""
-        store, num_neighbors, scores_prompt = rows[0].group
-        found = None if store is None else FoundByChunk(self.stores[store])
+        _, num_neighbors, scores_prompt = rows[0].group
+        found = None if search is None else FoundByChunk(search)
         m, padding = self.model.config.chunk_len, pad_token_id(self.tokenizer)
         running = [RunningRow(row, self.tokenizer, self.end_ids, m, found) for row in rows]
         ids, mask = pad_left([row.prompt_ids for row in rows], padding)
@@ -135,12 +111,14 @@ class Engine(Worker):
 
 @contextmanager
 def first_logits(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
-    """A list that gets the logits of a model's first forward pass, if they are wanted."""
+    """A list that gets the logits of a model's first forward pass in this thread, if they are wanted."""
     kept: list[Tensor] = []
+    here = threading.get_ident()
 
     def keep(module: Any, args: Any, out: Any) -> None:
-        kept.append(out.logits)
-        handle.remove()
+        if threading.get_ident() == here:
+            kept.append(out.logits)
+            handle.remove()
 
     handle = model.register_forward_hook(keep) if wanted else None
     try:

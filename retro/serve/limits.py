@@ -14,8 +14,10 @@ class GenerationLimits:
         max_new_tokens: Tokens of the longest text that is written; a request for more gets status 400.
         max_neighbors: The largest number of neighbors of a chunk; a request for more gets status 400.
         max_batch: Texts that are written at once, and the most that one request may ask for.
-        max_queue: Texts that may wait; a request beyond gets status 429.
+        max_queue: Texts that may wait for one store; a request beyond gets status 429.
         max_seconds: Seconds of a request, waiting included; then it gets status 504.
+        max_search_seconds: Seconds of a search of a store; then its requests get status 504, and the store is spared
+            for a while: requests for it get status 503.
         max_stop_chars: Characters of the longest stop string; a longer one gets status 400.
         max_request_bytes: Bytes of the largest body of a request; a larger one gets status 413.
         grace_seconds: Seconds that requests have to end after SIGTERM or Ctrl-C.
@@ -29,6 +31,7 @@ class GenerationLimits:
     max_batch: Count = 8
     max_queue: Count = 64
     max_seconds: Positive = 120.0
+    max_search_seconds: Positive = 10.0
     max_stop_chars: Count = 256
     max_request_bytes: Count = 1_000_000
     grace_seconds: Positive = 10.0

@@ -13,7 +13,8 @@ from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
-from retro.serve.engine import Engine, QueueFull
+from retro.serve.engine import Engine
+from retro.serve.lanes import QueueFull
 from retro.serve.rows import Row, RowCancelled
 from retro.web.errors import ApiError
 
@@ -99,8 +100,8 @@ class Answer:
 def submit(engine: Engine, rows: Sequence[Row]) -> AsyncGenerator[Event, None]:
     """Queue rows; gives their events until all have ended. Closing it early cancels them.
 
-    Raises ApiError: at once 429 if the queue is full; 503 at shutdown; later 504 when time runs out, and 500 when the
-    model fails.
+    Raises ApiError: at once 429 if the queue is full; 503 at shutdown and where the store is down; later 504 when time
+    runs out or the store is late, and 500 when the model fails.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 

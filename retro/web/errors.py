@@ -13,9 +13,11 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_err
 class ApiError(ValueError):
     """What went wrong, in one sentence, for the client."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int = 1
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
 
     def body(self) -> dict[str, Any]:
         """OpenAI's shape."""
@@ -26,7 +28,7 @@ class ApiError(ValueError):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
-        return {"Retry-After": "1"} if self.status in (429, 503) else {}
+        return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
 
 def shown(value: Any) -> str:

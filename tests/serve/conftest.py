@@ -117,8 +117,9 @@ def ask(make_engine):
     return lambda path, body=None, **options: ask_all(make_engine(), [(path, body)], **options)[0]
 
 
-def ask_all(engine, requests, headers=None, **app_options):
-    """The responses to (path, body) requests sent at once: GET without a body, a dict as JSON, else as it is."""
+def ask_all(engine, requests, headers=None, in_turn=False, **app_options):
+    """The responses to (path, body) requests sent at once, or in turn: GET without a body, a dict as JSON, else as it
+    is."""
 
     async def one(client, path, body):
         raw = {"content": body, "headers": {"content-type": "application/json"}}
@@ -131,7 +132,8 @@ def ask_all(engine, requests, headers=None, **app_options):
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://localhost", headers=headers, timeout=None
             ) as client:
-                return await asyncio.gather(*(one(client, *request) for request in requests))
+                asked = [one(client, *request) for request in requests]
+                return [await request for request in asked] if in_turn else await asyncio.gather(*asked)
 
     return asyncio.run(every())
 

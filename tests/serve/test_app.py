@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from retro.retrofit import retrofit
-from retro.serve.engine import Engine, QueueFull
+from retro.serve.engine import Engine
+from retro.serve.lanes import QueueFull
 from tests.serve.conftest import SCRIPT, ask_all
 from tests.stand_ins import words
 
@@ -191,7 +192,7 @@ def test_lists_and_health(make_engine):
         ("hostile", 5, 10),
         ("lone", 1, 1),
     ]
-    assert health.json() == {"status": "ok", "waiting": 0, "running": 0}
+    assert health.json() == {"status": "ok", "waiting": 0, "running": 0, "stores_down": []}
     assert other.status_code == 404 and other.json()["error"]["code"] == "model_not_found"
 
 
@@ -351,9 +352,8 @@ def test_a_stream_that_runs_out_of_time_says_so_in_the_stream(make_engine, time_
     assert "error" not in parts[0] and "600 seconds" in parts[-1]["error"]["message"]
 
 
-def test_a_failing_model_is_a_500_and_no_secret(make_engine):
-    engine = make_engine()
-    engine.stores = {"main": Failing(engine.stores["main"])}
+def test_a_failing_model_is_a_500_and_no_secret(make_engine, model, tokenizer, stores):
+    engine = Engine(model, tokenizer, {"main": Failing(stores["main"])})
     failed, again = ask_all(engine, [(COMPLETIONS, {"prompt": PROMPT}), (COMPLETIONS, {"prompt": "w1"})])
     assert failed.status_code == 500 and "secret" not in failed.text and again.status_code == 500
     assert ask_all(make_engine(), [(COMPLETIONS, {"prompt": PROMPT})])[0].status_code == 200

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from retro import retrofit
-from retro.serve.engine import Engine, QueueFull
+from retro.serve.engine import Engine
+from retro.serve.lanes import QueueFull
 from retro.serve.rows import Row, RowCancelled
 from tests.stand_ins import words
 from tests.waiting import FOREVER, wait_until
@@ -48,13 +49,15 @@ def make_rows(tokenizer, **options):
 
 
 def finish(engine, rows, together=True):
-    """Listeners of rows that have ended, submitted at once or one after the other."""
+    """Listeners of rows that have ended, submitted at once, those of one store together, or one after the other."""
     listeners = [Listener(row) for row in rows]
+    of_store = {row.store: [other for other in rows if other.store == row.store] for row in rows}
     with engine:
-        for group in [rows] if together else [[row] for row in rows]:
+        for group in of_store.values() if together else [[row] for row in rows]:
             engine.submit(group)
-            for row in group:
+            for row in group if not together else ():
                 assert listeners[rows.index(row)].ended.wait(FOREVER)
+        assert all(listener.ended.wait(FOREVER) for listener in listeners)
     return listeners
 
 
@@ -113,7 +116,8 @@ class SpyOnBatches:
 
     def generate(self, ids, **options):
         retriever = options.get("retriever")
-        self.batches.append((len(ids), retriever and retriever.retriever, options.get("num_neighbors")))
+        name = retriever and retriever.retriever.__self__.search.name
+        self.batches.append((name or "off", options.get("num_neighbors"), len(ids)))
         return self._model.generate(ids, **options)
 
 
@@ -121,8 +125,9 @@ def test_only_rows_that_retrieve_alike_share_a_batch(make_engine, model, tokeniz
     engine = make_engine(max_batch=3)
     engine.model = SpyOnBatches(model)
     finish(engine, make_rows(tokenizer))
-    main, hostile, lone = stores["main"], stores["hostile"], stores["lone"]
-    assert engine.model.batches == [(3, main, 2), (1, hostile, 2), (2, None, None), (1, main, 3), (1, lone, 1)]
+    main = [("main", 2, 3), ("main", 3, 1)]
+    assert [batch for batch in engine.model.batches if batch[0] == "main"] == main
+    assert sorted(engine.model.batches, key=str) == [("hostile", 2, 1), ("lone", 1, 1), *main, ("off", None, 2)]
 
 
 def test_sources_are_what_the_retriever_finds(make_engine, tokenizer, stores):
@@ -181,7 +186,7 @@ def test_a_cancelled_row_stops_costing_and_the_others_go_on(make_engine, model, 
 
 
 def test_a_row_cancelled_while_it_waits_never_runs(make_engine, tokenizer):
-    rows = [Row(prompt(tokenizer, 9), 30), Row(prompt(tokenizer, 9), 30, store="main", num_neighbors=2)]
+    rows = [Row(prompt(tokenizer, 9), 30, store="main", num_neighbors=k) for k in (1, 2)]
     listeners, engine, send = [Listener(row) for row in rows], make_engine(), rows[0].send
 
     def cancel_the_other(kind, value):
@@ -198,7 +203,7 @@ def test_a_row_cancelled_while_it_waits_never_runs(make_engine, tokenizer):
 def test_a_full_queue_refuses_all_or_nothing(make_engine, tokenizer):
     engine = make_engine(max_queue=3, max_batch=3)
     leave = threading.Event()
-    engine._thread = threading.Thread(target=leave.wait)  # a worker that takes nothing
+    engine._lanes[None]._thread = threading.Thread(target=leave.wait)  # a worker that takes nothing
     with engine:
         rows = [Row(prompt(tokenizer, 2), 2) for _ in range(6)]
         engine.submit(rows[:2])
@@ -219,9 +224,8 @@ class Broken:
         raise RuntimeError("the disk is gone")
 
 
-def test_a_batch_that_fails_fails_alone(make_engine, model, tokenizer, stores, caplog):
-    engine = make_engine()
-    engine.stores = engine.stores | {"broken": Broken()}
+def test_a_batch_that_fails_fails_alone(model, tokenizer, stores, caplog):
+    engine = Engine(model, tokenizer, stores | {"broken": Broken()})
     rows = [Row(prompt(tokenizer, 9), 5, store=store, num_neighbors=2) for store in ("broken", "main", "broken")]
     listeners = finish(engine, rows)
     assert [listener.events[-1][0] for listener in listeners] == ["error", "end", "error"]
@@ -233,7 +237,8 @@ def test_shutdown_ends_what_runs_and_what_waits(make_engine, tokenizer):
     rows = [Row(prompt(tokenizer, 9), 15_000), Row(prompt(tokenizer, 9), 15_000, store="main", num_neighbors=2)]
     listeners, engine = [Listener(row) for row in rows], make_engine()
     with engine:
-        engine.submit(rows)
+        for row in rows:
+            engine.submit([row])
         wait_until(lambda: listeners[0].events)
     assert all(isinstance(listener.events[-1][1], RowCancelled) for listener in listeners)
     assert not engine.is_alive

@@ -134,7 +134,8 @@ def test_a_client_that_hangs_up_stops_costing(make_engine, hold, stream):
         head += [f"Content-Length: {len(content)}", "", ""]
         connection.sendall("\r\n".join(head).encode() + content)
         staying.start()
-        written = lambda: [row for row in engine._running if row.max_new_tokens == 15_000 and row.new_ids]  # noqa: E731
+        lane = engine._lanes["main"]
+        written = lambda: [row for row in lane.running if row.max_new_tokens == 15_000 and row.new_ids]  # noqa: E731
         wait_until(written)
         if stream:
             assert connection.recv(100)

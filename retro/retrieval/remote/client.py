@@ -123,6 +123,15 @@ class RemoteRetriever:
         """How many shards answered this thread's latest call; None where the server's search has none."""
         return getattr(self._latest, "answered", None)
 
+    @property
+    def timeout(self) -> float:
+        """Seconds that a request may take."""
+        return self._server.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._server.timeout = seconds
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_latest": None}
 
