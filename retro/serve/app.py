@@ -42,6 +42,7 @@ def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Seq
     app.include_router(_openai_routes(engine, name), prefix="/v1")
     _add_page(app, engine)
     answer_errors(app)
+    app.state.stop = engine.stop
     return app
 
 

@@ -32,7 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {host} port {port} ({error}); give another --host or --port.") from None
 
@@ -55,9 +55,9 @@ def names_of(bound: socket.socket, host: str, api_key: str | None) -> list[str] 
 
 
 def run(app: FastAPI, bound: socket.socket, grace_seconds: float) -> None:
-    """Serve until SIGTERM or Ctrl-C; then finish what has begun, for at most `grace_seconds`."""
-    import uvicorn
+    """Serve until SIGTERM or Ctrl-C; then finish what has begun, for at most `grace_seconds`; what is left then ends
+    with an error."""
+    from retro.web.connections import make_server
 
-    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=max(1, round(grace_seconds)))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after its shutdown, which is a good end
-    uvicorn.Server(config).run(sockets=[bound])
+    make_server(app, grace_seconds).run(sockets=[bound])

@@ -9,7 +9,6 @@ from functools import partial
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.retrieval import BuildSettings, Retriever, build_store
@@ -17,6 +16,7 @@ from retro.serve.app import create_app
 from retro.serve.engine import Engine
 from retro.serve.limits import GenerationLimits
 from retro.serve.rows import RunningRow
+from retro.web.connections import make_server
 from retro.web.listening import listen, url_of
 from tests.conftest import TINY
 from tests.stand_ins import HashingEmbedder, make_store, make_words_tokenizer, words, write_jsonl
@@ -144,9 +144,9 @@ def serving(engine, **app_options):
 
 
 @contextlib.contextmanager
-def serving_app(app, port=0):
+def serving_app(app, port=0, grace_seconds=FOREVER):
     bound = listen("127.0.0.1", port)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = make_server(app, grace_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class Encoder:
             max_length,
             torch.device(device),
         )
+        self._tokenizing = Lock()  # a fast tokenizer keeps how the last call cuts texts
         self.dtype = dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
         self.heads = [_Head(head) for head in encoder_config.heads]
         self.dim: int = self.heads[-1].out_features if self.heads else model.config.hidden_size
@@ -78,8 +80,9 @@ class Encoder:
         `batch_size` texts), padded to their own longest. Batches depend on the texts of this call only.
         """
         vectors = np.empty((len(texts), self.dim), np.float32)
-        ids = self._token_ids([prefix + text for text in texts])
-        skipped = 0 if self.encoder_config.pool_prefix or not prefix else self._prefix_len(prefix)
+        with self._tokenizing:
+            ids = self._token_ids([prefix + text for text in texts])
+            skipped = 0 if self.encoder_config.pool_prefix or not prefix else self._prefix_len(prefix)
         tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         batches = list(length_batches([len(line) for line in ids], batch_size, tokens))
         with torch.inference_mode():

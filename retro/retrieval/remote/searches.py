@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from retro.retrieval.neighbors import Neighbors
     from retro.retrieval.retriever import Retriever
 
+_LAST_SECONDS = 1.0  # of a search at shutdown
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +42,14 @@ class PendingSearch:
         given = is_text, self.exclude_documents is None, self.against is None
         return self.num_neighbors, self.retrieved_len, *given
 
+    def end(self, answer: bytes = b"", error: Exception | None = None) -> None:
+        """Give the answer or an error; whoever comes second changes nothing."""
+        with suppress(InvalidStateError):
+            if error is None:
+                self.answer.set_result(answer)
+            else:
+                self.answer.set_exception(error)
+
 
 class SearchQueue(Worker):
     """Searches a retriever for many requests; a context in which its thread runs.
@@ -52,17 +62,28 @@ class SearchQueue(Worker):
         super().__init__("retro-serve-search")
         self.retriever, self.limits = retriever, limits
         self._waiting: list[PendingSearch]
-        self._num_running = 0
+        self._running: list[PendingSearch] = []
 
     def __exit__(self, *error: object) -> None:
-        """End what waits with 503 and wait for what runs."""
-        self._close(self.limits.grace_seconds)
+        """End all searches with 503, and leave one that does not end behind."""
+        self.stop()
+        self._close(_LAST_SECONDS)
+
+    def stop(self) -> None:
+        """Take no further searches, and end all with ApiError 503."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            searches = self._running + self._waiting
+        for search in searches:
+            search.end(error=_closed())
 
     @property
     def load(self) -> dict[str, int]:
         """How many queries wait and how many are being searched."""
         with self._changed:
-            return {"waiting": self._num_waiting(), "running": self._num_running}
+            running = sum(len(search.queries) for search in self._running)
+            return {"waiting": self._num_waiting(), "running": running}
 
     def submit(self, search: PendingSearch) -> None:
         """Queue a search; ApiError 429 if its queries do not fit, 503 at shutdown."""
@@ -81,19 +102,16 @@ class SearchQueue(Worker):
     def _work(self) -> None:
         while batch := self._next_batch():
             self._answer(batch)
-        for search in self._waiting:
-            if search.answer.set_running_or_notify_cancel():
-                search.answer.set_exception(_closed())
 
     def _next_batch(self) -> list[PendingSearch]:
         """The longest waiting search and those that go with it; none at shutdown."""
         with self._changed:
-            self._num_running = 0
+            self._running = []
             batch: list[PendingSearch] = []
             while not self._closed and not batch:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 batch = [search for search in self._alike() if search.answer.set_running_or_notify_cancel()]
-            self._num_running = sum(len(search.queries) for search in batch)
+            self._running = batch
             return batch
 
     def _alike(self) -> list[PendingSearch]:
@@ -112,14 +130,14 @@ class SearchQueue(Worker):
             found, about = self._search(batch)
             first = 0
             for search in batch:
-                search.answer.set_result(pack_neighbors(found[first : first + len(search.queries)], about))
+                search.end(pack_neighbors(found[first : first + len(search.queries)], about))
                 first += len(search.queries)
         except Exception as error:
             undone = [search for search in batch if not search.answer.done()]
-            if len(batch) == 1:
-                undone[0].answer.set_exception(_as_api_error(error))
-            else:
-                for search in undone:
+            for search in undone:
+                if len(batch) == 1:
+                    search.end(error=_as_api_error(error))
+                else:
                     self._answer([search])
 
     def _search(self, batch: list[PendingSearch]) -> tuple[Neighbors, dict[str, int]]:

@@ -90,6 +90,7 @@ def create_retrieval_app(
         return JSONResponse({"status": status, **queue.load}, 200 if queue.is_alive else 503)
 
     answer_errors(app)
+    app.state.stop = queue.stop
     return app
 
 

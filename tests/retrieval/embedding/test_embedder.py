@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -401,3 +402,10 @@ def test_an_earlier_manifest_keeps_its_meaning(folders, tmp_path):
         "query_encoder": "same",
     }
     assert portable(embedder.description, tmp_path)["name"].startswith("../")
+
+
+def test_threads_that_share_an_embedder_cut_no_others_texts(folders):
+    embedder, texts = load_embedder(folders["bert"]), ["w5 " * 200, "w1 w2"]
+    expected = embedder.embed(texts)
+    with ThreadPoolExecutor(8) as threads:
+        assert all(np.array_equal(keys, expected) for keys in threads.map(embedder.embed, [texts] * 100))
