@@ -73,7 +73,9 @@ def test_slow_readers_are_cut(monkeypatch):
     with serving_bytes(1 << 26) as url, connect(url, WHOLE) as client:
         gone = threading.Event()
         lost = connections.HttpConnection.connection_lost
-        monkeypatch.setattr(connections.HttpConnection, "connection_lost", lambda self, exc: (lost(self, exc), gone.set()))
+        monkeypatch.setattr(
+            connections.HttpConnection, "connection_lost", lambda self, exc: (lost(self, exc), gone.set())
+        )
         assert gone.wait(FOREVER) and len(read_all(client)) < 1 << 26
 
 
