@@ -26,8 +26,9 @@ Port = Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")]
 _KEY = "File with the bearer token to ask for. Default: that of RETRO_API_KEY, else none."
 ApiKeyFile = Annotated[str | None, Parameter(help=_KEY)]
 _INDEX = (
-    "The index to search: auto, exact, scann, faiss, tfidf, bm25, several joined by +, or FIRST>SECOND to re-rank, as "
-    "tfidf>continuation; scann and faiss take codes, as in faiss:ivf-pq; tfidf:exact and bm25:exact miss nothing. "
+    "The index to search: auto, exact, scann, routed, faiss, tfidf, bm25, several joined by +, or FIRST>SECOND to "
+    "re-rank, as tfidf>continuation; scann and faiss take codes, as in faiss:ivf-pq; tfidf:exact and bm25:exact miss "
+    "nothing. "
 )
 IndexKind = Annotated[str, Parameter(help=f"{_INDEX}auto is the best one built, else exact search.")]
 _OWN_INDEX = f"{_INDEX}Default: auto, or the kind of the model's training if that is lexical."

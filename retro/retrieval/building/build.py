@@ -81,7 +81,8 @@ def build_store(
         _clean(path, plan)
     store = Store.open(path)
     if settings.index != "none" and executor.leads:
-        open_searcher(store, settings.index, build=True, recall=settings.recall)
+        work = {"executor": "local" if executor.shared else settings.executor, "workers": settings.workers}
+        open_searcher(store, settings.index, build=True, recall=settings.recall, **work)
     return store
 
 

@@ -102,8 +102,8 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
         min_chunk_len: Tokens of the shortest chunk that a search may return; shorter ones keep their row.
         on_bad: What to do at a record that is no document, or has another's id: "error" stops, "reject" lists it in
             rejects/.
-        index: The index to build: auto, exact, scann, scann:CODES, faiss, faiss:CODES, tfidf, bm25, or several joined
-            by +; "none" builds no index.
+        index: The index to build: auto, exact, scann, scann:CODES, routed, faiss, faiss:CODES, tfidf, bm25, or several
+            joined by +; "none" builds no index.
         recall: Share of the true nearest keys that an approximate index is tuned to find, such as 0.95. Default: the
             index's own.
         shard_chunks: Chunks of a shard; it is closed before the document that would take it beyond.

@@ -137,24 +137,39 @@ def open_segment(store: Store, shards: ShardRange) -> Segment:
 
 
 def write_dense(
-    store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float, work: Work = HERE
+    store: Store,
+    shards: ShardRange,
+    kind: str,
+    settings: dict[str, Any],
+    target: float,
+    work: Work = HERE,
+    base: ShardRange | None = None,
 ) -> ShardRange:
     """Write the segment of some shards, tuned to a recall, and return these with its folder and record.
+
+    base: a segment of the first of these shards, whose codes are kept if its engine can do so.
 
     The peak of memory is `EngineKind.peak_bytes`.
     """
 
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
-        layout = choose_layout(kind, settings, len(rows), store.key_dim)
         start, _ = row_range(store, shards)
         save_npy(folder / "rows.npy", rows)
-        given = settings["training_sample"], settings["seed"]
-        engine_of(layout).write(layout, store, start + rows.astype(np.int64), folder, *given, work)
-        record = {"layout": asdict(layout), "settings": settings}
+        store_rows, fields = start + rows.astype(np.int64), None
+        if base is not None:
+            kept = np.flatnonzero(np.isin(open_npy(base.folder / "rows.npy"), rows))
+            layout = IndexLayout(**base.record["layout"])
+            fields = engine_of(layout).extend(base.folder, base.record, kept, store, store_rows, folder, work)
+        if fields is None:
+            layout = choose_layout(kind, settings, len(rows), store.key_dim)
+            given = settings["training_sample"], settings["seed"]
+            fields = engine_of(layout).write(layout, store, store_rows, folder, *given, work) or {}
+        record = fields | {"layout": asdict(layout), "settings": settings}
         segment = Segment(store, ShardRange(shards.first, shards.stop, folder, record))
-        return {"layout": asdict(layout), "recall": tune(segment, target)}
+        return fields | {"layout": asdict(layout), "recall": tune(segment, target)}
 
-    return write_segment(store, shards, {"format_version": 2, "kind": kind, "settings": settings}, write)
+    record = {"format_version": 2, "kind": kind, "settings": settings}
+    return write_segment(store, shards, record | ({"base": base.folder.name} if base else {}), write)
 
 
 def retune(segment: Segment, target: float) -> None:

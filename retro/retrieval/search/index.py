@@ -37,6 +37,7 @@ from retro.retrieval.search.postings import KINDS as LEXICAL_KINDS
 from retro.retrieval.search.segments import (
     ShardRange,
     cover,
+    extensions,
     find_segments,
     plan_segments,
     row_range,
@@ -144,12 +145,16 @@ def build_index(
     there = _undamaged(store, kind, chosen)
     target = recall or _target(store, kind, chosen)
     segments = []
-    for shards in plan_segments(store, there, chosen["max_segment_rows"]):
+    most = chosen["max_segment_rows"]
+    planned = plan_segments(store, there, most)
+    extended = extensions(store, planned, most) if ENGINES[kind].extends else [(shards, None) for shards in planned]
+    for shards, base in extended:
         if shards.folder is None and not len(store.searchable_in(*row_range(store, shards))):
             continue
-        segment = Segment(
-            store, shards if shards.folder else _write(store, shards, kind, chosen, target, Work(executor, workers))
+        written = (
+            shards if shards.folder else _write(store, shards, kind, chosen, target, Work(executor, workers), base)
         )
+        segment = Segment(store, written)
         if recall and segment.record["recall"]["target"] != recall:
             retune(segment, recall)
             _say_recall(segment.shards)
@@ -270,9 +275,9 @@ def _check_recall(recall: float | None) -> None:
 
 
 def _write(
-    store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float, work: Work
+    store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float, *how: Any
 ) -> ShardRange:
-    written = write_dense(store, shards, kind, settings, target, work)
+    written = write_dense(store, shards, kind, settings, target, *how)
     _say_recall(written)
     return written
 

@@ -69,6 +69,7 @@ def open_searcher(
     embedder: Embedder | None = None,
     build: bool = False,
     recall: float | None = None,
+    **work: Any,
 ) -> Searcher:
     """The search of a kind over a store.
 
@@ -76,13 +77,13 @@ def open_searcher(
     are built when they are first asked for; those of keys only with `build`, where the embedder is loaded only if a
     query comes without its key.
 
-    recall: to which `build` tunes the indexes of keys (see `build_index`).
+    recall, work: to which `build` tunes the indexes of keys, and who does it (executor, workers); see `build_index`.
     Raises ValueError for an unknown kind, an index that is not built, and one of keys over a store without keys.
     """
     if recall is not None and not build:
         raise ValueError("recall is what an index is tuned to when it is built; leave it out or build the index")
     kind, separator, second = kind.partition(">")
-    parts = [_open_part(store, part, embedder, build, recall) for part in parse_kind(kind, is_keyless(store))]
+    parts = [_open_part(store, part, embedder, build, recall, work) for part in parse_kind(kind, is_keyless(store))]
     first = parts[0] if len(parts) == 1 else FusedSearcher(parts)
     return RerankedSearcher(first, open_reranker(store, second)) if separator else first
 
@@ -147,11 +148,13 @@ def is_keyless(store: Store) -> bool:
     return store.manifest["embedder"]["name"] == NO_EMBEDDER
 
 
-def _open_part(store: Store, kind: str, embedder: Embedder | None, build: bool, recall: float | None) -> Searcher:
+def _open_part(
+    store: Store, kind: str, embedder: Embedder | None, build: bool, recall: float | None, work: dict[str, Any]
+) -> Searcher:
     if kind in lexical.KINDS:
         return lexical.build_lexical(store, kind)
     if build:
-        return DenseSearcher(store, build_index(store, kind, recall), embedder)
+        return DenseSearcher(store, build_index(store, kind, recall, **work), embedder)
     return DenseSearcher(store, open_index(store, kind), embedder_of(store, embedder))
 
 

@@ -6,7 +6,7 @@ leave all of them (their rows are dropped from the answers), and `compact` keeps
 
 When more than 8 segments would serve a store, the newest are joined, back to front, while the one before has less than
 twice the rows joined so far and all have at most `max_rows`: their number grows with the logarithm of the rows, and a
-row is indexed again that often.
+row is indexed again that often. An engine that can extend a segment puts new shards into the one before them instead.
 """
 
 from __future__ import annotations
@@ -146,6 +146,18 @@ def plan_segments(store: Store, chosen: list[ShardRange], max_rows: int) -> list
             break
         planned[start:] = [ShardRange(planned[start].first, planned[-1].stop)]
     return planned
+
+
+def extensions(store: Store, planned: list[ShardRange], max_rows: int) -> list[tuple[ShardRange, ShardRange | None]]:
+    """Planned segments, new ones joined to those before them, each with the one that is there and that it extends."""
+    found: list[tuple[ShardRange, ShardRange | None]] = []
+    for shards in planned:
+        before, base = found[-1] if found else (None, None)
+        if before is None or shards.folder or num_rows(store, before) + num_rows(store, shards) > max_rows:
+            found.append((shards, None))
+        else:
+            found[-1] = ShardRange(before.first, shards.stop), before if before.folder else base
+    return found
 
 
 def _split(store: Store, shards: ShardRange, max_rows: int) -> list[ShardRange]:

@@ -65,6 +65,7 @@ class EngineKind:
     codes: what may stand behind its name, as in "faiss:ivf-pq".
     remedy: how to install it.
     settings: names of its own; None is the default by the number of rows.
+    extends: whether `extend` can write a longer segment from one that is there.
     searched: the one of these that fixes how many lists a search visits; "" of an engine without lists.
     """
 
@@ -73,6 +74,7 @@ class EngineKind:
     remedy: str
     settings: tuple[str, ...] = ()
     searched: str = ""
+    extends: bool = False
 
     def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
         """The layout for a segment of so many rows: what the settings name, and where they leave it open its own
@@ -88,12 +90,27 @@ class EngineKind:
         training_sample: int,
         seed: int,
         work: Work = HERE,
-    ) -> None:
+    ) -> dict[str, Any] | None:
         """Write the codes of the keys of some store rows into a folder, trained on a uniform sample of them.
 
         work: who does it, where it can be shared out; else this process does.
+        Returns further fields of the segment's record, if any.
         """
         raise NotImplementedError
+
+    def extend(
+        self,
+        base: Path,
+        record: dict[str, Any],
+        kept: Int64[np.ndarray, " k"],
+        store: Store,
+        rows: Int64[np.ndarray, " c"],
+        folder: Path,
+        work: Work = HERE,
+    ) -> dict[str, Any] | None:
+        """Write the codes of a segment with more rows than one that is there, whose `kept` rows come first; None where
+        the engine cannot, or should not. Else as `write`."""
+        return None
 
     def open(self, layout: IndexLayout, folder: Path) -> IndexEngine:
         """The engine of a folder that `write` wrote and whose files were checked."""

@@ -20,13 +20,13 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
-from retro.retrieval.search.engines.routing import NUM_LISTS_OF_A_ROW, write_lists
+from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, Base, write_lists
 from retro.retrieval.store.store import Store
 
 ROWS_OF_A_LIST = 32  # by nearest centroid; the second copies make it twice as many, whole blocks of fast scan
 _ID_BYTES = 8
 _FEWEST_GROUPS = 16  # that a search looks into
-_FILE = "faiss.index"
+_MOST_GROWTH = 2
 
 
 class RoutedKind(EngineKind):
@@ -37,6 +37,7 @@ class RoutedKind(EngineKind):
     remedy = 'pip install "retro-lm[faiss]"'
     settings = ("lists", "probes")
     searched = "probes"
+    extends = True
 
     def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
         """See `choose_layout`."""
@@ -55,7 +56,7 @@ class RoutedKind(EngineKind):
         training_sample: int,
         seed: int,
         work: Work = HERE,
-    ) -> None:
+    ) -> dict[str, Any] | None:
         """See `EngineKind`; the work is a job of tasks, taken up again after a kill."""
         import faiss
 
@@ -63,9 +64,26 @@ class RoutedKind(EngineKind):
             index = faiss.IndexFlatL2(store.key_dim)
             for _, keys in key_blocks(store, rows):
                 index.add(keys)
-            faiss.write_index(index, str(folder / _FILE))
-        else:
-            write_lists(layout, store, rows, folder / _FILE, training_sample, seed, work)
+            return faiss.write_index(index, str(folder / FAISS_FILE))
+        mean = write_lists(layout, store, rows, folder, training_sample, seed, work)
+        return {"trained_rows": len(rows), "mean_distance": mean}
+
+    def extend(
+        self,
+        base: Path,
+        record: dict[str, Any],
+        kept: np.ndarray,
+        store: Store,
+        rows: np.ndarray,
+        folder: Path,
+        work: Work = HERE,
+    ) -> dict[str, Any] | None:
+        """See `EngineKind`: as long as there are at most twice the rows that the centroids were made of."""
+        made = {name: record.get(name) for name in ("trained_rows", "mean_distance")}
+        if not made["trained_rows"] or len(rows) > _MOST_GROWTH * made["trained_rows"]:
+            return None
+        layout, known = IndexLayout(**record["layout"]), Base(base, kept, made["mean_distance"])
+        return None if write_lists(layout, store, rows, folder, 0, 0, work, known) is None else made
 
     def open(self, layout: IndexLayout, folder: Path) -> RoutedEngine:
         """See `EngineKind`."""
@@ -83,8 +101,13 @@ class RoutedKind(EngineKind):
         return lists + 24.0 * BLOCK_BYTES
 
     def file_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
-        """The lists, filled up to whole blocks, and codes of their centroids."""
-        return rows * self.row_bytes(layout, width) * 1.25 + layout.lists * (width / 4 + _ID_BYTES)
+        """Lists in whole blocks, and what a longer index is made from: centroids, and the lists and code of a row."""
+        if layout.codes == "flat":
+            return rows * self.row_bytes(layout, width)
+        tables = layout.lists * (4.25 * width + 2 * _ID_BYTES) + rows * (
+            4 * NUM_LISTS_OF_A_ROW + width / layout.block / 2
+        )
+        return rows * self.row_bytes(layout, width) * 1.25 + tables
 
     def is_exact(self, layout: IndexLayout) -> bool:
         """See `EngineKind`."""
@@ -98,7 +121,7 @@ class RoutedEngine:
         import faiss
 
         self.layout = layout
-        self._index = faiss.read_index(str(folder / _FILE))
+        self._index = faiss.read_index(str(folder / FAISS_FILE))
 
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int

@@ -6,6 +6,12 @@
     assign, a block  the two lists and the code of every row
     then             the codes in the order of their lists, with the router, as one file of faiss
 
+Rows that are added later are only assigned: the centroids, and the codes of the others, stay.
+
+    groups.npy  centroids.npy  sizes.npy (lists of each group)  codebook.npy    the tables
+    lists.npy int32 [rows, 2]  codes.npy                                        from which a longer index is made
+    faiss.index                                                                 what a search reads
+
 All that is drawn is drawn by the number of a block or a group, and every task runs on one thread: the file does not
 depend on who did the tasks, nor on kills. Other processors may round a distance otherwise, and so put a row that lies
 between two lists into the other.
@@ -14,7 +20,7 @@ between two lists into the other.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import isqrt
 from pathlib import Path
@@ -32,6 +38,8 @@ from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
 
 NUM_LISTS_OF_A_ROW = 2
+FAISS_FILE = "faiss.index"
+TABLES = "groups", "codebook", "centroids", "sizes"
 _BLOCK_ROWS = 1 << 17
 _PART_ROWS = 1 << 14  # whose distances are computed at a time
 _SPLIT_ROWS = 1 << 17  # that train the centroids of one task
@@ -39,6 +47,7 @@ _SAMPLE_OF_LIST, _SAMPLE_OF_GROUP = 16, 64  # rows that train a centroid
 _LEVEL_ROUNDS, _SPLIT_ROUNDS = 8, 6  # of k-means
 _GROUPS_SEARCHED = 4  # for the lists of a row
 _CANDIDATE_LISTS = 8  # of which the second is chosen
+_DRIFT = 1.25  # how much farther from their centroids rows may lie that are added to what was there
 _SOAR = 1.5  # lambda: how much a residual along the first one counts
 _LIGHT_ROWS = 1 << 18  # segments too small to start processes for
 
@@ -47,21 +56,41 @@ def write_lists(
     layout: IndexLayout,
     store: Store,
     rows: Int64[np.ndarray, " c"],
-    file: Path,
+    folder: Path,
     training_sample: int,
     seed: int,
     work: Work,
-) -> None:
-    """Write the lists of some store rows, as faiss reads them."""
+    base: Base | None = None,
+) -> float | None:
+    """Write the lists of some store rows; the mean squared distance of a row to its centroid.
+
+    With a base, only rows behind it are assigned; None, and nothing written, where these lie much farther away.
+    """
     spec = {"store": str(store.path.resolve()), "fingerprint": store.fingerprint, "layout": asdict(layout)}
-    spec |= {"sample": max(training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": seed, "rows": len(rows)}
-    job = store.path / "index" / f".job-{stable_hash([spec, int(rows[0]), int(rows[-1])])[:16]}"
+    spec |= {"sample": max(training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": seed}
+    new = rows if base is None else rows[len(base.rows) :]
+    spec |= {"rows": len(new), "block_rows": _BLOCK_ROWS, "base": base and str(base.folder.resolve())}
+    job = store.path / "index" / f".job-{stable_hash([spec, new[:1].tolist(), new[-1:].tolist()])[:16]}"
     job.mkdir(parents=True, exist_ok=True)
-    save_npy(job / "rows.npy", rows)
-    lists = _ListsJob(spec | {"job": str(job.resolve())})
-    open_executor(work.executor, work.workers).run(job, lists.first(), lists.after)
-    _write_index(job, layout, file)
+    save_npy(job / "rows.npy", new)
+    tasks = _ListsJob(spec | {"job": str(job.resolve())})
+    open_executor(work.executor, work.workers).run(job, tasks.first(), tasks.after)
+    mean = sum(tasks.distances[name] for name in sorted(tasks.distances)) / max(len(new), 1)
+    fits = base is None or mean <= _DRIFT * base.mean_distance
+    if fits:
+        _write_files(job, layout, folder, base)
     delete(job, store.path)
+    return (mean if base is None else base.mean_distance) if fits else None
+
+
+@dataclass(frozen=True)
+class Base:
+    """An index whose centroids and codes are kept: its folder, those of its rows that are the first of the new one,
+    and the mean squared distance of a row to its centroid when these were made."""
+
+    folder: Path
+    rows: Int64[np.ndarray, " k"]
+    mean_distance: float
 
 
 class _ListsJob:
@@ -69,29 +98,36 @@ class _ListsJob:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec, self.light = spec, spec["rows"] < _LIGHT_ROWS
-        self.blocks = list(blocks(0, spec["rows"], _BLOCK_ROWS))
+        self.blocks = list(blocks(0, spec["rows"], spec["block_rows"]))
         self.counts: dict[str, list[int]] = {}
+        self.distances: dict[str, float] = {}
         self.left: set[str] = set()
 
     def first(self) -> list[Task]:
-        return [self._task("train", train, {})]
+        return [self._task("train", train, {})] if self.spec["base"] is None else self._over("assign", assign)
 
     def after(self, task: Task, record: dict[str, Any]) -> Iterable[Task]:
         step = task.name.partition("-")[0]
         self.left.discard(task.name)
         if step == "train":
-            return self._wait_for(self._task(f"divide-{start:012d}", divide, {"block": [start, stop]})
-                                  for start, stop in self.blocks)  # fmt: skip
+            return self._over("divide", divide)
         if step == "divide":
             self.counts[task.name] = record["counts"]
+        if step == "assign":
+            self.distances[task.name] = record["distance"]
         if self.left:
             return ()
         if step == "divide":
             return self._wait_for(self._splits())
         if step == "split":
-            return self._wait_for(self._task(f"assign-{start:012d}", assign, {"block": [start, stop]})
-                                  for start, stop in self.blocks)  # fmt: skip
+            _join_centroids(Path(self.spec["job"]))
+            return self._over("assign", assign)
         return ()
+
+    def _over(self, step: str, function: Any) -> list[Task]:
+        """A task for every block of rows."""
+        return self._wait_for(self._task(f"{step}-{start:012d}", function, {"block": [start, stop]})
+                              for start, stop in self.blocks)  # fmt: skip
 
     def _wait_for(self, tasks: Iterable[Task]) -> list[Task]:
         tasks = list(tasks)
@@ -133,7 +169,9 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         )
         keys = store.keys(rows[np.sort(chosen)])
         groups = k_means(keys, isqrt(spec["layout"]["lists"]), _LEVEL_ROUNDS)
-        return _written(spec, groups=groups, codebook=_codebook(spec["layout"], keys))
+        tables = {"groups": groups, "codebook": _codebook(spec["layout"], keys)}
+        files = {Path(spec["job"]) / f"{name}.npy": table for name, table in tables.items()}
+        return _saved(files)
 
 
 def divide(spec: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +182,7 @@ def divide(spec: dict[str, Any]) -> dict[str, Any]:
         share = min(_SAMPLE_OF_LIST * spec["layout"]["lists"] / spec["rows"], 1.0)
         draw = np.random.default_rng([spec["seed"], 1, start])
         chosen = np.sort(draw.choice(stop - start, max(round(share * (stop - start)), 1), replace=False))
-        groups, keys = open_npy(_file(spec, "train", "groups")), store.keys(rows[start:stop][chosen])
+        groups, keys = open_npy(Path(spec["job"]) / "groups.npy"), store.keys(rows[start:stop][chosen])
         own = np.concatenate([_nearest(keys[a:b], groups, 1)[:, 0] for a, b in blocks(0, len(keys), _PART_ROWS)])
         counts = np.bincount(own, minlength=len(groups))
         keys = keys[np.argsort(own, kind="stable")].astype(np.float16)
@@ -155,48 +193,52 @@ def split(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the centroids of the lists of some groups, by k-means of each group's rows."""
     with torch_threads(1):
         first, stop = spec["groups"]
-        names = [f"divide-{start:012d}" for start, _ in blocks(0, spec["rows"], _BLOCK_ROWS)]
+        names = [f"divide-{start:012d}" for start, _ in blocks(0, spec["rows"], spec["block_rows"])]
         parts = [open_npy(_file(spec, name, "keys")) for name in names]
         borders = [np.append(0, np.cumsum(open_npy(_file(spec, name, "counts")))) for name in names]
-        groups, found = open_npy(_file(spec, "train", "groups")), []
+        groups, found = open_npy(Path(spec["job"]) / "groups.npy"), []
         for group, lists in zip(range(first, stop), spec["lists"], strict=True):
             keys = np.concatenate([part[at[group] : at[group + 1]] for part, at in zip(parts, borders, strict=True)])
             keys = keys.astype(np.float32) if len(keys) else groups[group : group + 1]
             found.append(k_means(keys, lists, _SPLIT_ROUNDS))
-        return _written(spec, centroids=np.concatenate(found), lists=np.asarray(spec["lists"]))
+        return _written(spec, centroids=np.concatenate(found), sizes=np.asarray(spec["lists"]))
 
 
 def assign(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the two lists and the code of every row of a block."""
     with torch_threads(1):
         store, rows = _rows_of(spec)
-        start, stop = spec["block"]
-        lists = Lists(Path(spec["job"]))
-        codes = lists.codec(spec["layout"])
-        found = [(lists.of(keys), codes.compute_codes(keys))
-                 for a, b in blocks(start, stop, _PART_ROWS) for keys in [store.keys(rows[a:b])]]  # fmt: skip
-        return _written(spec, lists=np.concatenate([f[0] for f in found]), codes=np.concatenate([f[1] for f in found]))
+        lists = Lists(Path(spec["base"] or spec["job"]))
+        codec, found, distance = lists.codec(spec["layout"]), [], 0.0
+        for part in blocks(*spec["block"], _PART_ROWS):
+            keys = store.keys(rows[slice(*part)])
+            of_rows, distances = lists.of(keys)
+            found.append((of_rows, codec.compute_codes(keys)))
+            distance += float(distances.sum(dtype=np.float64))
+        of_rows, codes = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        return _written(spec, lists=of_rows, codes=codes) | {"distance": distance}
 
 
 class Lists:
-    """The groups and centroids of a job, as far as it is."""
+    """The tables of a job or of an index: groups, and the centroids of their lists."""
 
-    def __init__(self, job: Path) -> None:
-        self.groups = np.ascontiguousarray(open_npy(job / "train.groups.npy"))
-        self.codebook = np.ascontiguousarray(open_npy(job / "train.codebook.npy"))
-        names = sorted(file.name.partition(".")[0] for file in job.glob("split-*.json"))
-        self.centroids = np.concatenate([open_npy(job / f"{name}.centroids.npy") for name in names])
-        self.sizes = np.concatenate([open_npy(job / f"{name}.lists.npy") for name in names])  # lists of each group
+    def __init__(self, folder: Path) -> None:
+        self.groups, self.codebook, self.centroids, self.sizes = (
+            np.array(open_npy(folder / f"{name}.npy")) for name in TABLES
+        )
         self.starts = np.append(0, np.cumsum(self.sizes))
 
-    def of(self, keys: Float32[np.ndarray, "c d"]) -> Int32[np.ndarray, "c 2"]:
-        """The list of the nearest centroid in the nearest groups, and of those next to it the one of least
-        |r|^2 + lambda (r . u)^2, for a key's residuals r there and u, of length 1, in the first."""
+    def of(self, keys: Float32[np.ndarray, "c d"]) -> tuple[Int32[np.ndarray, "c 2"], Float32[np.ndarray, " c"]]:
+        """The two lists of each key, and its squared distance to the centroid of the first.
+
+        The first is that of the nearest centroid in the nearest groups; the second, of those next to it, the one of
+        least |r|^2 + lambda (r . u)^2, for the residuals r there and u, of length 1, in the first.
+        """
         near, distances = self._candidates(keys)
         order = np.argsort(distances, axis=1, kind="stable")[:, :_CANDIDATE_LISTS]
         near, distances = np.take_along_axis(near, order, 1), np.take_along_axis(distances, order, 1)
         if near.shape[1] == 1:
-            return np.repeat(near, 2, axis=1).astype(np.int32)
+            return np.repeat(near, 2, axis=1).astype(np.int32), distances[:, 0]
         residual = keys - self.centroids[near[:, 0]]
         length = np.maximum(np.linalg.norm(residual, axis=1), 1e-12)
         others = np.maximum(near[:, 1:], 0)
@@ -205,7 +247,8 @@ class Lists:
         )
         loss = distances[:, 1:] + _SOAR * np.square(along / length[:, None])
         second = np.take_along_axis(near[:, 1:], loss.argmin(1)[:, None], 1)[:, 0]
-        return np.stack([near[:, 0], np.where(second < 0, near[:, 0], second)], 1).astype(np.int32)
+        both = np.stack([near[:, 0], np.where(second < 0, near[:, 0], second)], 1)
+        return both.astype(np.int32), distances[:, 0]
 
     def _candidates(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lists and squared distances [c, 8 of each group]; -1 and infinity where a group has fewer."""
@@ -312,27 +355,45 @@ def _file(spec: dict[str, Any], task: str, name: str) -> Path:
 
 def _written(spec: dict[str, Any], **arrays: np.ndarray) -> dict[str, Any]:
     """Save the arrays of a task; its record."""
-    files = {_file(spec, spec["name"], name): array for name, array in arrays.items()}
+    return _saved({_file(spec, spec["name"], name): array for name, array in arrays.items()})
+
+
+def _saved(files: dict[Path, np.ndarray]) -> dict[str, Any]:
     for file, array in files.items():
         save_npy(file, array)
     return {"files": {file.name: file_record(file) for file in files}}
 
 
-def _write_index(job: Path, layout: IndexLayout, path: Path) -> None:
-    """The index of faiss: lists of codes in the order of fast scan, and the router as their quantizer."""
+def _join_centroids(job: Path) -> None:
+    """The centroids of all groups, and how many each has."""
+    names = sorted(file.name.removesuffix(".json") for file in job.glob("split-*.json"))
+    for table in ("centroids", "sizes"):
+        save_npy(job / f"{table}.npy", np.concatenate([open_npy(job / f"{name}.{table}.npy") for name in names]))
+
+
+def _write_files(job: Path, layout: IndexLayout, folder: Path, base: Base | None) -> None:
+    """The tables, the lists and the code of each row, and all of it as an index of faiss."""
     import faiss
 
-    lists = Lists(job)
-    router, held = _fast(lists.groups, lists.sizes, *_router_codes(lists), np.arange(len(lists.centroids)))
+    for table in TABLES:
+        save_npy(folder / f"{table}.npy", open_npy((base.folder if base else job) / f"{table}.npy"))
     names = sorted(file.name.removesuffix(".json") for file in job.glob("assign-*.json"))
-    of_rows = np.concatenate([open_npy(job / f"{name}.lists.npy") for name in names]).reshape(-1)
-    codes = np.concatenate([open_npy(job / f"{name}.codes.npy") for name in names])
-    ids = np.argsort(of_rows, kind="stable")
+    for kind in ("lists", "codes"):
+        kept = [open_npy(base.folder / f"{kind}.npy")[base.rows]] if base else []
+        save_npy(folder / f"{kind}.npy", np.concatenate([*kept, *(open_npy(job / f"{n}.{kind}.npy") for n in names)]))
+    index, held = faiss_index(folder, layout)
+    faiss.write_index(index, str(folder / FAISS_FILE))
+    del held
+
+
+def faiss_index(folder: Path, layout: IndexLayout) -> tuple[Any, Any]:
+    """Lists of codes in the order of fast scan, with the router as their quantizer, and what must be held as long."""
+    lists, of_rows, codes = Lists(folder), open_npy(folder / "lists.npy").reshape(-1), open_npy(folder / "codes.npy")
+    router, held = _fast(lists.groups, lists.sizes, *_router_codes(lists), np.arange(len(lists.centroids)))
     sizes = np.bincount(of_rows, minlength=len(lists.centroids))
-    ids //= NUM_LISTS_OF_A_ROW
-    index, also_held = _fast(router, sizes, lists.codec(asdict(layout)), codes, ids)
-    faiss.write_index(index, str(path))
-    del held, also_held
+    ids = np.argsort(of_rows, kind="stable") // NUM_LISTS_OF_A_ROW
+    index, also_held = _fast(router, sizes, lists.codec(asdict(layout)), np.asarray(codes), ids)
+    return index, (held, router, also_held)
 
 
 def _router_codes(lists: Lists) -> tuple[Any, UInt8[np.ndarray, "lists bytes"]]:

@@ -1,0 +1,134 @@
+"""The routed index: small lists behind a router, built by tasks, extended by what is added."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retro.common.files import folder_record
+from retro.retrieval import Store, build_index, open_index
+from retro.retrieval.building.updates import add_documents, remove_documents
+from retro.retrieval.executors import tasks as executor_tasks
+from retro.retrieval.search.engines import routing
+from retro.retrieval.search.engines.routing import Lists, apportion
+from retro.retrieval.search.index import exact_search
+from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture
+def store(tmp_path, tokenizer):
+    """Of 1,200 chunks, so that it has lists; the tasks are cut small."""
+    return make_store(tmp_path, [words(40, seed) for seed in range(120)], tokenizer, shard_chunks=400, min_chunk_len=2)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(routing, "_BLOCK_ROWS", 200)
+    monkeypatch.setattr(routing, "_SPLIT_ROWS", 100)
+
+
+def files_of(index):
+    (segment,) = index.segments
+    files = folder_record(segment.folder)
+    del files["index.json"]
+    return files, segment
+
+
+def test_every_row_is_in_the_list_of_its_nearest_centroid_and_in_one_beside(store, monkeypatch):
+    """With all groups searched; by a plain loop over all centroids."""
+    monkeypatch.setattr(routing, "_GROUPS_SEARCHED", 1000)
+    _, segment = files_of(build_index(store, "routed", workers=1))
+    lists, of_rows = Lists(segment.folder), np.load(segment.folder / "lists.npy")
+    keys = store.keys(segment.live_rows(0, segment.num_rows))
+    assert len(lists.centroids) == segment.layout.lists == lists.sizes.sum() and len(lists.sizes) == len(lists.groups)
+    distances = np.square(keys[:, None] - lists.centroids).sum(-1)
+    np.testing.assert_allclose(np.take_along_axis(distances, of_rows[:, :1], 1)[:, 0], distances.min(1), atol=1e-5)
+    nearest = np.argsort(distances, axis=1)[:, : routing._CANDIDATE_LISTS]
+    for row in range(0, len(keys), 37):
+        first = of_rows[row, 0]
+        along = (keys[row] - lists.centroids[first]) / max(distances[row, first] ** 0.5, 1e-12)
+        others = [number for number in nearest[row] if number != first]
+        losses = [
+            distances[row, number] + routing._SOAR * float((keys[row] - lists.centroids[number]) @ along) ** 2
+            for number in others
+        ]
+        second = distances[row, of_rows[row, 1]]
+        second += routing._SOAR * float((keys[row] - lists.centroids[of_rows[row, 1]]) @ along) ** 2
+        assert second <= min(losses) + 1e-5
+
+
+def test_the_files_do_not_depend_on_the_workers_nor_on_kills(store, monkeypatch):
+    first, segment = files_of(build_index(store, "routed", workers=1))
+    run, left = executor_tasks.run_task, [3]
+
+    def killed(folder, task):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return run(folder, task)
+
+    again = build_store_copy(store, "killed")
+    with monkeypatch.context() as patched:
+        patched.setattr(executor_tasks, "run_task", killed)
+        for tries in range(4):
+            left[0] = 3
+            with pytest.raises(KeyboardInterrupt):
+                build_index(again, "routed", workers=1)
+            assert len(list(again.path.glob("index/.job-*/*.json"))) == 3 * (tries + 1)
+    assert files_of(build_index(again, "routed", workers=1))[0] == first
+    assert not list(again.path.glob("index/.job-*"))
+    monkeypatch.setattr(routing, "_LIGHT_ROWS", 0)
+    many = files_of(build_index(build_store_copy(store, "many"), "routed", workers=2))[0]
+    assert many == first
+
+
+def build_store_copy(store, name):
+    import shutil
+
+    copy = shutil.copytree(store.path, store.path.parent / name, ignore=shutil.ignore_patterns("index"))
+    return Store.open(copy)
+
+
+def test_what_is_added_keeps_the_codes_and_centroids(store, tmp_path):
+    before, old = files_of(build_index(store, "routed", workers=1))
+    removed = remove_documents(store.path, [store.document(3).id], index=False)
+    write_jsonl(tmp_path / "more.jsonl", [{"id": f"new-{n}", "text": words(40, 500 + n)} for n in range(12)])
+    grown = add_documents(removed.path, [str(tmp_path / "more.jsonl")], HashingEmbedder(), index=True)
+    after, segment = files_of(open_index(grown, "routed"))
+    assert segment.record["base"] == old.folder.name and segment.num_rows == grown.num_searchable
+    for table in ("groups", "centroids", "sizes", "codebook"):
+        assert after[f"{table}.npy"] == before[f"{table}.npy"]
+    kept = np.isin(old.live_rows(0, old.num_rows), segment.live_rows(0, segment.num_rows))
+    for kind in ("codes", "lists"):
+        mine, others = (np.load(one.folder / f"{kind}.npy") for one in (segment, old))
+        np.testing.assert_array_equal(mine[: kept.sum()], others[kept])
+    queries = grown.keys(grown.searchable_rows[::5])
+    found, true = open_index(grown, "routed").search(queries, 10), exact_search(grown, queries, 10)
+    assert float((found[1] >= true[1][:, -1:] - 1e-6).mean()) > 0.9 and not grown.is_removed(found[0]).any()
+
+
+@pytest.mark.parametrize("cause", ["drift", "growth"])
+def test_lists_are_made_anew_where_they_no_longer_fit(store, tmp_path, monkeypatch, cause):
+    build_index(store, "routed", workers=1)
+    count = 12 if cause == "drift" else 150
+    if cause == "drift":
+        monkeypatch.setattr(routing, "_DRIFT", 0.01)
+    write_jsonl(tmp_path / "more.jsonl", [{"id": f"new-{n}", "text": words(40, 500 + n)} for n in range(count)])
+    grown = add_documents(store.path, [str(tmp_path / "more.jsonl")], HashingEmbedder(), index=True)
+    _, segment = files_of(open_index(grown, "routed"))
+    assert segment.record["trained_rows"] == segment.num_rows == grown.num_searchable
+    assert segment.layout.lists == -(-segment.num_rows // 32)
+
+
+def test_lists_are_shared_out_by_rows():
+    assert apportion(np.array([5, 0, 95]), 13).tolist() == [2, 1, 10]
+    assert apportion(np.array([0, 0]), 3).sum() == 3
+
+
+def test_the_record_says_what_was_made(store):
+    _, segment = files_of(build_index(store, "routed", workers=1))
+    record = json.loads((Path(segment.folder) / "index.json").read_text())
+    assert record["trained_rows"] == segment.num_rows and record["mean_distance"] > 0
