@@ -19,6 +19,7 @@ from retro.retrofit import retrofit
 PROMPT, NEW = 448, 97  # what is generated ends a chunk twice
 BATCHES = (1, 16)
 NAMES = ("RETRO[ON]", "RETRO[OFF]", "Llama", "Llama fitted, ON")
+FORMS = ("paper", "pointer")  # beside the usual fit, which is both
 
 
 def generation(bench: Bench) -> None:
@@ -28,9 +29,12 @@ def generation(bench: Bench) -> None:
     the keys and values kept of the text and of two neighbors, as a share of the time. With a static cache transformers
     compiles the step.
     """
-    for name in (*NAMES, *(f"{name}, static cache" for name in NAMES[:3])):
+    for name in (*(f"{name}, static cache" for name in NAMES), *NAMES):
         for batch in BATCHES:
             bench.case(f"{name}, batch {batch}", partial(per_token, bench, name, batch))
+    for form in FORMS:
+        name = f"Llama fitted by the {form}, ON, static cache"
+        bench.case(f"{name}, batch {BATCHES[0]}", partial(per_token, bench, name, BATCHES[0]))
 
 
 def made(bench: Bench, name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -39,7 +43,7 @@ def made(bench: Bench, name: str) -> tuple[nn.Module, dict[str, Any]]:
     with torch.device(bench.device):
         model = ours(shape)[0] if name.startswith("RETRO") else LlamaForCausalLM(llama_config(shape))
     if "fitted" in name:
-        model = retrofit(model)
+        model = retrofit(model, form=next((form for form in FORMS if form in name), "joint"))
     options: dict[str, Any] = {"retriever": random_search} if "ON" in name else {}
     if "static" in name:
         options["cache_implementation"] = "static"

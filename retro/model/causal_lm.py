@@ -319,7 +319,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         if cache.is_compileable and self.config.position == "relative":
             for layer in self.model.layers:
                 layer.attention.relative.table(range(cache.attention.get_max_length()), cache.tables)
-        return cache.plan(step, neighbors.get("neighbor_ids"), neighbors.get("neighbor_mask"), self.device)
+        return super()._plan(cache, step, **neighbors)
 
     def _that_matter(
         self, neighbor_ids, neighbor_mask, labels, document_ids

@@ -94,7 +94,8 @@ class FixedStep:
     """One real token of each row.
 
     unread: rows that have nothing to read after it. takes: rows that read new neighbors from it on; None if none does.
-    neighbor_ids, neighbor_mask: of these rows, nothing in the others.
+    neighbor_ids, neighbor_mask, and of a fit that compares its base's features these: of these rows, nothing in the
+    others.
     """
 
     cache: FixedRows
@@ -102,6 +103,7 @@ class FixedStep:
     takes: Bool[Tensor, " b"] | None = None
     neighbor_ids: Int[Tensor, "b k r"] | None = None
     neighbor_mask: Bool[Tensor, "b k r"] | None = None
+    features: Float[Tensor, "b k r d"] | None = None
     encoded: Float[Tensor, "b k r d"] | None = None
     is_decode = True
 

@@ -413,8 +413,8 @@ class RetrievalGeneration:
         return filled if fixed is None else {"fixed": fixed}
 
     def _plan(self, cache: RetroCache, step: CachedStep, **neighbors: Tensor) -> FixedStep | None:
-        """A step of `generate` as a fixed one; None where it cannot be one, as in any step of a RETRO-fit."""
-        return None
+        """A step of `generate` as a fixed one; None where it cannot be one."""
+        return cache.plan(step, neighbors.get("neighbor_ids"), neighbors.get("neighbor_mask"), self.device)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """Hugging Face's for fixed steps; others, which come once in a text, run as they are."""

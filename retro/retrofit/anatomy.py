@@ -16,12 +16,12 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retro.common.modes import evaluating, hooked
@@ -276,30 +276,3 @@ def _holds_residual(trace: Trace, start: int) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
-
-
-# What the base knows of a text
-
-
-class LayerReached(Exception):
-    """Ends a run of the base at a layer."""
-
-
-@torch.no_grad()
-def hidden_after(
-    base: nn.Module, anatomy: Anatomy, ids: Int[Tensor, "q r"], mask: Bool[Tensor, "q r"], layer: int
-) -> Float[Tensor, "q r d"]:
-    """The base's residual stream after a layer, each row read alone; no dropout, and the layers above are not run.
-
-    `mask` is a prefix, as of retrieved values: what stands behind it is arbitrary.
-    """
-    kept: list[Tensor] = []
-
-    def keep(module, args, out):
-        kept.append(first_tensor(out))
-        if not torch.compiler.is_exporting():  # which follows modules to their ends
-            raise LayerReached
-
-    with hooked(anatomy.layer(base, layer).register_forward_hook, keep), evaluating(base), suppress(LayerReached):
-        base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
-    return kept[0]

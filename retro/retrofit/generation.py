@@ -7,10 +7,15 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retro.model import RetroCache
 from retro.model.cache import retro_cache
+from retro.model.fixed import FixedStep
 from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
+from retro.model.step import CachedStep, on_device
+from retro.retrofit.caching import positions_of
+from retro.retrofit.hooks import active
 
 
 class RetrofitGeneration(RetrievalGeneration):
@@ -78,7 +83,38 @@ class RetrofitGeneration(RetrievalGeneration):
         if not reads and retrieval is None:
             return inputs
         new = inputs.get("inputs_embeds") if inputs["input_ids"] is None else inputs["input_ids"]
-        return inputs | self._neighbors_of_step(retrieval, new, attention_mask, past_key_values, is_first_iteration)
+        inputs |= self._neighbors_of_step(retrieval, new, attention_mask, past_key_values, is_first_iteration)
+        if "fixed" in inputs and inputs.get("position_ids") is None:
+            inputs |= positions_of(self.base, inputs["fixed"].cache.padding, past_key_values.length - 1, 1)
+        return inputs
+
+    def _plan(self, cache: RetroCache, step: CachedStep, **neighbors: Tensor) -> FixedStep | None:
+        """With what the base makes of new neighbors, which no graph needs to hold: it depends on nothing else."""
+        fixed = super()._plan(cache, step, **neighbors)
+        if fixed is not None and fixed.found and self.config.matches:
+            rows = on_device([chunk.row for chunk in step.found], fixed.neighbor_ids.device)
+            ids, mask = (x[rows].flatten(0, 1) for x in (fixed.neighbor_ids, fixed.neighbor_mask))
+            read = self.hidden_after(ids, mask, self.config.key_layer).unflatten(0, (len(rows), -1))
+            every = read.new_zeros(len(fixed.neighbor_ids), *read.shape[1:])
+            fixed.features = every.index_copy_(0, rows.to(read.device), read)
+        return fixed
+
+    def _forward_fixed(self, inputs: dict[str, Any], step: FixedStep) -> CausalLMOutputWithPast:
+        """One token of each row, in tensors that keep their places: see retro.model.fixed."""
+        cache = step.cache
+        if step.found:
+            cache.hold("mask", step.neighbor_mask, step)
+        context = self._new_context(cache=cache, step=step)
+        if step.features is not None:
+            context.state["features"] = step.features
+        with active(context):
+            outputs = self.base(**inputs, past_key_values=cache.attention, use_cache=True, return_dict=True)
+        mixture = self._mixture(context)
+        logits = outputs.logits if mixture is None else mixture.edit(outputs.logits)
+        cache.end(inputs["input_ids"])
+        step.encoded = None  # else a graph would give it back
+        states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
+        return CausalLMOutputWithPast(logits=logits, hidden_states=states, attentions=attentions)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
         """The base's own, put into a RetroCache."""

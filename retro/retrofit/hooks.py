@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from threading import local
 from typing import Any, Literal, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from retro.common.modes import evaluating
 from retro.model import RetroCache
+from retro.model.fixed import FixedRows, FixedStep
 from retro.model.step import CachedStep
 from retro.retrofit.anatomy import Anatomy, entering, first_tensor, with_first
 
@@ -39,31 +42,42 @@ class RetrofitContext:
     neighbor_mask: Bool[Tensor, "b l k r"] | None = None
     document_ids: Int[Tensor, "b n"] | None = None
     condition_mask: Bool[Tensor, "b l m"] | None = None  # real tokens of each whole chunk
-    cache: RetroCache | None = None
-    step: CachedStep | None = None
+    cache: RetroCache | FixedRows | None = None
+    step: CachedStep | FixedStep | None = None
     keep: int | None = None  # logits of so many last tokens are wanted
     embed: Callable[[Tensor], Tensor] | None = None  # the base's token embeddings
-    hidden_after: Callable[[Tensor, Tensor, int], Tensor] | None = None  # the base over other text: see anatomy
+    hidden_after: Callable[[Tensor, Tensor, int], Tensor] | None = None  # the base over other text: see stream_at
     entered: dict[int, Float[Tensor, "b n d"]] = field(default_factory=dict)  # x of each layer
     state: dict[str, Any] = field(default_factory=dict)  # what the form keeps from one point to the next
 
 
-_context: ContextVar[RetrofitContext | None] = ContextVar("context", default=None)
+class _Running(local):
+    """What this thread runs. torch.compile can trace it, but no ContextVar, and no attribute that a thread lacks."""
+
+    def __init__(self):
+        self.context: RetrofitContext | None = None
+
+
+_running = _Running()
 
 
 @contextmanager
 def active(context: RetrofitContext | None) -> Iterator[None]:
     """The context that the hooks read; None lets them do nothing."""
-    token = _context.set(context)
+    before = _running.context
+    _running.context = context
     try:
         yield
     finally:
-        _context.reset(token)
+        _running.context = before
 
 
-def _of(key: object) -> RetrofitContext | None:
-    context = _context.get()
-    return context if context is not None and context.key is key else None
+def _of(key: object, point: HookPoint | None = None) -> RetrofitContext | None:
+    """This thread's context, if it is the key's, and its form wants to see the point."""
+    context = _running.context
+    if context is None or context.key is not key:
+        return None
+    return context if point is None or point in context.form.hook_points else None
 
 
 def add_hooks(base: nn.Module, anatomy: Anatomy, hook_points: list[HookPoint], key: object) -> list[RemovableHandle]:
@@ -102,7 +116,7 @@ class _AttentionHook:
     key: object
 
     def __call__(self, module, args, out):
-        context = _of(self.key)
+        context = _of(self.key, self.point)
         if context is None:
             return None
         written = first_tensor(out)
@@ -117,12 +131,49 @@ class _LayerOutputHook:
     key: object
 
     def __call__(self, module, args, out):
-        context = _of(self.key)
+        context = _of(self.key, self.point)
         if context is None:
             return None
         h = first_tensor(out)
         update = context.form.update(self.point, h, context)
         return None if update is None else with_first(out, h + update.to(h.dtype))
+
+
+# What the base makes of other text
+
+
+class LayerReached(Exception):
+    """Ends a run of the base at a layer."""
+
+
+@dataclass
+class _Reader:
+    """Takes the place of a form in a run that ends at a point, with the stream there."""
+
+    hook_points: list[HookPoint]
+    stream: Tensor | None = None
+
+    def update(self, point: HookPoint, h: Tensor, context: RetrofitContext) -> None:
+        self.stream = h
+        if not torch.compiler.is_exporting():  # which follows modules to their ends
+            raise LayerReached
+
+
+@torch.no_grad()
+def stream_at(
+    point: HookPoint, base: nn.Module, key: object, ids: Int[Tensor, "q r"], mask: Bool[Tensor, "q r"]
+) -> Float[Tensor, "q r d"]:
+    """The base's residual stream at a hook point, each row read alone; no dropout, and the layers above are not run.
+
+    `mask` is a prefix, as of retrieved values: what stands behind it is arbitrary.
+    """
+    reader = _Reader([point])
+    with evaluating(base), active(RetrofitContext(form=reader, key=key)), suppress(LayerReached):
+        base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
+    return reader.stream
+
+
+# Gradient checkpointing
 
 
 def bind_checkpoints(base: nn.Module) -> None:
@@ -147,7 +198,7 @@ def _is_bound(function: Callable) -> bool:
 
 
 def _checkpoint(function: Callable, layer: Callable, *args, **kwargs):
-    return function(partial(_resumed, _context.get(), layer), *args, **kwargs)
+    return function(partial(_resumed, _running.context, layer), *args, **kwargs)
 
 
 def _resumed(context: RetrofitContext | None, layer: Callable, *args, **kwargs):

@@ -18,18 +18,19 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from retro.common.settings import unknown_name
 from retro.model import RetroCache
 from retro.model.cache import cache_for
+from retro.model.fixed import FixedStep
 from retro.model.padding import Alignment
 from retro.model.step import on_device
 from retro.modules.cross_attention import checked_neighbors
 from retro.modules.encoder import chunks_of
 from retro.modules.loss import linear_cross_entropy, of_items
-from retro.retrofit.anatomy import find_anatomy, hidden_after, is_empty, without_peft
+from retro.retrofit.anatomy import find_anatomy, is_empty, without_peft
 from retro.retrofit.bases import random_base
 from retro.retrofit.caching import check_cache, positions_of
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.generation import RetrofitGeneration
-from retro.retrofit.hooks import RetrofitContext, active, add_hooks, bind_checkpoints
+from retro.retrofit.hooks import HookPoint, RetrofitContext, active, add_hooks, bind_checkpoints, stream_at
 from retro.retrofit.loss import check_labels, head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
 from retro.retrofit.matching import neighbor_features
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
@@ -81,7 +82,8 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             return
         if self.anatomy.writers.keys() != set(self.config.cca_layers or []):
             self.anatomy = find_anatomy(self.base, self.config.cca_layers)
-        add_hooks(self.base, self.anatomy, self.form.hook_points, self._key)
+        ends = [HookPoint(layer, "end") for layer in range(1, self.anatomy.num_layers + 1)]  # see hidden_after
+        add_hooks(self.base, self.anatomy, sorted({*self.form.hook_points, *ends}), self._key)
         self._packing_way = packing_way(self.base)
         self._head_is_plain = head_is_plain(self.base)
         self._is_joined = True
@@ -109,6 +111,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
+        fixed: FixedStep | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats, in one of three ways::
@@ -134,11 +137,14 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             use_cache: Whether to give `past_key_values`. Default: with neighbors if some are given, else the base's.
             num_items_in_batch: Labels over which the mean is taken, see RetroForCausalLM.forward.
             inputs_embeds: Embeddings in place of `input_ids`.
+            fixed: From generate() with a static cache: what goes with `input_ids`, in place of neighbors and cache.
             kwargs: As the base takes them: position_ids, output_hidden_states, logits_to_keep ...
 
         Raises ValueError for neighbors or a cache that do not fit, for `document_ids` beside a cache, and for arguments
         that the base does not name.
         """
+        if fixed is not None:
+            return self._forward_fixed({"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}, fixed)
         if neighbor_ids is None and neighbor_mask is not None:
             raise ValueError("neighbor_mask is given without neighbor_ids.")
         refuse_fused_head(self)
@@ -298,8 +304,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
 
     def hidden_after(self, ids: Int[Tensor, "q r"], mask: Bool[Tensor, "q r"], layer: int) -> Float[Tensor, "q r d"]:
         """The base's residual stream after a layer, for texts read alone and without neighbors; no gradient."""
-        with active(None):
-            return hidden_after(self.base, self.anatomy, ids, mask, layer)
+        return stream_at(HookPoint(layer, "end"), self.base, self._key, ids, mask)
 
     @property
     def _drops_caches(self) -> bool:

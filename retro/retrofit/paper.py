@@ -104,8 +104,10 @@ class PaperForm(nn.Module):
             )
             return
         reads_chunks = self.encoder.condition_norm is not None
-        conditions = cache.conditions(h, step) if reads_chunks else h.new_zeros(len(step.found), 0, h.shape[2])
+        conditions = cache.conditions(h, step) if reads_chunks else None
         if step.found:
+            if conditions is None:
+                conditions = h.new_zeros(len(step.neighbor_ids), 0, h.shape[2])
             ids, mask = step.neighbor_ids[:, None], step.neighbor_mask[:, None]
             step.encoded = self._encode(context, ids, mask, conditions[:, None])[:, 0]
 

@@ -67,13 +67,13 @@ class PointerForm(nn.Module):
         """What each token of the text may copy, how likely, and how far it is believed."""
         key, last = (context.state[HookPoint(layer, "end")] for layer in (self.config.key_layer, self.last_layer))
         step, new = context.step, None
+        if step is not None and context.keep is not None and "features" not in context.state:
+            step.keep_last(context.keep)
         if step is None or step.found:
-            if step is not None and context.keep is not None and "features" not in context.state:
-                step.keep_last(context.keep)
             features = neighbor_features(context, self.config.key_layer)
             ids = context.neighbor_ids.flatten(0, 1) if step is None else step.neighbor_ids
             device = self.prior.device
-            new = {"keys": self.matching.keys(features.to(device)), "ids": ids.to(device)} if len(ids) else None
+            new = {"keys": self.matching.keys(features.to(device)), "ids": ids.to(device)}
         queries, m = self.matching.queries(key.to(self.prior)), self.config.chunk_len
         found = attending(context, "pointer", queries, new, self.config.key_lags, m, context.keep)
         if found is None:

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retro.common.modes import evaluating
-from retro.retrofit.anatomy import Anatomy, LayerReached
+from retro.retrofit.anatomy import Anatomy
 from retro.retrofit.config import RetrofitConfig
-from retro.retrofit.hooks import HookPoint, RetrofitContext, active, add_hooks
+from retro.retrofit.hooks import HookPoint, LayerReached, RetrofitContext, active, add_hooks
 
 PROBE_SHAPE = (8, 64)  # rows and tokens of the text where none is given: random tokens
 RIDGE = 1e-2  # of the mean square of a channel
@@ -45,7 +45,7 @@ class Observed:
 class _Recorder:
     """Takes the place of a form in a run: keeps the stream at some points, and ends the run at the last of them."""
 
-    points: list[HookPoint]
+    hook_points: list[HookPoint]
     width: int
     streams: dict[HookPoint, list[Tensor]] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class _Recorder:
                 f"{self.width}."
             )
         self.streams.setdefault(point, []).append(h[:, 1:].float().flatten(0, 1).cpu())
-        if point == self.points[-1]:
+        if point == self.hook_points[-1]:
             raise LayerReached
 
 

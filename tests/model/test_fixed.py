@@ -22,23 +22,9 @@ class GrowingNeighbors(RandomNeighbors):
         return super().__call__(queries, num_neighbors if len(self.asked) > 4 else 1)
 
 
-@pytest.mark.parametrize("variant", ["plain", "smeared keys, relative", "grouped queries", "chunks of one token"])
-def test_fixed_steps_give_the_tokens_of_the_growing_cache(variant, make_model, monkeypatch):
-    model, steps = make_model(**VARIANTS[variant]), []
-    run = model.model.forward_fixed
-    monkeypatch.setattr(model.model, "forward_fixed", lambda ids, step: steps.append(step.found) or run(ids, step))
-    prompts = ragged([1, 3, 9], 61)
-    grown = model.generate(**prompts, retriever=GrowingNeighbors(61), **OPTIONS)
-    fixed = model.generate(**prompts, retriever=GrowingNeighbors(61), cache_implementation="static", **OPTIONS)
-    assert torch.equal(fixed, grown)
-    assert sum(steps) > 2 and len(steps) > 10
-
-
-@pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("position", ["rotary", "relative"])
-def test_a_token_reads_nothing_back(position, cache, make_model):
-    """Of steps that bring no neighbors, and of fixed ones of any kind."""
-    model, reads, running = make_model(position=position), [], []
+def watched(model):
+    """What steps of one token read back from the device, and these steps, but for those that bring neighbors."""
+    reads, running = [], []
 
     class Recorded(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -57,5 +43,26 @@ def test_a_token_reads_nothing_back(position, cache, make_model):
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
+    return reads, running
+
+
+@pytest.mark.parametrize("variant", ["plain", "smeared keys, relative", "grouped queries", "chunks of one token"])
+def test_fixed_steps_give_the_tokens_of_the_growing_cache(variant, make_model, monkeypatch):
+    model, steps = make_model(**VARIANTS[variant]), []
+    run = model.model.forward_fixed
+    monkeypatch.setattr(model.model, "forward_fixed", lambda ids, step: steps.append(step.found) or run(ids, step))
+    prompts = ragged([1, 3, 9], 61)
+    grown = model.generate(**prompts, retriever=GrowingNeighbors(61), **OPTIONS)
+    fixed = model.generate(**prompts, retriever=GrowingNeighbors(61), cache_implementation="static", **OPTIONS)
+    assert torch.equal(fixed, grown)
+    assert sum(steps) > 2 and len(steps) > 10
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("position", ["rotary", "relative"])
+def test_a_token_reads_nothing_back(position, cache, make_model):
+    """Of steps that bring no neighbors, and of fixed ones of any kind."""
+    model = make_model(position=position)
+    reads, steps = watched(model)
     model.generate(**ragged([9, 12], 61), retriever=RandomNeighbors(61), cache_implementation=cache, **OPTIONS)
-    assert len(running) >= 8 and len(reads) <= (cache is None)  # once, whether all neighbors of the prompt are real
+    assert len(steps) >= 8 and len(reads) <= (cache is None)  # once, whether all neighbors of the prompt are real

@@ -1,17 +1,20 @@
 """A compiled model is the model. Here, since torch.compile cannot trace the checks of shapes of the other tests."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.attention import flex_attention
-from transformers import CompileConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 from retro.common.settings import find_config, read_yaml
 from retro.evaluation.copying import copying_text
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.modules import Attention, attention, kernels
 from retro.modules.cross_attention import ChunkedCrossAttention
+from retro.retrofit import retrofit
 from tests.model.test_generation import ragged
 from tests.searches import RandomNeighbors
 
@@ -116,23 +119,53 @@ def test_relative_logits_are_not_kept_for_the_backward_pass(monkeypatch):
     assert kept and max(shape.numel() for shape in kept) < 2 * 64 * 64
 
 
-@pytest.mark.parametrize(("position", "backend"), [("rotary", "aot_eager"), ("relative", "eager")])
-def test_fixed_steps_compile_once(position, backend):
-    """One graph for tokens, another for those that bring neighbors, whichever text they are of."""
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, cca_layers=[2])
-    model = RetroForCausalLM(
-        RetroConfig(**sizes, chunk_len=4, retrieved_len=8, encoder_num_layers=1, position=position)
-    ).eval()
+GREEDY = {"do_sample": False, "eos_token_id": 60, "pad_token_id": 0}
+
+
+def through(backend):
+    """Options of generate() that compile its fixed steps here too."""
     config = CompileConfig(backend=backend, mode="default", fullgraph=True)
     config._compile_all_devices = True
-    options = {"max_new_tokens": 18, "do_sample": False, "eos_token_id": 60, "pad_token_id": 0}
+    return {"cache_implementation": "static", "compile_config": config, **GREEDY}
+
+
+def check_fixed_steps(model, backend):
+    """One graph for tokens, another for those that bring neighbors, whichever text they are of."""
     torch._dynamo.utils.counters.clear()
     for seed in (0, 1):
-        prompts, search = ragged([5, 9, 10], 61, seed), RandomNeighbors(61)
-        grown = model.generate(**prompts, retriever=search, **options)
-        fixed = model.generate(
-            **prompts, retriever=search, cache_implementation="static", compile_config=config, **options
-        )
-        assert torch.equal(fixed, grown)
+        given = dict(**ragged([5, 9, 10], 61, seed), retriever=RandomNeighbors(61), max_new_tokens=18)
+        assert torch.equal(model.generate(**given, **through(backend)), model.generate(**given, **GREEDY))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(("position", "backend"), [("rotary", "aot_eager"), ("relative", "eager")])
+def test_fixed_steps_compile_once(position, backend):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, cca_layers=[2])
+    config = RetroConfig(**sizes, chunk_len=4, retrieved_len=8, encoder_num_layers=1, position=position)
+    check_fixed_steps(RetroForCausalLM(config).eval(), backend)
+
+
+@pytest.mark.parametrize(("name", "form", "backend"), [("llama", "joint", "aot_eager"), ("gpt2", "paper", "eager")])
+def test_fixed_steps_of_fits_compile_once(name, form, backend):
+    """And the base's own, beside others that run at the same time."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=24)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    options = {"start": "random"} if form == "paper" else {}
+    model = retrofit(base, form=form, chunk_len=4, retrieved_len=8, cca_layers=[2], encoder_num_layers=1, **options)
+    for parameter in model.form.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    check_fixed_steps(model.eval(), backend)
+    prompts = ragged([5, 9, 10], 61)
+    given = dict(**prompts, retriever=RandomNeighbors(61), max_new_tokens=8)
+    ways = [
+        lambda: base(prompts["input_ids"]).logits,
+        lambda: base.generate(**prompts, max_new_tokens=4, **through(backend)),
+        lambda: model.generate(**given, **through(backend)),
+        lambda: model.generate(**given, **GREEDY),
+    ]
+    expected = [base(prompts["input_ids"]).logits, base.generate(**prompts, max_new_tokens=4, **GREEDY)]
+    with ThreadPoolExecutor(4) as pool:
+        found = [one.result() for one in [pool.submit(torch.no_grad()(way)) for way in ways]]
+    assert all(map(torch.equal, found[:2], expected)) and torch.equal(*found[2:])
