@@ -28,9 +28,9 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
     """
     # what is to be done: defaults <- one YAML file <- key=value
     settings = load_settings(FinetuneSettings, find_config(config, "finetune"), list(overrides))
-    # the trained model to start from
+    # how the trained model to start from is loaded
     factory = FinetuneModelFactory(settings)
-    # the store, the questions with their passages, and the model: the one to start from, or the last checkpoint's
+    # the device, the store, the model (the last checkpoint, or the one to start from), the questions and their passages
     run = setup(settings, factory.config, factory, factory.windows)
     # every step, with checkpoints; a signal stops it after a step, and the same command goes on
     return fit(run)

@@ -24,9 +24,9 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
     """
     # what is to be done: defaults <- one YAML file <- key=value
     settings = load_settings(RetrofitSettings, find_config(config, "retrofit"), list(overrides))
-    # the base, frozen
+    # how the base is loaded and fitted
     factory = RetrofitModelFactory(settings)
-    # the store, windows of its chunks with their neighbors, and what is added to the base, new or as last saved
+    # the device, the store, the frozen base, windows with their neighbors, and what is added, new or as last saved
     run = setup(settings, factory.config, factory)
     if run.accelerator.is_main_process:
         run.state.model.print_trainable_parameters()

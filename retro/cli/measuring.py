@@ -151,8 +151,9 @@ def sweep_datastore(
     from retro.loading import load_model
     from retro.retrieval import Store
 
-    asked, whole = ReadingSettings(**given, store=store, progress=True), Store.open(store)
+    asked = ReadingSettings(**given, store=store, progress=True)
     asked.use()
+    whole = Store.open(store)
     opened, baseline = load_model(model, whole), asked.lm and load_model(asked.lm, whole)
     read = dict(num_neighbors=asked.num_neighbors, baseline=baseline, index=index, scoring=asked)
     asked.show_sweep(sweep_datastore(opened, asked.held_out(), whole, shares, draws, **read))
@@ -184,6 +185,7 @@ def sweep_tokens(folder: str, /, **given: Unpack[SweepOptions]) -> None:
     from retro.evaluation.sweeps import checkpoints_of
 
     asked = ReadingSettings(**given, progress=True)
+    asked.use()
     _, retriever, baseline = asked.opened(checkpoints_of(folder)[-1][1])
     asked.show_sweep(sweep_tokens(folder, asked.held_out(), retriever, asked.num_neighbors, baseline, asked))
 

@@ -35,7 +35,6 @@ class TaskSettings(DeviceSettings, ResultFiles, ReaderSettings):
         """What reads the task."""
         from retro.evaluation.tasks import open_reader
 
-        self.use()
         cache = None if self.cache is True else self.cache
         self.refuse_without_store(index=self.index, k=self.num_neighbors, cache=cache)
         given = {field.name: getattr(self, field.name) for field in fields(ReaderSettings)}
@@ -71,6 +70,7 @@ def lambada(model: AnyModel, /, *, data: list[str], **settings: Unpack[LambadaOp
     from retro.evaluation.tasks import measure_lambada
 
     asked = TaskSettings(**settings)
+    asked.use()
     documents = held_out(data, asked.documents)
     result = measure_lambada(asked.reader(model), documents)
     asked.show_as("task", result, data)
@@ -87,6 +87,7 @@ def summaries(model: AnyModel, /, *, data: list[str], **settings: Unpack[Summari
     from retro.evaluation.tasks import measure_summaries, read_summaries
 
     asked = TaskSettings(**settings)
+    asked.use()
     pairs = first([pair for file in data for pair in read_summaries(file)], asked.documents)
     result = measure_summaries(asked.reader(model), pairs)
     asked.show_as("task", result, data)
@@ -121,6 +122,7 @@ def qa(
     from retro.evaluation.tasks import find_passages, measure_answers, read_questions, without_overlap
 
     asked = TaskSettings(**settings)
+    asked.use()
     questions = first([one for file in data for one in read_questions(file)], asked.documents)
     asked.refuse_without_store(search=search or None)
     reader = asked.reader(model)

@@ -95,16 +95,18 @@ class RetroLM(TemplateLM):
             raise ValueError(
                 "reading is 'prompt'; it needs a store, and neither align nor retrieval means anything then."
             )
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            logger.warning("there is no CUDA here; the model stays where it is loaded")  # cuda is lm_eval's default
+            device = None
+        place = None if device is None else find_device(device)
         retrieval = "off" if reading == "prompt" else retrieval
         options = {} if retrieval is None else {"retrieval": retrieval}
         reader = open_reader(
             pretrained, store, index, tokenizer, dtype, align=align, batch_size=batch_size, cache=False, seed=seed,
             max_len=max_length, **options,
         )  # fmt: skip
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            logger.warning("there is no CUDA here; the model stays on %s", reader.model.device)  # lm_eval's default
-        elif device is not None:
-            reader.model.to(find_device(device))
+        if place is not None:
+            reader.model.to(place)
         longest = getattr(reader.model.config.get_text_config(), "max_position_embeddings", None) or 2048
         k = num_neighbors or (3 if reading == "prompt" else None)
         self.reader: Reader = replace(reader, max_len=max_length or longest, num_neighbors=k)

@@ -47,15 +47,22 @@ def main(config: str, overrides: Sequence[str] = ()) -> bool:
 
 
 class FinetuneModelFactory:
-    """How the loop makes its model: from where it starts, or from a checkpoint. A plain LM is fitted for neighbors."""
+    """How the loop makes its model: from where it starts, or from a checkpoint. A plain LM is fitted for neighbors.
+
+    Nothing is loaded before `config`.
+    """
 
     def __init__(self, settings: FinetuneSettings):
-        dtype = {} if settings.base_dtype is None else {"dtype": getattr(torch, settings.base_dtype)}
-        self.model: PreTrainedModel = open_base(settings.start, **dtype)
+        self.model: PreTrainedModel | None = None
         self.store: Store | None = None
+        self.is_new = False
+
+    def _load(self, settings: FinetuneSettings, store: Store) -> None:
+        dtype = {} if settings.base_dtype is None else {"dtype": getattr(torch, settings.base_dtype)}
+        self.model, self.store = open_base(settings.start, **dtype), store
         self.is_new = settings.retrieval and not reads_neighbors(self.model)
         if self.is_new:
-            given = dict(chunk_len=Store.open(settings.store).chunk_len, num_neighbors=settings.num_neighbors)
+            given = dict(chunk_len=store.chunk_len, num_neighbors=settings.num_neighbors)
             self.model = retrofit(self.model, base_name_or_path=stored_name(settings.start), **given)
         if not hasattr(self.model, "base"):  # all of it is trained
             if settings.base_dtype not in (None, "float32"):
@@ -66,13 +73,13 @@ class FinetuneModelFactory:
             self.model = self.model.float()
 
     def config(self, settings: FinetuneSettings, store: Store) -> PreTrainedConfig:
-        """The model's configuration; ValueError for a store of another tokenizer."""
+        """Loads the model, and gives its configuration; ValueError for a store of another tokenizer."""
+        self._load(settings, store)
         if read_provenance(settings.start) is None:
             base = getattr(self.model.config, "base_name_or_path", None) or settings.start
             check_tokenizer(base, self.model, store)
         else:
             check_store(settings.start, store)
-        self.store = store
         return self.model.config
 
     def __call__(self, config: PreTrainedConfig) -> PreTrainedModel:

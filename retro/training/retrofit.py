@@ -50,24 +50,27 @@ def prepare_run(settings: RetrofitSettings) -> TrainingRun:
 
 
 class RetrofitModelFactory:
-    """How the loop makes its model: from a configuration, or from a checkpoint over the same base."""
+    """How the loop makes its model: from a configuration, or from a checkpoint over the same base. Nothing is loaded
+    before `config`.
+    """
 
     def __init__(self, settings: RetrofitSettings):
-        revision = {} if settings.revision is None else {"revision": settings.revision}
         self.settings = settings
         if Path(settings.output).resolve() == Path(settings.base).resolve():
             raise ValueError(
                 f"output: {settings.output} is the folder of the base, which it would overwrite; give another"
             )
-        self.base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype), **revision)
+        self.base: PreTrainedModel | None = None
         self.fitted: RetrofitForCausalLM | None = None
         self.store: Store | None = None
 
     def config(self, settings: RetrofitSettings, store: Store) -> RetrofitConfig:
-        """The configuration of the fitted base: `settings.model` over what store and settings say.
+        """Loads the base, and gives the configuration of it fitted: `settings.model` over what store and settings say.
 
         Raises ValueError for fields that are unknown or refused, and for a store of another tokenizer.
         """
+        revision = {} if settings.revision is None else {"revision": settings.revision}
+        self.base = open_base(settings.base, dtype=getattr(torch, settings.base_dtype), **revision)
         check_tokenizer(settings.base, self.base, store)
         self.store = store
         implied = {"chunk_len": store.chunk_len, "num_neighbors": settings.num_neighbors}

@@ -63,21 +63,21 @@ def setup(
     model_class: type[PreTrainedModel],
     make_windows: Callable[[TrainSettings, Store, int], Windows] | None = None,
 ) -> TrainingRun:
-    """Open the data, make the model or read it from the last checkpoint of the output folder, check that both fit.
+    """Find the device, open the data, make the model or read it from the last checkpoint of the output folder, check that both fit.
 
-    make_config: the model's configuration for a store. model_class: makes a model of it, and reads checkpoints.
+    make_config: the model's configuration for a store; loads what it needs for it. model_class: makes a model of it, and reads checkpoints.
     make_windows: what is trained on, from settings, store and r, if not the windows of the store.
     Raises ValueError for data or a checkpoint that do not fit the settings, and for an output that is no place for it.
     """
     if int(os.environ.get("RANK", 0)) == 0:
         check_output(Path(settings.output))
+    accelerator, output = make_accelerator(settings), Path(settings.output)
     store = Store.open(settings.store)
     check_window(settings.window_len, store.chunk_len)
     config = make_config(settings, store)
     check_positions(settings, config)
     windows = (make_windows or training_windows)(settings, store, config.retrieved_len)
     valid = validation_windows(settings, store, config.retrieved_len)
-    accelerator, output = make_accelerator(settings), Path(settings.output)
     identity = run_identity(settings, windows, accelerator.num_processes)
     checkpoint = last_checkpoint(output)
     if checkpoint is not None:

@@ -50,12 +50,39 @@ def test_a_device_is_the_call_s_else_the_environment_s_else_the_accelerator(gpus
 )
 def test_a_device_that_is_not_there(gpus, capsys, count, asked, said):
     gpus(count)
-    for verb in ("search s x", "generate m x --store s", "serve m --store s", "baselines m --store s --data d"):
-        assert main([*verb.split(), "--device", asked]) == 2
-        assert capsys.readouterr().err == f"retro: error: {said}\n"
+    assert main(["search", "s", "x", "--device", asked]) == 2
+    assert capsys.readouterr().err == f"retro: error: {said}\n"
     with pytest.raises(ValueError) as error:
         find_device(asked)
     assert str(error.value) == said and "RETRO_DEVICE" not in os.environ
+
+
+VERBS = [
+    *(
+        "plan nowhere --tokenizer t",
+        "build s nowhere --tokenizer t",
+        "neighbors s",
+        "search s x",
+        "add s nowhere",
+        "verify s",
+    ),
+    *("generate m x --store s", "demo --output d", "serve m --store s", "serve-store s"),
+    *(f"{verb} m --store s --data nowhere" for verb in ("evaluate", "leakage", "baselines", "sweep neighbors")),
+    *(f"sweep {verb} m --store s --data nowhere" for verb in ("datastore", "models", "tokens")),
+    *(f"task {verb} m --data nowhere" for verb in ("lambada", "summaries", "qa")),
+    "task recall --data nowhere",
+]
+RECIPES = ["train train_small", "retrofit retrofit_smollm2 base=m", "task finetune finetune_qa start=m questions=q"]
+
+
+def test_no_verb_reads_anything_before_its_device_is_found(gpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in [f"{verb} --device cuda" for verb in VERBS] + [
+        f"{one} store=s output=o device=cuda" for one in RECIPES
+    ]:
+        assert main(words.split()) == 2
+        assert capsys.readouterr().err == "retro: error: device: cuda is not there; this machine has cpu\n", words
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_type(gpus, monkeypatch):
