@@ -21,7 +21,7 @@ from retro.common.values import Range
 from retro.retrieval.building.settings import BuildSettings, ChunkSettings
 from retro.retrieval.building.tasks import load_tokenizer, token_dtype
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder, embed_chunks, load_embedder
-from retro.retrieval.executors.local import default_workers
+from retro.retrieval.executors.local import num_devices
 from retro.retrieval.search import lexical
 from retro.retrieval.search.engines import ENGINES, choose_layout
 from retro.retrieval.search.index import MAX_SEGMENT_ROWS, resolve_kind
@@ -194,7 +194,7 @@ def chunks_per_second(embedder: Embedder, tokenizer: Any, chunks: Sequence[Token
         while not done or time.perf_counter() - started < MEASURED_SECONDS:
             embed_chunks(embedder, tokenizer, [chunks[i % len(chunks)] for i in range(done, done + _BLOCK_CHUNKS)])
             done += _BLOCK_CHUNKS
-    return done / (time.perf_counter() - started) * default_workers()
+    return done / (time.perf_counter() - started) * num_devices()
 
 
 def model_size(config: Any) -> tuple[int, float]:

@@ -43,6 +43,9 @@ def embedding(bench: Bench) -> None:
             return {"seconds": seconds, "chunks_per_second": len(texts) / seconds, "share_of_product": share}
 
         bench.case("retro", lambda: rate(lambda: embedder.embed(texts)))
+        compiled = load_embedder(folder, similarity="cosine", device=bench.device.type)
+        compiled.passages.compile(bench.compiler.get("backend", "inductor"))
+        bench.case("retro, compiled", lambda: rate(lambda: compiled.embed(texts)))
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:

@@ -63,10 +63,12 @@ def setup(
     model_class: type[PreTrainedModel],
     make_windows: Callable[[TrainSettings, Store, int], Windows] | None = None,
 ) -> TrainingRun:
-    """Find the device, open the data, make the model or read it from the last checkpoint of the output folder, check that both fit.
+    """Find the device, open the data, make the model or read it from the last checkpoint of the output folder, check
+    that all fit.
 
-    make_config: the model's configuration for a store; loads what it needs for it. model_class: makes a model of it, and reads checkpoints.
-    make_windows: what is trained on, from settings, store and r, if not the windows of the store.
+    make_config: the model's configuration for a store; loads what it needs for it. model_class: makes a model of it,
+    and reads checkpoints. make_windows: what is trained on, from settings, store and r, if not the windows of the
+    store.
     Raises ValueError for data or a checkpoint that do not fit the settings, and for an output that is no place for it.
     """
     if int(os.environ.get("RANK", 0)) == 0:

@@ -93,7 +93,7 @@ def test_an_unknown_type(gpus, monkeypatch):
 
 def test_worker_processes_take_the_device_that_was_asked_for(gpus, monkeypatch):
     gpus(3)
-    assert local._gpus() == ["0", "1", "2"]
+    assert local._gpus() == ["0", "1", "2"] and local.default_workers() == 6
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     for asked, found in (("cuda", ["4", "5", "6"]), ("cuda:1", ["5"]), ("cpu", [])):
         with monkeypatch.context() as patch:

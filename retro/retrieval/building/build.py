@@ -140,7 +140,7 @@ def _take_in(duplicates: Deduplicator, store: Store) -> None:
 
 def _job(path: Path, settings: BuildSettings, plan: dict[str, Any], own_embedder: bool) -> Job:
     filters = {field.name: getattr(settings, field.name) for field in fields(FilterSettings)}
-    named = ("text_field", "on_bad", "shard_chunks", "min_chunk_len", "batch_size")
+    named = ("text_field", "on_bad", "shard_chunks", "min_chunk_len", "batch_size", "compile")
     given = {name: getattr(settings, name) for name in named}
     return Job(path=path, plan=plan, filters=filters, own_embedder=own_embedder, **given)
 
@@ -182,7 +182,7 @@ def _plan(settings: BuildSettings, tokenizer: Any, embedder: Embedder) -> tuple[
     from retro.version import __version__
 
     left_out = {"store", "inputs", "tokenizer", "embedder", "decontaminate", "index", "recall", "batch_size"}
-    left_out |= {"executor", "workers", *LATER_CHOICES}
+    left_out |= {"compile", "executor", "workers", *LATER_CHOICES}
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in left_out}
     chosen = {name: embedder.description[name] for name in kept if name in embedder.description}
     records, partitions = _split(settings.inputs)

@@ -34,6 +34,7 @@ class Job:
     shard_chunks: int
     min_chunk_len: int
     batch_size: int | None
+    compile: bool
     own_embedder: bool
 
     @property
@@ -72,7 +73,7 @@ class Job:
         name = f"keys-{shard}-{start:010d}-{stop:010d}"
         spec = {"name": name, "shard": shard, "first_row": first_row, "start": start, "stop": stop, **self._common}
         spec |= {name: self.plan[name] for name in ("chunk_len", "key_dtype", "embedder")}
-        spec |= {"batch_size": self.batch_size, "own_threads": self.own_embedder}
+        spec |= {"batch_size": self.batch_size, "compile": self.compile, "own_threads": self.own_embedder}
         keyless = self.plan["embedder"]["dim"] == 0
         return Task(name, f"{_TASKS}:embed_block", spec, here=self.own_embedder, light=keyless, gpu=not keyless)
 

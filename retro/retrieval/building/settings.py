@@ -60,6 +60,8 @@ class EmbedderSettings:
             preset says, else own.
         pool_prefix: Whether the tokens of a prefix are pooled too. Default: what the preset says, else yes.
         batch_size: Chunks of a forward pass of the embedder. Default: as many as suit the device.
+        compile: Whether the embedder runs through torch.compile, which every worker does once: for large datastores on
+            GPUs. It was never timed there.
     """
 
     embedder: str = "minilm"
@@ -73,6 +75,7 @@ class EmbedderSettings:
     attention: Attention | None = None
     pool_prefix: bool | None = None
     batch_size: Size | None = None
+    compile: bool = False
 
 
 @dataclass(kw_only=True)
@@ -82,7 +85,7 @@ class ExecutorSettings:
     Arguments:
         executor: "local" is processes of this machine, "ranks" the ranks of a Slurm array, srun or torchrun, "ray"
             tasks on a Ray cluster.
-        workers: Processes, or tasks at a time on Ray. Default: one for each GPU, or else for each core.
+        workers: Processes, or tasks at a time on Ray. Default: two for each GPU, or else one for each core.
     """
 
     executor: ExecutorName = "local"
@@ -133,8 +136,8 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
 def embedder_of_settings(settings: BuildSettings) -> Embedder:
     chosen = {name: getattr(settings, name) for name in EMBEDDER_CHOICES + LATER_CHOICES}
     if settings.embedder != NO_EMBEDDER:
-        return load_embedder(settings.embedder, **chosen, batch_size=settings.batch_size)
-    chosen |= {"key_dtype": settings.key_dtype, "batch_size": settings.batch_size}
+        return load_embedder(settings.embedder, **chosen, batch_size=settings.batch_size, compile=settings.compile)
+    chosen |= {name: getattr(settings, name) for name in ("key_dtype", "batch_size", "compile")}
     given = [name for name, value in chosen.items() if value != getattr(BuildSettings, name)]
     if given:
         raise ValueError(f"{given[0]} is given, but embedder is none; leave it out or name an embedder")

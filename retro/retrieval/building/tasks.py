@@ -397,7 +397,7 @@ def _embedder(spec: dict[str, Any]) -> Embedder:
         return _given_embedders[fingerprint]
     store = str(Path(spec["folder"]).parent)
     try:
-        embedder = _load_embedder(json.dumps(described, sort_keys=True), store, spec["batch_size"])
+        embedder = _load_embedder(json.dumps(described, sort_keys=True), store, spec["batch_size"], spec["compile"])
     except ValueError as error:  # it was there when the build was planned: the inputs are not to blame
         raise OSError(f"the embedder cannot be loaded here: {error}") from None
     if embedder.fingerprint != fingerprint:
@@ -409,11 +409,11 @@ def _embedder(spec: dict[str, Any]) -> Embedder:
 
 
 @lru_cache(maxsize=1)
-def _load_embedder(described: str, store: str, batch_size: int | None) -> Embedder:
+def _load_embedder(described: str, store: str, batch_size: int | None, compile: bool) -> Embedder:
     description = json.loads(described)
     if description["name"] == NO_EMBEDDER:
         return NoEmbedder()
-    return embedder_from(description, Path(store), batch_size=batch_size)
+    return embedder_from(description, Path(store), batch_size=batch_size, compile=compile)
 
 
 def join_keys(spec: dict[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def load_embedder(
     device: str | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,
+    compile: bool = False,
 ) -> TransformerEmbedder:
     """Load an encoder by preset (see retro.retrieval.embedding.presets), Hugging Face name or folder (safetensors
     only).
@@ -123,6 +124,7 @@ def load_embedder(
         batch_size: texts of a forward pass; None is as many as make up the tokens that suit the device. On a CPU
             attention holds batch_size x heads x tokens^2 scores.
         dtype: one of `DTYPES`; None is the environment's RETRO_DTYPE, else float32 on a CPU and bfloat16 on a GPU.
+        compile: whether models run through torch.compile.
 
     Raises ValueError in one sentence, with the remedy, if the encoder is not there or cannot be used as asked.
     """
@@ -143,7 +145,8 @@ def load_embedder(
     chosen, encoder_config = _chosen(name_or_folder, where, asked, normalize, similarity)
     if preset is not None and preset.max_length:
         encoder_config = replace(encoder_config, max_length=preset.max_length)
-    load = partial(_load_encoder, bidirectional=chosen["attention"] == "bidirectional", device=device, dtype=dtype)
+    how = dict(bidirectional=chosen["attention"] == "bidirectional", device=device, dtype=dtype, compile=compile)
+    load = partial(_load_encoder, **how)
     passages = load(name_or_folder, where, encoder_config, max_length, bounded=chosen["similarity"] == "dot")
     choices = EncoderOptions(**chosen, max_length=passages.max_length, normalize=chosen["similarity"] == "cosine")
     queries = None
@@ -190,13 +193,17 @@ def _load_encoder(
     bidirectional: bool,
     device: str | None,
     dtype: str | None,
+    compile: bool,
     bounded: bool = False,
 ) -> Encoder:
     from retro.retrieval.embedding.encoder import load_encoder
 
     dtype = dtype or os.environ.get(DTYPE)
     find_dtype(dtype)
-    return load_encoder(name, where, encoder_config, bidirectional, max_length, find_device(device), dtype, bounded)
+    encoder = load_encoder(name, where, encoder_config, bidirectional, max_length, find_device(device), dtype, bounded)
+    if compile:
+        encoder.compile()
+    return encoder
 
 
 def _load_queries(load: Callable[..., Encoder], choices: EncoderOptions, dim: int) -> Encoder:
@@ -331,7 +338,9 @@ def portable(description: Mapping[str, Any], store: Path) -> dict[str, Any]:
     return found
 
 
-def embedder_from(description: Mapping[str, Any], store: Path, batch_size: int | None = None) -> TransformerEmbedder:
+def embedder_from(
+    description: Mapping[str, Any], store: Path, batch_size: int | None = None, compile: bool = False
+) -> TransformerEmbedder:
     """The embedder that a store's manifest describes.
 
     Raises ValueError if it was one of the caller's own, which no description can bring back.
@@ -347,7 +356,7 @@ def embedder_from(description: Mapping[str, Any], store: Path, batch_size: int |
         if (store / found[field]).is_dir():
             found[field] = str(store / found[field])
     choices = {name: found[name] for name in _FIRST_CHOICES + _LATER_CHOICES}
-    return load_embedder(found["name"], **choices, batch_size=batch_size)
+    return load_embedder(found["name"], **choices, batch_size=batch_size, compile=compile)
 
 
 def keys_are_queries(description: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +23,8 @@ from retro.retrieval.embedding.encoder_config import Dense, EncoderConfig, quiet
 from retro.retrieval.embedding.presets import nearest_preset
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 65536
+_GPU_PART = 4096  # texts that are tokenized while a GPU computes what came before
+_GPU_WIDTHS = 16  # of which the widths of batches are multiples there
 _TRANSFORMERS_LIMIT = 512  # tokens, where neither tokenizer nor model names one
 _SHORT_TEXT = 512  # tokens, up to which attention as plain products is quicker on CPUs (MiniLM: 1.35 x the chunks)
 _REMEDY = (
@@ -63,6 +66,7 @@ class Encoder:
         self.heads = [_Head(head) for head in encoder_config.heads]
         self.dim: int = self.heads[-1].out_features if self.heads else model.config.hidden_size
         self.model, self.num_truncated = model.eval().requires_grad_(False), 0
+        self._compiled: Any = None
         self.weights = _weights_digest(model, self.heads)  # as they were stored, before the cast, and so the next
         self.longest: float | None = longest_vector(model, encoder_config) if bounded else None
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
@@ -77,20 +81,29 @@ class Encoder:
         """Vectors of texts, in their order.
 
         Texts go through the model sorted by length, in batches of about so many tokens as suit the device (or of
-        `batch_size` texts), padded to their own longest. Batches depend on the texts of this call only.
+        `batch_size` texts), padded to their own longest. Batches depend on the texts of this call only. A GPU has them
+        in parts, and computes one while the next is tokenized.
         """
-        vectors = np.empty((len(texts), self.dim), np.float32)
-        with self._tokenizing:
-            ids = self._token_ids([prefix + text for text in texts])
-            skipped = 0 if self.encoder_config.pool_prefix or not prefix else self._prefix_len(prefix)
-        tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
-        batches = list(length_batches([len(line) for line in ids], batch_size, tokens))
+        on_cpu, found, skipped = self.device.type == "cpu", [], 0
+        if prefix and not self.encoder_config.pool_prefix:
+            with self._tokenizing:
+                skipped = self._prefix_len(prefix)
+        tokens, part = (CPU_BATCH_TOKENS, len(texts) or 1) if on_cpu else (GPU_BATCH_TOKENS, _GPU_PART)
         with torch.inference_mode():
             # on a GPU nothing waits for a batch before the last is under way
-            found = [self._forward([ids[i] for i in batch], skipped) for batch in batches]
-            for batch, part in zip(batches, found, strict=True):
-                vectors[batch] = part.cpu().numpy()
+            for start in range(0, len(texts), part):
+                with self._tokenizing:
+                    ids = self._token_ids([prefix + text for text in texts[start : start + part]])
+                for batch in length_batches([len(line) for line in ids], batch_size, tokens):
+                    found.append((start + batch, self._forward([ids[i] for i in batch], skipped)))
+            vectors = np.empty((len(texts), self.dim), np.float32)
+            for rows, some in found:
+                vectors[rows] = some.cpu().numpy()
         return vectors
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Run the model through torch.compile from now on; once for batches of all shapes."""
+        self._compiled = torch.compile(self.model, dynamic=True, backend=backend)
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         """Encoder ids of each text, cut to the maximum length; the cut ones are counted."""
@@ -113,13 +126,15 @@ class Encoder:
 
     def _forward(self, ids: list[list[int]], skipped: int) -> Float[Tensor, "c d"]:
         """Vectors of one batch; padding is on the right, else the vector of a text would depend on its batch."""
-        lens = torch.tensor([len(line) for line in ids])
-        batch = torch.full((len(ids), int(lens.max())), self.tokenizer.pad_token_id or 0)
-        for row, line in zip(batch, ids, strict=True):
-            row[: len(line)] = torch.tensor(line)
-        mask = torch.arange(batch.shape[1]) < lens[:, None]
-        batch, mask = self._moved(batch), self._moved(mask)
-        hidden = self.model(input_ids=batch, attention_mask=mask.long()).last_hidden_state
+        lens = np.fromiter(map(len, ids), np.int64)
+        width = int(lens.max())
+        width = width if self.device.type == "cpu" else min(-(-width // _GPU_WIDTHS) * _GPU_WIDTHS, self.max_length)
+        real = np.arange(width) < lens[:, None]
+        tokens = np.full(real.shape, self.tokenizer.pad_token_id or 0)
+        tokens[real] = np.fromiter(chain.from_iterable(ids), np.int64)
+        batch, mask = self._moved(torch.from_numpy(tokens)), self._moved(torch.from_numpy(real))
+        run = self.model if self._compiled is None else self._compiled
+        hidden = run(input_ids=batch, attention_mask=mask.long()).last_hidden_state
         vectors = pool(hidden.float(), mask, self.encoder_config.pooling or "mean", skipped)
         for head in self.heads:
             vectors = head(vectors)

@@ -22,7 +22,8 @@ _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS":
 
 
 class LocalExecutor:
-    """Worker processes of one thread each, started once two tasks wait that are not light.
+    """Worker processes, started once two tasks wait that are not light: of one thread each, but for the tokenizers of
+    those that have a GPU, which share the cores.
 
     The calling process does what waits before, and what is marked `here`.
 
@@ -69,9 +70,17 @@ class LocalExecutor:
 
 
 def default_workers() -> int:
-    """One for each GPU, or else for each core that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return len(_gpus()) or cores
+    """Two for each GPU, one of which reads and tokenizes while it computes for the other, or else one for each core."""
+    return 2 * len(_gpus()) or _num_cores()
+
+
+def num_devices() -> int:
+    """GPUs, or else cores, that this process may use."""
+    return len(_gpus()) or _num_cores()
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
@@ -143,7 +152,9 @@ class _Pool:
     def _start(self) -> int:
         number, gpus = len(self.workers), _gpus()
         environment = {**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        if gpus:
+        if gpus:  # what it tokenizes must keep up with it
+            threads = max(1, _num_cores() // self.limit)
+            environment |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
             environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
             environment.pop(DEVICE, None)  # the only one there
         code = "from retro.retrieval.executors.local import serve_tasks; serve_tasks()"

@@ -21,8 +21,8 @@ def open_executor(name: str = "local", workers: int | None = None) -> Executor:
     Arguments:
         name: "local" (processes of this machine), "ranks" (every rank of a Slurm array, srun or torchrun runs the same
             program over one shared folder), or "ray" (tasks on a Ray cluster with one shared folder; extra `ray`).
-        workers: processes, or for "ray" tasks at a time. None is one for each GPU, or else for each core. The number
-            of ranks comes from their launcher.
+        workers: processes, or for "ray" tasks at a time. None is two for each GPU, or else one for each core. The
+            number of ranks comes from their launcher.
 
     Raises ValueError for another name, fewer than 1 worker, ranks without their variables, and Ray not installed.
     """

@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro.retrieval import BuildSettings, Retriever, build_neighbors, build_store, load_embedder
+from retro.retrieval.building import shards
+from retro.retrieval.embedding import encoder
 from retro.retrieval.embedding.embedder import dot_keys, dot_queries, embedder_from, keys_are_queries, portable
 from retro.retrieval.embedding.encoder import length_batches, pool
 from tests.retrieval.tiny_encoders import KINDS, add_modules, make_encoder, write_json
@@ -190,6 +193,36 @@ def test_a_key_depends_on_its_text_only(folders):
     for embedder.batch_size in (1, 2, 5):
         np.testing.assert_allclose(embedder.embed(TEXTS), alone, atol=1e-6)
     assert embedder.embed([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_way_of_a_gpu(kind, folders, monkeypatch):
+    """Texts in parts, rounded widths and a compiled model."""
+    embedder, texts = load_embedder(folders[kind], max_length=40), TEXTS + [words(n % 40, n, 40) for n in range(60)]
+    passages, expected = embedder.passages, embedder.embed(texts)
+    truncated, embedder.passages.num_truncated = passages.num_truncated, 0
+    monkeypatch.setattr(encoder, "_GPU_PART", 16)
+    monkeypatch.setattr(encoder, "GPU_BATCH_TOKENS", 256)
+    monkeypatch.setattr(passages, "_moved", lambda x: x)
+    monkeypatch.setattr(passages, "device", torch.device("xpu"))
+    np.testing.assert_allclose(embedder.embed(texts), expected, atol=1e-6)
+    assert passages.num_truncated == truncated > 0
+    torch._dynamo.utils.counters.clear()
+    passages.compile(backend="eager")
+    np.testing.assert_allclose(embedder.embed(texts), expected, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one for a single text
+
+
+def test_a_build_compiles_where_it_is_asked(folders, monkeypatch, tmp_path):
+    """In the process that plans, and in those that embed."""
+    compiled = []
+    monkeypatch.setattr(encoder.Encoder, "compile", lambda self: compiled.append(self))
+    write_jsonl(tmp_path / "docs.jsonl", [{"id": "a", "text": words(200, 0, 40)}])
+    given = dict(inputs=[str(tmp_path / "docs.jsonl")], tokenizer=folders["bert"], embedder=folders["bert"])
+    settings = BuildSettings(store=str(tmp_path / "store"), **given, index="none", compile=True)
+    monkeypatch.setattr(shards, "embedder_at_hand", lambda embedder: nullcontext())  # as in a process of its own
+    build_store(settings)
+    assert len(compiled) == 2
 
 
 @settings(max_examples=60)
