@@ -147,7 +147,7 @@ class LayerReached(Exception):
 
 
 @dataclass
-class _Reader:
+class _StreamReader:
     """Takes the place of a form in a run that ends at a point, with the stream there."""
 
     hook_points: list[HookPoint]
@@ -167,7 +167,7 @@ def stream_at(
 
     `mask` is a prefix, as of retrieved values: what stands behind it is arbitrary.
     """
-    reader = _Reader([point])
+    reader = _StreamReader([point])
     with evaluating(base), active(RetrofitContext(form=reader, key=key)), suppress(LayerReached):
         base(input_ids=ids.masked_fill(~mask, 0), use_cache=False)
     return reader.stream
