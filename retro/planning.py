@@ -33,7 +33,6 @@ NUM_NEIGHBORS = 2  # of the neighbor table, as in the paper
 SHARD_CHUNKS = BuildSettings.shard_chunks
 NPY_HEADER, MANIFEST_BYTES, TABLE_BYTES = 128, 1500, 3000  # of a shard: each array, its record, its table without rows
 SUM_BYTES = 32 / 3  # in the manifest, of each block
-TRAINING_SAMPLE = 100_000  # of an index's segment
 STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and two moments of AdamW
 MEASURED_SECONDS = 10.0
 _BLOCK_CHUNKS = 256  # embedded between two looks at the clock
@@ -172,7 +171,7 @@ def index_plan(kind: str, chunks: int, dim: int) -> dict[str, Any]:
         "layout": layout,
         "disk": round((of_engine.file_bytes(layout, rows, dim) + 4 * rows) * chunks / rows),  # and row numbers
         "memory": round(chunks * (of_engine.row_bytes(layout, dim) + 4 * layout.lists * dim / rows)),
-        "peak": round(of_engine.peak_bytes(layout, rows, dim, TRAINING_SAMPLE)),
+        "peak": round(of_engine.peak_bytes(layout, rows, dim, of_engine.training_sample)),
     }
 
 

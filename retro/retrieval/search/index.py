@@ -250,7 +250,7 @@ def _named(kind: str, settings: dict[str, Any]) -> str:
 
 def _settings(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     """All settings of a kind; None is the default by the number of rows of the segment."""
-    common = {"codes": None, "candidates": None, "training_sample": 100_000, "seed": 0}
+    common = {"codes": None, "candidates": None, "training_sample": ENGINES[kind].training_sample, "seed": 0}
     common["max_segment_rows"] = MAX_SEGMENT_ROWS
     defaults = {**dict.fromkeys(ENGINES[kind].settings), **common}
     _refuse_unknown(given, defaults)

@@ -65,6 +65,7 @@ class EngineKind:
     codes: what may stand behind its name, as in "faiss:ivf-pq".
     remedy: how to install it.
     settings: names of its own; None is the default by the number of rows.
+    training_sample: rows that it is trained on, where nobody names another number.
     extends: whether `extend` can write a longer segment from one that is there.
     searched: the one of these that fixes how many lists a search visits; "" of an engine without lists.
     """
@@ -74,6 +75,7 @@ class EngineKind:
     remedy: str
     settings: tuple[str, ...] = ()
     searched: str = ""
+    training_sample: int = 100_000
     extends: bool = False
 
     def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:

@@ -37,6 +37,7 @@ class RoutedKind(EngineKind):
     remedy = 'pip install "retro-lm[faiss]"'
     settings = ("lists", "probes")
     searched = "probes"
+    training_sample = 1 << 14
     extends = True
 
     def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:

@@ -41,12 +41,13 @@ NUM_LISTS_OF_A_ROW = 2
 FAISS_FILE = "faiss.index"
 TABLES = "groups", "codebook", "centroids", "sizes"
 _BLOCK_ROWS = 1 << 17
-_PART_ROWS = 1 << 14  # whose distances are computed at a time
+_PART_ROWS = 1 << 15  # whose distances are computed at a time
 _SPLIT_ROWS = 1 << 17  # that train the centroids of one task
 _SAMPLE_OF_LIST, _SAMPLE_OF_GROUP = 16, 64  # rows that train a centroid
-_LEVEL_ROUNDS, _SPLIT_ROUNDS = 8, 6  # of k-means
+_LEVEL_ROUNDS, _SPLIT_ROUNDS = 8, 4  # of k-means
 _GROUPS_SEARCHED = 4  # for the lists of a row
-_CANDIDATE_LISTS = 8  # of which the second is chosen
+_OF_A_GROUP = 2  # of its nearest lists
+_CANDIDATE_LISTS = 5  # of all these, of which the second is chosen
 _DRIFT = 1.25  # how much farther from their centroids rows may lie that are added to what was there
 _SOAR = 1.5  # lambda: how much a residual along the first one counts
 _LIGHT_ROWS = 1 << 18  # segments too small to start processes for
@@ -251,9 +252,9 @@ class Lists:
         return both.astype(np.int32), distances[:, 0]
 
     def _candidates(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lists and squared distances [c, 8 of each group]; -1 and infinity where a group has fewer."""
+        """Lists and squared distances [c, 2 of each group]; -1 and infinity where a group has fewer."""
         groups = _nearest(keys, self.groups, min(_GROUPS_SEARCHED, len(self.groups)))
-        shape = (*groups.shape, _CANDIDATE_LISTS)
+        shape = (*groups.shape, _OF_A_GROUP)
         near, distances = np.full(shape, -1, np.int64), np.full(shape, np.inf, np.float32)
         norms = np.square(keys).sum(1)
         flat = groups.reshape(-1)
@@ -261,7 +262,7 @@ class Lists:
         for group, members in zip(*_runs(flat[order], order), strict=True):
             start, stop = self.starts[group], self.starts[group + 1]
             at, slot = np.divmod(members, groups.shape[1])
-            found, scores = _nearest_and_scores(keys[at], self.centroids[start:stop], _CANDIDATE_LISTS)
+            found, scores = _nearest_and_scores(keys[at], self.centroids[start:stop], _OF_A_GROUP)
             near[at, slot, : found.shape[1]] = start + found
             distances[at, slot, : found.shape[1]] = norms[at, None] - 2 * scores
         return near.reshape(len(keys), -1), distances.reshape(len(keys), -1)
@@ -327,8 +328,13 @@ def _nearest_and_scores(keys: np.ndarray, centroids: np.ndarray, count: int) -> 
     table = torch.from_numpy(np.array(centroids))
     with fast_products():
         scores = torch.addmm(-table.square().sum(1) / 2, torch.from_numpy(np.ascontiguousarray(keys)), table.T)
-    top, places = scores.topk(min(count, len(table)), dim=1)
-    return places.numpy(), top.numpy()
+    found = []
+    for _ in range(min(count, len(table))):  # topk is slower for the few that are asked for
+        top, places = scores.max(dim=1, keepdim=True)
+        found.append((places, top))
+        scores.scatter_(1, places, -torch.inf)
+    places, top = (torch.cat(parts, 1).numpy() for parts in zip(*found, strict=True))
+    return places, top
 
 
 # Files
