@@ -15,7 +15,7 @@ demo: $(INSTALLED)  ## text to a trained RETRO, measured and sampled from: at mo
 	$(BIN)/retro demo
 
 test: $(INSTALLED)  ## all tests, at most 8 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/training/runs --shapes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/training/runs --shapes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/training/runs
 
 test-slow: $(INSTALLED)  ## the tests that `make test` leaves out: SmolLM2-135M from its package
