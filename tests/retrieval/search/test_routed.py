@@ -40,6 +40,7 @@ def files_of(index):
 def test_every_row_is_in_the_list_of_its_nearest_centroid_and_in_one_beside(store, monkeypatch):
     """With all groups searched; by a plain loop over all centroids."""
     monkeypatch.setattr(routing, "_GROUPS_SEARCHED", 1000)
+    monkeypatch.setattr(routing, "_OF_A_GROUP", 1000)
     _, segment = files_of(build_index(store, "routed", workers=1))
     lists, of_rows = Lists(segment.folder), np.load(segment.folder / "lists.npy")
     keys = store.keys(segment.live_rows(0, segment.num_rows))
