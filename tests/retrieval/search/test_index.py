@@ -447,3 +447,30 @@ def test_distances_do_not_depend_on_how_many_are_computed_at_a_time(tmp_path, mo
             difference = np.square(key - queries[q]).astype(np.float64)
             assert found[q, c] == exact.rescore(store, queries[q : q + 1], rows[q : q + 1, c : c + 1])[0, 0]
             assert found[q, c] == pytest.approx(difference.sum(), rel=1e-7)
+
+
+@pytest.mark.parametrize(("asked", "gpus"), [(None, [0, 1]), ("cuda:1", [1]), ("cpu", [])])
+def test_faiss_searches_where_it_is_asked_to(asked, gpus, tmp_path, monkeypatch):
+    """As if faiss-gpu were installed, beside two cards."""
+    faiss, moved, set_to = pytest.importorskip("faiss"), [], []
+    keys = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    index = faiss.index_factory(8, "IVF4,Flat")
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "faiss.index"))
+
+    class Space:
+        def set_index_parameter(self, index, name, value):
+            set_to.append(value)
+            index.nprobe = value
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
+    monkeypatch.setattr(faiss, "GpuParameterSpace", Space, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", lambda one, gpus: moved.extend(gpus) or one, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("RETRO_DEVICE", asked or "")
+    engine = ENGINES["faiss"].open(IndexLayout("faiss", "ivf-flat", 4), tmp_path)
+    found = engine.candidates(keys[:5], 1, 1, 4)
+    assert found[:, 0].tolist() == [0, 1, 2, 3, 4] and moved == gpus and set_to == ([4] if gpus else [])

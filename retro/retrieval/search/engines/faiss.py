@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 from math import log2
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from retro.common.devices import find_device
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.store.store import Store
 
@@ -60,9 +62,9 @@ class FaissKind(EngineKind):
         if layout.codes != "flat":
             size = min(max(training_sample, 40 * layout.lists), len(rows))
             sample = np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False))
-            if layout.lists and _num_gpus():  # the coarse k-means is what takes long
-                faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_all_gpus(
-                    faiss.IndexFlatL2(store.key_dim)
+            if layout.lists and (gpus := _gpus()):  # the coarse k-means is what takes long
+                faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_gpus_list(
+                    faiss.IndexFlatL2(store.key_dim), gpus=gpus
                 )
             index.train(store.keys(rows[sample]))
         for _, keys in key_blocks(store, rows):
@@ -99,28 +101,32 @@ def _factory(layout: IndexLayout, width: int) -> str:
     return f"IVF{layout.lists},{code}" if layout.lists else code
 
 
-def _num_gpus() -> int:
+def _gpus() -> list[int]:
+    """Where faiss-gpu runs: on all GPUs, or the one that RETRO_DEVICE names; nowhere if that is the CPU."""
     import faiss
 
-    return getattr(faiss, "get_num_gpus", lambda: 0)()
+    count = getattr(faiss, "get_num_gpus", lambda: 0)()
+    device = find_device() if count else None
+    if device is None or device.type != "cuda":
+        return []
+    return list(range(count)) if device.index is None else [device.index]
 
 
 class FaissEngine:
-    """An index of faiss, on all GPUs where faiss-gpu is installed and has the kind (flat and inverted lists)."""
+    """An index of faiss, on GPUs where faiss-gpu is installed and has the kind (flat and inverted lists): `_gpus`."""
 
     def __init__(self, layout: IndexLayout, folder: Path) -> None:
         import faiss
 
-        self.layout = layout
+        self.layout, self._searching = layout, Lock()  # of a GPU's index, which takes one search at a time
         self._index = faiss.read_index(str(folder / "faiss.index"))
 
     @cached_property
     def _on_gpu(self) -> Any:
         import faiss
 
-        if not _num_gpus() or self.layout.codes in ("sq8", "pq"):
-            return None
-        return faiss.index_cpu_to_all_gpus(self._index)
+        gpus = [] if self.layout.codes in ("sq8", "pq") else _gpus()
+        return faiss.index_cpu_to_gpus_list(self._index, gpus=gpus) if gpus else None
 
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
@@ -129,9 +135,10 @@ class FaissEngine:
         import faiss
 
         count = wanted if self.layout.codes.endswith("flat") else considered
-        if self._on_gpu is not None and max(count, lists) <= _GPU_LIMIT:
-            if lists:
-                faiss.GpuParameterSpace().set_index_parameter(self._on_gpu, "nprobe", lists)
-            return self._on_gpu.search(queries, count)[1]
+        with self._searching:
+            if self._on_gpu is not None and max(count, lists) <= _GPU_LIMIT:
+                if lists:
+                    faiss.GpuParameterSpace().set_index_parameter(self._on_gpu, "nprobe", lists)
+                return self._on_gpu.search(queries, count)[1]
         params = faiss.SearchParametersIVF(nprobe=lists) if lists else None
         return self._index.search(queries, count, params=params)[1]
