@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -207,6 +208,51 @@ def test_masks_that_no_chunk_could_be_counted_by_are_refused(model):
         model(IDS, attention_mask=torch.ones(2, 1, 10, 10), **neighbors)
 
 
+@fits
+def test_neighbors_with_gaps_are_refused_where_the_base_reads_them(model):
+    mask = torch.ones_like(NEIGHBORS["neighbor_ids"], dtype=torch.bool)
+    mask[0, 1, 0, 0] = False
+    if not model.config.matches:  # an encoder of its own attends to what is there
+        ids = NEIGHBORS["neighbor_ids"].clone()
+        ids[0, 1, 0, 0] = 5
+        assert torch.equal(model(IDS, ids, mask).logits, model(IDS, **NEIGHBORS, neighbor_mask=mask).logits)
+        return
+    for options in ({}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="neighbor_mask is False before a real token"):
+            model(IDS, **NEIGHBORS, neighbor_mask=mask, **options)
+
+
+@every
+@reading
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_labels_that_are_shifted_already(train, model, neighbors):
+    model.train(train)
+    mask, labels = torch.ones_like(IDS), IDS.clone()
+    mask[1, :3], labels[1, :4] = 0, -100
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    given = {"attention_mask": mask, **neighbors}
+
+    def run(**labels):
+        torch.manual_seed(0)  # of dropout
+        return model(IDS, num_items_in_batch=7, return_logits=return_logits, **labels, **given)
+
+    return_logits = None
+    for others in ({}, {"labels": labels.flip(1)}):
+        torch.testing.assert_close(run(shift_labels=shifted, **others).loss, run(labels=labels).loss)
+    return_logits = None if hasattr(model, "base") and not neighbors else True
+    less, shifted[0, -1] = run(shift_labels=shifted), 5
+    more, last = run(shift_labels=shifted).loss, less.logits[0, -1].log_softmax(-1)[5]
+    torch.testing.assert_close(more, less.loss - last / 7)
+
+
+@fits
+@reading
+def test_labels_of_another_length_are_refused(model, neighbors):
+    for name in ("labels", "shift_labels"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \[2, 9\], and there are \[2, 10\] tokens"):
+            model(IDS, **{name: IDS[:, 1:]}, **neighbors)
+
+
 @every
 @pytest.mark.parametrize("shape", [(2, 2, 0, 8), (2, 2, 2, 0)], ids=["k = 0", "r = 0"])
 def test_no_neighbors_at_all_are_none(shape, model):
@@ -232,6 +278,9 @@ def test_exported_it_is_the_same(model):
     given["attention_mask"] = torch.cat([mask[:1], mask[1:].masked_fill(torch.arange(10) < 2, 0)])
     expected = model(**given).logits[:, 2:]
     torch.testing.assert_close(program.module()(**given).logits[:, 2:], expected, rtol=1e-4, atol=1e-5)
+    given["attention_mask"][1, 4] = 0
+    with pytest.raises(RuntimeError, match="attention_mask is 0 between real tokens"):
+        program.module()(**given)
 
 
 # PEFT
@@ -319,6 +368,47 @@ def test_it_is_made_without_weights_and_takes_them_later(model):
             assert buffer.shape == empty_one.shape
             setattr(empty.base.get_submodule(owner), last, buffer)
         assert torch.equal(empty.eval()(IDS, **NEIGHBORS).logits, model(IDS, **NEIGHBORS).logits)
+
+
+@every
+def test_weights_and_configuration_in_memory_are_enough(model):
+    state = model.state_dict()
+    again, told = type(model).from_pretrained(
+        None, config=copy.deepcopy(model.config), state_dict=state, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["mismatched_keys"] and again.state_dict().keys() == state.keys()
+    assert torch.equal(again(IDS, **NEIGHBORS).logits, model(IDS, **NEIGHBORS).logits)
+
+
+@fits
+def test_a_fits_own_base_is_whole_or_refused(model):
+    state = model.state_dict()
+    name = next(name for name in state if name.startswith("base.") and "norm" in name or ".ln_" in name)
+    del state[name]
+    with pytest.raises(ValueError, match=f"state_dict lacks the weight {name} of its base; copy the folder again"):
+        type(model).from_pretrained(None, config=model.config, state_dict=state)
+    with pytest.raises(ValueError, match="no folder is given; give one, or both config and state_dict"):
+        type(model).from_pretrained(None, state_dict=state)
+
+
+@fits
+def test_what_comes_from_the_meta_device_gets_its_start(model):
+    with torch.device("meta"):
+        empty = type(model)(copy.deepcopy(model.config))
+    empty.to_empty(device="cpu").init_weights()
+    assert torch.equal(empty.eval()(IDS, **NEIGHBORS).logits, empty(IDS).logits)  # neighbors change nothing yet
+    assert empty(IDS).logits.isfinite().all() and empty(IDS).logits.std() > 0.1
+
+
+@fits
+def test_what_is_set_in_a_fits_configuration_holds_for_its_base(model):
+    config = copy.deepcopy(model.config)
+    config._attn_implementation, config.vocab_size, config.tie_word_embeddings = "eager", 50, True
+    base = type(model)(config).base
+    assert base.config is config.base_config is config.get_text_config() and base.config.vocab_size == 50
+    assert base.config._attn_implementation == "eager"
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    assert model.base_model is model.base
 
 
 @fits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,20 @@ def check_num_weights(make: Callable[[], Any], num_bytes: int, where: Any) -> No
             f"{where} asks for {asked:,} weights and buffers, but the weights beside it have {num_bytes:,} bytes; "
             "copy the folder again from where it was trained."
         )
+
+
+def check_kernels(config: Any, where: Any, allowed: Collection[Any] = ()) -> None:
+    """Refuse a configuration that names code on the hub for attention or experts, unless the caller named it, too."""
+    for kind in ("attn_implementation", "experts_implementation"):
+        named = getattr(config, f"_{kind}", None)
+        if "/" in str(named) and named not in allowed:
+            raise ValueError(
+                f"{where} asks for {kind} {named!r}, which is code from the hub; give {kind}={named!r} yourself if you "
+                "trust it, or another."
+            )
+    for part in vars(config).values():
+        if hasattr(part, "model_type"):
+            check_kernels(part, where, allowed)
 
 
 def own_code(folder: str | Path) -> str | None:

@@ -64,25 +64,24 @@ class RetroCache(Cache):
         self._decode_mask: tuple[Tensor | None] | None = None
         self._fixed: FixedRows | None = None
         self._unread: Tensor | None = None  # of fixed steps
+        self._known_mask: Tensor | None = None  # of generate(), which puts nothing but 1s behind the prompt's
 
     # One step
 
-    def begin(self, batch_size: int, length: int, attention_mask: Any = None) -> CachedStep:
+    def begin(self, batch_size: int, length: int, attention_mask: Any = None, is_known: bool = False) -> CachedStep:
         """Where the next `length` tokens of each row stand.
 
         attention_mask: [b, all columns so far], 0 only before a row's first real token; masks of other forms, which a
             base's generate() makes for itself, say nothing new and are left alone.
+        is_known: Whether it goes on with 1s, here and in the step itself. Then a GPU is not asked for each token.
         """
         if not self.padding:
             self.padding, self.reading, self._furthest = ([0] * batch_size for _ in range(3))
         if len(self.padding) != batch_size:
             raise ValueError(f"the cache holds {len(self.padding)} rows, and {batch_size} are given.")
-        in_text = length == 1 and self.length > max(self.padding)  # padding is over; a GPU is not asked each time
-        if (
-            isinstance(attention_mask, Tensor)
-            and attention_mask.ndim == 2
-            and not (in_text and attention_mask.device.type != "cpu")
-        ):
+        if is_known and length == 1 and self.length > max(self.padding):  # padding is over
+            self._known_mask = attention_mask
+        elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask is not self._known_mask:
             self.padding = self._padding(attention_mask, length)
         first = [self.length - self.prefix - padding for padding in self.padding]
         return CachedStep(self.chunk_len, length, first, held=self.reading, reading=list(self.reading))

@@ -1,10 +1,10 @@
 """RetroForCausalLM: a decoder that attends to the neighbors of every chunk, as a Hugging Face model."""
 
+import inspect
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import GenerationMixin
@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from retro.common.settings import unknown_name
 from retro.model.cache import GrowingLayer, RetroCache, cache_for, retro_cache
 from retro.model.config import RetroConfig
 from retro.model.fixed import FixedRows, FixedStep
@@ -24,7 +25,7 @@ from retro.modules.attention import PastKeyValues, attendable
 from retro.modules.cross_attention import ReadChunks, checked_neighbors, read_chunks
 from retro.modules.encoder import chunks_of
 from retro.modules.kernels import RELATIVE_QUERIES, QueryBlock, has_fixed_shapes, query_blocks, uses_flex
-from retro.modules.loss import linear_cross_entropy, of_items
+from retro.modules.loss import check_text, linear_cross_entropy, of_items, targets_of
 from retro.modules.positions import rotary_table
 
 
@@ -52,13 +53,15 @@ class RetroModel(RetroPreTrainedModel):
         document_ids: Int[Tensor, "b n"] | None = None,
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         past_key_values: RetroCache | None = None,
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """Final hidden states, where each row has its tokens; see RetroForCausalLM.forward for the arguments."""
+        if output_attentions:
+            raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
         past_key_values = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        check_text(input_ids, inputs_embeds)
         if neighbor_ids is None and neighbor_mask is not None:
             raise ValueError("neighbor_mask is given without neighbor_ids.")
         if neighbor_ids is not None and not self.config.cca_layers:
@@ -245,6 +248,7 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         fixed: FixedStep | None = None,
+        **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the mean loss in nats.
 
@@ -270,6 +274,8 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             num_items_in_batch: Labels over which the mean is taken, where these rows are a part of a batch; as a
                 Trainer counts them, over all micro-batches and processes of an update. Default: those of these rows.
             fixed: From generate() with a static cache: what goes with `input_ids`, in place of all else.
+            kwargs: Nothing but shift_labels [b, n], in place of labels: of each position the token after it, as
+                sequence parallelism gives them. A Trainer would take it for a label that it must have if it were named.
 
         Raises ValueError for what does not fit together, and for `document_ids` beside a cache.
         """
@@ -277,26 +283,29 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
             states = self.model.forward_fixed(input_ids, fixed)
             logits = self.lm_head(states[-1])
             return CausalLMOutputWithPast(logits=logits, hidden_states=tuple(states) if output_hidden_states else None)
-        if output_attentions:
-            raise ValueError(f"output_attentions is {output_attentions}, which RETRO does not give; leave it out.")
+        shift_labels = kwargs.pop("shift_labels", None)
+        for name in kwargs:
+            raise ValueError(unknown_name(name, inspect.signature(self.forward).parameters, "argument of forward"))
+        check_text(input_ids, inputs_embeds, labels=labels, shift_labels=shift_labels)
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
         if cache is not None and self.model.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError("use_cache is true with gradient checkpointing, which a cached run has not; leave it out.")
         rows = Alignment(attention_mask, has_cache=cache is not None)
-        input_ids, inputs_embeds, labels, document_ids, attention_mask = rows.left(
-            input_ids, inputs_embeds, labels, document_ids, attention_mask
+        input_ids, inputs_embeds, labels, shift_labels, document_ids, attention_mask = rows.left(
+            input_ids, inputs_embeds, labels, shift_labels, document_ids, attention_mask
         )
-        return_logits = (labels is None or not self.training) if return_logits is None else return_logits
+        targets = targets_of(labels, shift_labels)
+        return_logits = (targets is None or not self.training) if return_logits is None else return_logits
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        only_loss = labels is not None and cache is None and not (return_logits or with_states)
+        only_loss = targets is not None and cache is None and not (return_logits or with_states)
         if only_loss and neighbor_ids is not None:
-            neighbor_ids, neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, labels, document_ids)
+            neighbor_ids, neighbor_mask = self._that_matter(neighbor_ids, neighbor_mask, targets, document_ids)
         given = input_ids, neighbor_ids, neighbor_mask, attention_mask, document_ids, inputs_embeds
-        outputs = self.model(*given, with_states, cache, return_dict=True)
+        outputs = self.model(*given, with_states, output_attentions, cache, return_dict=True)
         hidden, states = outputs.last_hidden_state, outputs.hidden_states
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            loss=None if labels is None else of_items(self._loss(hidden, labels), labels, num_items_in_batch),
+            loss=None if targets is None else of_items(self._loss(hidden, targets), targets, num_items_in_batch),
             logits=self.lm_head(rows.right(hidden)[:, kept]) if return_logits else None,
             past_key_values=cache,
             hidden_states=None if states is None else tuple(map(rows.right, states)),
@@ -322,24 +331,24 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         return super()._plan(cache, step, **neighbors)
 
     def _that_matter(
-        self, neighbor_ids, neighbor_mask, labels, document_ids
+        self, neighbor_ids, neighbor_mask, targets, document_ids
     ) -> tuple[Int[Tensor, "b l k r"], Bool[Tensor, "b l k r"]]:
-        """Neighbors and their mask, without the neighbors of chunks that no prediction with a label can see.
+        """Neighbors and their mask, without the neighbors of chunks that no position with a target can see.
 
-        E_u reaches the tokens of C_u's document from the last of C_u on; each predicts the label after it.
+        E_u reaches the tokens of C_u's document from the last of C_u on.
         """
-        m, (b, n) = self.config.chunk_len, labels.shape
+        m, (b, n) = self.config.chunk_len, targets.shape
         neighbor_ids, neighbor_mask = checked_neighbors(neighbor_ids, neighbor_mask, b, n, m)
-        predicting = F.pad(labels[:, 1:] >= 0, (0, 1)).to(neighbor_mask.device)  # [b, n]
-        first_reader = torch.arange(1, n // m + 1, device=labels.device)[:, None] * m - 1
-        sees = predicting[:, None] & (torch.arange(n, device=labels.device) >= first_reader)  # [b, l, n]
+        predicting = (targets >= 0).to(neighbor_mask.device)
+        first_reader = torch.arange(1, n // m + 1, device=targets.device)[:, None] * m - 1
+        sees = predicting[:, None] & (torch.arange(n, device=targets.device) >= first_reader)  # [b, l, n]
         if document_ids is not None:
             sees = sees & (document_ids[:, None] == document_ids[:, : n // m * m : m, None])
         return neighbor_ids, neighbor_mask & sees.any(-1)[..., None, None]
 
-    def _loss(self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
-        predicting, targets = hidden[:, :-1], labels[:, 1:].to(hidden.device)
-        return linear_cross_entropy(rearrange(predicting, "b n d -> (b n) d"), self.lm_head.weight, targets.flatten())
+    def _loss(self, hidden: Float[Tensor, "b n d"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+        targets = targets.to(hidden.device).flatten()
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets)
 
 
 def _decoder_block(config: RetroConfig, number: int) -> DecoderBlock:

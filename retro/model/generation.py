@@ -367,6 +367,7 @@ class RetrievalGeneration:
         if position_ids is not None:
             _check_positions(position_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         device, given = self.device, input_ids
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
         embedded = inputs_embeds is not None and is_first_iteration
         if next_sequence_length is not None:
             given = given[:, -next_sequence_length:]
@@ -375,7 +376,7 @@ class RetrievalGeneration:
             # for graphs always contiguous
             "input_ids": None if embedded else given.to(device).clone(memory_format=torch.contiguous_format),
             "inputs_embeds": inputs_embeds.to(device) if embedded else None,
-            "attention_mask": attention_mask if attention_mask is None else attention_mask.to(device),
+            "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,
@@ -398,7 +399,7 @@ class RetrievalGeneration:
         """
         m, (b, length) = self.config.chunk_len, input_ids.shape[:2]
         start = RetroCache(m) if cache is None else cache
-        step = start.begin(b, length, attention_mask)
+        step = start.begin(b, length, attention_mask, is_known=not is_prompt)
         found = None if retrieval is None else retrieval.of_step(start, step, input_ids, is_prompt)
         filled = {}
         if found is not None:

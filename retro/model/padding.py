@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from retro.modules.kernels import has_fixed_shapes
+from retro.modules.kernels import reads_values, refuse
 
 
 def pad_left(
@@ -22,26 +22,38 @@ def pad_left(
     return ids, mask
 
 
+_HOLES = "is 0 between real tokens; chunks are counted in tokens that follow each other, so leave these out of the row."
+
+
 class Alignment:
     """Left-padded rows, turned for as long as a model runs: chunks and positions start at each row's first real token.
 
         given   . . a b c      `left`   a b c . .      `right` turns them back
 
     Rows that are padded on the right, or not at all, stay as they are. So do rows that go on after a cache: it knows
-    how they are padded. ValueError for a mask of another shape, and, where a look costs nothing, for one with holes:
-    chunks have none.
+    how they are padded. ValueError for a mask of another shape, and for one with holes: chunks have none. In graphs and
+    in training on a GPU, which read no value, rows are turned, if only by 0, and holes a RuntimeError as they are met.
     """
 
     def __init__(self, attention_mask: Tensor | None, has_cache: bool = False):
         self.is_turned, self._num_left, self._shape = False, None, None
-        if attention_mask is None or has_cache:
+        if attention_mask is None:
             return
         if attention_mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; give [b, n], 1 = a real token.")
-        self._shape, self.is_turned = attention_mask.shape, _may_start_late(attention_mask)
-        self._num_left = (attention_mask != 0).int().argmax(-1)  # [b]
-        if not has_fixed_shapes(attention_mask):
-            _refuse_holes(_turn(attention_mask != 0, self._num_left))
+        if has_cache:
+            return
+        self._shape, real = attention_mask.shape, attention_mask != 0
+        self._num_left = real.int().argmax(-1)  # [b]
+        has_hole = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1
+        if not reads_values(real):
+            refuse(has_hole.any(), f"attention_mask {_HOLES}")
+            self.is_turned = True
+            return
+        is_late, has_hole = torch.stack([~real[:, 0], has_hole]).tolist()
+        if any(has_hole):
+            raise ValueError(f"attention_mask of row {has_hole.index(True)} {_HOLES}")
+        self.is_turned = any(is_late)
 
     def left(self, *tensors: Shaped[Tensor, "b _ ..."] | None) -> list[Shaped[Tensor, "b _ ..."] | None]:
         """Each with every row's first real token first, and its left padding at the end."""
@@ -57,20 +69,6 @@ class Alignment:
     def right_square(self, x: Shaped[Tensor, "b h n n"]) -> Shaped[Tensor, "b h n n"]:
         """Undo `left` of queries and keys."""
         return self.right(self.right(x.movedim(2, 1)).movedim(3, 1)).permute(0, 3, 2, 1)
-
-
-def _refuse_holes(real: Bool[Tensor, "b n"]) -> None:
-    holes = (real[:, 1:] & ~real[:, :-1]).any(-1)
-    if holes.any():
-        raise ValueError(
-            f"attention_mask of row {int(holes.int().argmax())} is 0 between real tokens; chunks are counted in tokens "
-            "that follow each other, so leave these out of the row."
-        )
-
-
-def _may_start_late(attention_mask: Shaped[Tensor, "b n"]) -> bool:
-    """Whether some row may be padded on the left; where a look at the mask would cost more than turns by 0: yes."""
-    return has_fixed_shapes(attention_mask) or not bool(attention_mask[:, 0].all())
 
 
 def _turn(x: Tensor, by: Int[Tensor, " b"]) -> Tensor:

@@ -1,6 +1,8 @@
 """Saving, loading, and the weights that a RETRO starts with: random, or an induction head."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
+from retro.common.pretrained import check_folder, check_weights
 from retro.model.config import RetroConfig
 from retro.modules import Attention, ChunkedCrossAttention
 from retro.modules.feed_forward import ResidualLinear
@@ -48,6 +51,26 @@ class RetroPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["DecoderBlock", "EncoderBlock"]
+
+    def __init__(self, config: RetroConfig, *args, **kwargs):
+        self.get_correct_attn_implementation(config._attn_implementation)  # before code for another is looked for
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs) -> Any:
+        """As Hugging Face's, of safetensors alone.
+
+        Raises ValueError for a folder of pickled weights, and for one whose config.json asks for more weights than it
+        holds.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors is False, but pickled weights, which could run code, are not read.")
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if pretrained_model_name_or_path is not None and folder.is_dir():
+            check_folder(folder)
+            config = kwargs.get("config")
+            check_weights(folder, lambda: cls(cls.config_class.from_pretrained(folder) if config is None else config))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str, allow_all_kernels: bool = False) -> None:
         """ValueError for another than "sdpa"."""

@@ -28,6 +28,19 @@ def has_fixed_shapes(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.device.type != "cpu"
 
 
+def reads_values(x: Tensor) -> bool:
+    """Whether a look at a value of x is cheap; it is not in a graph, nor in training on a GPU, which never waits."""
+    return not (torch.compiler.is_compiling() or x.is_meta or (x.device.type != "cpu" and torch.is_grad_enabled()))
+
+
+def refuse(wrong: Bool[Tensor, ""], sentence: str) -> None:
+    """ValueError where `wrong` is true; where no value is read a RuntimeError, as soon as it is met."""
+    if not reads_values(wrong):
+        torch._assert_async(~wrong, sentence)
+    elif wrong:
+        raise ValueError(sentence)
+
+
 def uses_flex(x: Tensor, head_dim: int) -> bool:
     """Whether attention on the device of x goes by FlexAttention where plain attention would not do."""
     return x.device.type == "cuda" and torch.compiler.is_compiling() and head_dim >= _MIN_HEAD_DIM

@@ -1,6 +1,7 @@
 """Cross-entropy straight from hidden states, without the logits of all positions at once."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -78,14 +79,33 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, labels, slice_tokens)
 
 
-def of_items(
-    mean: Float[Tensor, ""], labels: Int[Tensor, "b n"], num_items_in_batch: Tensor | int | None
-) -> Float[Tensor, ""]:
-    """A mean over the kept labels as its share of the mean over `num_items_in_batch` labels, None for the mean itself.
+def check_text(input_ids: Tensor | None, inputs_embeds: Tensor | None, **labels: Tensor | None) -> None:
+    """Raise ValueError unless the text is given in one way, and with a label for each token if with any."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds.")
+    shape = list(inputs_embeds.shape[:2] if input_ids is None else input_ids.shape)
+    for name, x in labels.items():
+        if x is not None and list(x.shape) != shape:
+            raise ValueError(f"{name} has shape {list(x.shape)}, and there are {shape} tokens; give one for each.")
 
-    So micro-batches and processes that share an update add up to the mean over all its labels, as Hugging Face's do.
+
+def targets_of(
+    labels: Int[Tensor, "b n"] | None, shift_labels: Int[Tensor, "b n"] | None = None
+) -> Int[Tensor, "b n"] | None:
+    """What each position is to predict, below 0 for nothing: labels shifted, or those that are shifted already."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def of_items(
+    mean: Float[Tensor, ""], targets: Int[Tensor, "b n"], num_items_in_batch: Tensor | int | None
+) -> Float[Tensor, ""]:
+    """A mean over the targets as its share of the mean over `num_items_in_batch` of them, None for the mean itself.
+
+    So micro-batches and processes that share an update add up to the mean over all its targets, as Hugging Face's do.
     """
     if num_items_in_batch is None:
         return mean
     items = torch.as_tensor(num_items_in_batch, device=mean.device).max()  # DataParallel hands it out as a vector
-    return mean * (labels[:, 1:] >= 0).sum().to(mean.device) / items.clamp(min=1)
+    return mean * (targets >= 0).sum().to(mean.device) / items.clamp(min=1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from retro.common.pretrained import PACKAGE, check_weights, own_code, pretrained_place
+from retro.common.pretrained import PACKAGE, check_folder, check_kernels, check_weights, own_code, pretrained_place
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 LOADING = RLock()  # from_pretrained swaps functions of torch: of two at once, both fail, and each that follows
 
 
@@ -33,7 +37,7 @@ def open_base(base: Any, /, **options) -> Any:
     options |= {"trust_remote_code": False, **(gguf or {"use_safetensors": True})}
     try:
         if not gguf:
-            _check_weights(Path(place))
+            _check(place, options)
         with LOADING:
             return AutoModelForCausalLM.from_pretrained(place, **options).eval()
     except (SafetensorError, StrictDataclassError) as error:
@@ -42,13 +46,31 @@ def open_base(base: Any, /, **options) -> Any:
         raise ValueError(_sentence("base", base, error)) from None
 
 
-def _check_weights(folder: Path) -> None:
+def _check(place: str, options: dict[str, Any]) -> None:
+    """Refuse what a place, or the base that its adapter names, asks for: see `check_kernels` and `check_weights`."""
     from transformers import AutoConfig
+    from transformers.utils import cached_file
 
-    there = (folder / "config.json").is_file()  # else it is a name, or an adapter
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if there else None
-    if config is None or config.model_type != "retrofit":  # which opens its base by itself
-        check_weights(folder, lambda: random_base(config))
+    asked = {name: options[name] for name in IMPLEMENTATIONS if name in options}
+    where = {name: options[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in options}
+
+    def find(place: str, name: str) -> str | None:
+        return cached_file(place, name, _raise_exceptions_for_missing_entries=False, **where)
+
+    places, adapter = [place], find(place, "adapter_config.json")
+    if adapter is not None:
+        named = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        places += [named] if named else []
+    for place in places:
+        folder = Path(place, options.get("subfolder") or "")
+        check_folder(folder)
+        if find(place, "config.json") is None:
+            check_weights(folder, lambda: None)
+            continue
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where, **asked)
+        if config.model_type != "retrofit":  # which opens its base by itself
+            check_kernels(config, f"config.json of {place}", asked.values())
+            check_weights(folder, partial(random_base, config))
 
 
 def random_base(config: Any, attn_implementation: str | None = None) -> Any:

@@ -22,8 +22,29 @@ POSITIVE = (
 KEY_LAGS = 10
 OF_BASE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    "max_position_embeddings",
+    *("max_position_embeddings", "tie_word_embeddings"),
 )
+
+
+class _Parts:
+    """What transformers calls `sub_configs`: what is set for the whole holds for the base too."""
+
+    def __get__(self, config, kind) -> dict[str, type]:
+        from transformers import AutoConfig  # which asks for this module
+
+        return {"base_config": AutoConfig}
+
+
+def _of_base(name: str, default: Any = None) -> property:
+    """A field of the base's own configuration; the default where it has none."""
+
+    def read(config):
+        return getattr(config._text, name, default)
+
+    def write(config, value):
+        setattr(config._text, name, value)
+
+    return property(read, write, doc="The base's.")
 
 
 @strict
@@ -68,6 +89,12 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     """
 
     model_type = "retrofit"
+    sub_configs = _Parts()
+    vocab_size = _of_base("vocab_size")
+    hidden_size = _of_base("hidden_size")
+    num_hidden_layers = _of_base("num_hidden_layers")
+    max_position_embeddings = _of_base("max_position_embeddings")  # None: no limit
+    tie_word_embeddings = _of_base("tie_word_embeddings", False)
 
     base_config: dict | PreTrainedConfig | None = None
     base_name_or_path: str | None = None
@@ -211,20 +238,9 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
         """Whether the base's own features are compared; all but the random start do."""
         return self.form in ("pointer", "joint") or (self.form == "paper" and self.start == "reading")
 
-    @property
-    def vocab_size(self) -> int:
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The base's."""
-        return self._text.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """The base's width d."""
-        return self._text.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """The base's."""
-        return self._text.num_hidden_layers
+        return super().get_text_config(*args, **kwargs) if self.base_config is None else self._text
 
     @property
     def num_attention_heads(self) -> int:
@@ -240,11 +256,6 @@ class RetrofitConfig(CheckedFields, PreTrainedConfig):
     def head_dim(self) -> int:
         """The base's."""
         return attention_sizes(self._text)[2]
-
-    @property
-    def max_position_embeddings(self) -> int | None:
-        """The base's; None where it has no limit."""
-        return getattr(self._text, "max_position_embeddings", None)
 
     @property
     def _text(self) -> PreTrainedConfig:

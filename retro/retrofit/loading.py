@@ -14,13 +14,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from retro.common.own import check_names
-from retro.common.pretrained import check_folder, check_num_weights
-from retro.retrofit.bases import LOADING, find_base, is_quantized, open_base, random_base
+from retro.common.pretrained import check_folder, check_kernels, check_num_weights
+from retro.retrofit.bases import HUB_OPTIONS, IMPLEMENTATIONS, LOADING, find_base, is_quantized, open_base, random_base
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.fingerprint import adapter_prefixes, differing_kind, fingerprint
 from retro.retrofit.saving import BASE_PREFIX, quantization_of
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 AUTO_OPTIONS = ("_from_auto", "_commit_hash", "adapter_kwargs", "torch_dtype")  # what AutoModel adds
 
 
@@ -29,6 +28,19 @@ def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     rest = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *AUTO_OPTIONS)}
     return hub, rest
+
+
+def read_fit(
+    folder: str | Path | None,
+    hub: dict[str, Any],
+    config: RetrofitConfig | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> tuple[RetrofitConfig, dict[str, Tensor]]:
+    """The configuration and all weights of a fitted folder, but for what is given in place of its own."""
+    if folder is None and (config is None or state_dict is None):
+        raise ValueError("no folder is given; give one, or both config and state_dict.")
+    config = read_config(str(folder), hub) if config is None else config
+    return config, read_weights(str(folder), hub) if state_dict is None else state_dict
 
 
 def read_config(folder: str, hub: dict[str, Any]) -> RetrofitConfig:
@@ -49,6 +61,12 @@ def open_fitted_base(
 
     options: as for `open_base`. Raises ValueError for a base that is missing, or another than the one that was fitted.
     """
+    asked = {name: options[name] for name in IMPLEMENTATIONS if options.get(name) is not None}
+    for name, value in asked.items():
+        setattr(config, f"_{name}", value)
+    check_kernels(config, f"config.json of {folder}", asked.values())
+    if config._attn_implementation is not None:  # AutoModel puts it there
+        options.setdefault("attn_implementation", config._attn_implementation)
     own = {_plain_name(name): x for name, x in weights.items() if name.startswith(BASE_PREFIX)}
     form_bytes = sum(x.numel() * x.element_size() for name, x in weights.items() if not name.startswith(BASE_PREFIX))
     check_num_weights(lambda: random_base(config).form, form_bytes, f"config.json of {folder}")
@@ -72,10 +90,12 @@ def _own_base(config: RetrofitConfig, own: dict[str, Tensor], folder: str, optio
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
     stored = sum(x.numel() * x.element_size() for x in weights.values())
     check_num_weights(lambda: random_base(config.base_config), stored, f"config.json of {folder}")
+    given = {"config": copy.deepcopy(config.base_config), "state_dict": weights, "output_loading_info": True}
     with LOADING:
-        return kind.from_pretrained(
-            None, config=copy.deepcopy(config.base_config), state_dict=weights, **options
-        ).eval()
+        base, info = kind.from_pretrained(None, **given, **options)
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks the weight {BASE_PREFIX}{name} of its base; copy the folder again.")
+    return base.eval()
 
 
 def _quantization(config: RetrofitConfig, place: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -175,8 +195,15 @@ def load_new_weights(model: nn.Module, folder: str, weights: dict[str, Tensor]) 
             buffer.copy_(state[f"form.{name}"])
 
 
-def load_generation_config(model: Any, folder: str, hub: dict[str, Any]) -> None:
+def nothing_missing() -> dict[str, Any]:
+    """What Hugging Face tells of weights that are loaded whole, as those of a fit are, or not at all."""
+    return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+
+
+def load_generation_config(model: Any, folder: str | Path | None, hub: dict[str, Any]) -> None:
     """What generate() does unless told otherwise, where the folder says so."""
+    if folder is None:
+        return
     if cached_file(folder, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(folder, **hub)
 

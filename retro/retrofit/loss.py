@@ -18,15 +18,6 @@ from retro.retrofit.forms import Mixture
 SLICE_LOGITS = 2**25  # that live at a time: 128 tokens of a vocabulary of 262,144
 
 
-def check_labels(labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    """Raise ValueError unless the text is given in one way, and with a label for each token if with any."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds.")
-    shape = list(inputs_embeds.shape[:2] if input_ids is None else input_ids.shape)
-    if labels is not None and list(labels.shape) != shape:
-        raise ValueError(f"labels has shape {list(labels.shape)}, and there are {shape} tokens; give one for each.")
-
-
 def head_inputs(base: PreTrainedModel, shorten: bool, **inputs) -> tuple[Tensor, Tensor]:
     """What the base's output embeddings are given, and its logits: with `shorten` those of the first token only."""
     given: list[Tensor] = []
@@ -51,25 +42,27 @@ def head_is_plain(base: PreTrainedModel) -> bool:
         return torch.equal(head(hidden), logits)
 
 
-def plain_loss(logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
-    """Mean over the kept labels, 0 where there is none."""
-    targets = labels[:, 1:].to(logits.device).flatten()
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+def plain_loss(logits: Float[Tensor, "b n v"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+    """Mean over the targets, 0 where there is none."""
+    targets = targets.to(logits.device).flatten()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)
 
 
 def mixed_loss(
-    mixture: Mixture, labels: Int[Tensor, "b n"], vocab_size: int, logits_of: Callable[[slice], Float[Tensor, "b s v"]]
+    mixture: Mixture,
+    targets: Int[Tensor, "b n"],
+    vocab_size: int,
+    logits_of: Callable[[slice], Float[Tensor, "b s v"]],
 ) -> Float[Tensor, ""]:
-    """Mean over the kept labels, 0 where there is none; logits are asked for in slices of positions."""
-    b, n = labels.shape
+    """Mean over the targets, 0 where there is none; logits are asked for in slices of positions."""
+    b, n = targets.shape
     step, totals = max(1, min(SLICE_TOKENS, SLICE_LOGITS // vocab_size) // b), []
-    for start in range(0, n - 1, step):
-        logits = logits_of(slice(start, min(start + step, n - 1)))
-        targets = labels[:, start + 1 : start + 1 + logits.shape[1]]
-        log_p = mixture.log_likelihood(logits, targets.clamp(min=0), start).to(targets.device)
-        totals.append((log_p * (targets != -100)).sum())
-    return -sum(totals) / (labels[:, 1:] != -100).sum().clamp(min=1)
+    for start in range(0, n, step):
+        part = targets[:, start : start + step]
+        log_p = mixture.log_likelihood(logits_of(slice(start, start + step)), part.clamp(min=0), start).to(part.device)
+        totals.append((log_p * (part != -100)).sum())
+    return -sum(totals) / (targets != -100).sum().clamp(min=1)
 
 
 def refuse_fused_head(model: nn.Module) -> None:

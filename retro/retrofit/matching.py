@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from retro.modules.cross_attention import in_sequence, may_read
+from retro.modules.kernels import refuse
 from retro.retrofit.hooks import RetrofitContext
 from retro.retrofit.starts import normed
 
@@ -85,6 +86,12 @@ class Matching(nn.Module):
         matches = self.log_sharpness.exp() * rearrange(matches[..., :-1], "c w k r -> c w (k r)")
         no_value = ~rearrange(mask[..., 1:], "c k r -> c 1 (k r)")
         return matches.masked_fill(no_value, torch.finfo(matches.dtype).min)
+
+
+def check_neighbor_mask(mask: Bool[Tensor, "*s r"]) -> None:
+    """ValueError for a neighbor with real tokens behind others: the base reads each from its first token on."""
+    behind = mask[..., 1:].bool() & ~mask[..., :-1].bool()
+    refuse(behind.any(), "neighbor_mask is False before a real token; let each neighbor start with its real tokens.")
 
 
 def neighbor_features(context: RetrofitContext, layer: int) -> Float[Tensor, "c k r d"]:

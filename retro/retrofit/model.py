@@ -23,7 +23,7 @@ from retro.model.padding import Alignment
 from retro.model.step import on_device
 from retro.modules.cross_attention import checked_neighbors
 from retro.modules.encoder import chunks_of
-from retro.modules.loss import linear_cross_entropy, of_items
+from retro.modules.loss import check_text, linear_cross_entropy, of_items, targets_of
 from retro.retrofit.anatomy import find_anatomy, is_empty, without_peft
 from retro.retrofit.bases import random_base
 from retro.retrofit.caching import check_cache, positions_of
@@ -31,8 +31,9 @@ from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.generation import RetrofitGeneration
 from retro.retrofit.hooks import HookPoint, RetrofitContext, active, add_hooks, bind_checkpoints, stream_at
-from retro.retrofit.loss import check_labels, head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
-from retro.retrofit.matching import neighbor_features
+from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
+from retro.retrofit.matching import check_neighbor_mask, neighbor_features
+from retro.retrofit.outputs import last_logits, output_of
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
 from retro.retrofit.saving import prepare_save
 from retro.retrofit.starts import observe
@@ -48,6 +49,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
     """
 
     config_class = RetrofitConfig
+    base_model_prefix = "base"
     main_input_name = "input_ids"
     _supports_sdpa = True
     accepts_loss_kwargs = True  # a Trainer gives num_items_in_batch
@@ -57,14 +59,15 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config.base_config is None:
             raise ValueError("base_config is None; make a RetrofitForCausalLM with retrofit(base, ...).")
-        self.base = random_base(config.base_config, attention) if base is None else base
-        self.base.requires_grad_(False)
+        if base is None:
+            base = random_base(config.base_config, attention)
+            self.config.base_config = base.config
+        self.base = base.requires_grad_(False)
         self.config._attn_implementation = self.base.config._attn_implementation
         self.anatomy = find_anatomy(self.base, config.cca_layers or [])
         self.form = form_class(config.form)(config, self.base, self.anatomy)
         self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
         self._no_split_modules = self.base._no_split_modules
-        self.post_init()
         if hasattr(self.base, "generation_config"):
             self.generation_config = copy.deepcopy(self.base.generation_config)
         self._key = _HookKey()
@@ -75,6 +78,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
                 self.start()
         self.training = self.base.training
         self.form.train(self.training)
+        self.post_init()
 
     def _join(self) -> None:
         """Find, by small runs, how the base works, and put the hooks in; once, as soon as it has weights."""
@@ -138,15 +142,18 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             num_items_in_batch: Labels over which the mean is taken, see RetroForCausalLM.forward.
             inputs_embeds: Embeddings in place of `input_ids`.
             fixed: From generate() with a static cache: what goes with `input_ids`, in place of neighbors and cache.
-            kwargs: As the base takes them: position_ids, output_hidden_states, logits_to_keep ...
+            kwargs: As the base takes them: position_ids, logits_to_keep ...; shift_labels as RetroForCausalLM does.
 
-        Raises ValueError for neighbors or a cache that do not fit, for `document_ids` beside a cache, and for arguments
-        that the base does not name.
+        Raises ValueError for what does not fit together, and for arguments that the base does not name.
         """
         if fixed is not None:
             return self._forward_fixed({"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}, fixed)
         if neighbor_ids is None and neighbor_mask is not None:
             raise ValueError("neighbor_mask is given without neighbor_ids.")
+        if neighbor_mask is not None and self.config.matches:
+            check_neighbor_mask(neighbor_mask)
+        shift_labels = kwargs.pop("shift_labels", None)
+        check_text(input_ids, inputs_embeds, labels=labels, shift_labels=shift_labels)
         refuse_fused_head(self)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._checked(kwargs)}
         inputs |= {"return_dict": True} | ({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds})
@@ -154,20 +161,26 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         if neighbor_ids is None and document_ids is None and return_logits is None and not has_retro_cache:
             caching = {"past_key_values": past_key_values, "use_cache": use_cache}
             caching = {name: value for name, value in caching.items() if value is not None}
+            if shift_labels is not None:  # which not every base knows
+                outputs = self.base(**inputs, **caching)
+                outputs.loss = of_items(plain_loss(outputs.logits, shift_labels), shift_labels, num_items_in_batch)
+                return outputs
             if labels is not None and num_items_in_batch is not None:
                 caching["num_items_in_batch"] = num_items_in_batch
             return self.base(**inputs, **caching, labels=labels)
         self._join()
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        check_labels(labels, input_ids, inputs_embeds)
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len, with_prefix=False)
+        rows = Alignment(attention_mask if cache is None else None)
+        targets = targets_of(*rows.left(labels, shift_labels))
+        if return_logits is None:
+            return_logits = targets is None or not self.training
+        given = neighbor_ids, neighbor_mask, targets, return_logits
         if cache is not None:
-            outputs = self._forward_cached(inputs, cache, neighbor_ids, neighbor_mask, labels, return_logits)
+            outputs = self._forward_cached(inputs, cache, *given)
         else:
-            outputs = self._forward_whole(inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits)
-        if labels is not None:
-            outputs.loss = of_items(outputs.loss, labels, num_items_in_batch)
+            outputs = self._forward_whole(inputs, rows, document_ids, *given)
+        if targets is not None:
+            outputs.loss = of_items(outputs.loss, targets, num_items_in_batch)
             if neighbor_ids is not None and self.training and not outputs.loss.requires_grad:
                 outputs.loss = outputs.loss + 0 * sum(p.sum() for p in self.form.parameters())  # no whole chunk
         return outputs
@@ -184,14 +197,13 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         return asked | {name: value for name, value in kwargs.items() if value is not None or name not in asked}
 
     def _forward_whole(
-        self, inputs, neighbor_ids, neighbor_mask, document_ids, labels, return_logits: bool
+        self, inputs, rows: Alignment, document_ids, neighbor_ids, neighbor_mask, targets, return_logits: bool
     ) -> CausalLMOutputWithPast:
         """The base over rows aligned left, and the logits where each row has its tokens.
 
         Without logits the base's head sees one token of each row only, and the loss is computed in slices.
         """
-        rows, keep = Alignment(inputs["attention_mask"]), inputs.pop("logits_to_keep", 0)
-        labels, document_ids = rows.left(labels, document_ids)
+        keep, document_ids = inputs.pop("logits_to_keep", 0), rows.left(document_ids)[0]
         inputs |= {name: rows.left(inputs[name])[0] for name in _PER_TOKEN if inputs.get(name) is not None}
         context = self._context(inputs, neighbor_ids, neighbor_mask, document_ids)
         if context is not None and self.config.matches and torch.compiler.is_exporting():
@@ -200,17 +212,17 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         if not return_logits and self._head_is_plain:
             with active(context):
                 hidden, _ = head_inputs(self.base, shorten=True, **inputs)
-            return CausalLMOutputWithPast(loss=None if labels is None else self._sliced_loss(hidden, labels, context))
-        if labels is None and not rows.is_turned:
-            inputs |= _last_logits(keep)
+            return CausalLMOutputWithPast(loss=None if targets is None else self._sliced_loss(hidden, targets, context))
+        if targets is None and not rows.is_turned:
+            inputs |= last_logits(keep)
         with active(context):
             outputs = self.base(**inputs)
-        loss, logits = self._loss_and_logits(outputs.logits, self._mixture(context), labels, return_logits)
+        loss, logits = self._loss_and_logits(outputs.logits, self._mixture(context), targets, return_logits)
         logits = None if logits is None else rows.right(logits)
-        return _output(outputs, loss, logits, keep, rows=rows)
+        return output_of(outputs, loss, logits, keep, rows=rows)
 
     def _forward_cached(
-        self, inputs, cache: RetroCache, neighbor_ids, neighbor_mask, labels, return_logits: bool
+        self, inputs, cache: RetroCache, neighbor_ids, neighbor_mask, targets, return_logits: bool
     ) -> CausalLMOutputWithPast:
         """The base over new tokens, with its own cache inside the RetroCache."""
         if self._drops_caches:
@@ -226,7 +238,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             padding = on_device(cache.padding, tokens.device)
             inputs |= positions_of(self.base, padding, cache.length, step.length)
         keep = inputs.pop("logits_to_keep", 0)
-        last = _last_logits(keep) if labels is None else {}
+        last = last_logits(keep) if targets is None else {}
         inputs |= {"past_key_values": cache.attention, "use_cache": True} | last
         context = self._new_context(cache=cache, step=step, keep=last.get("logits_to_keep"))
         with active(context):
@@ -237,18 +249,18 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         mixture = self._mixture(context)
         cache.end(step, inputs.get("input_ids"))
         logits = outputs.logits[:, -keep:] if last else outputs.logits
-        loss, logits = self._loss_and_logits(logits, mixture, labels, return_logits)
-        return _output(outputs, loss, logits, keep, cache=cache)
+        loss, logits = self._loss_and_logits(logits, mixture, targets, return_logits)
+        return output_of(outputs, loss, logits, keep, cache=cache)
 
     def _loss_and_logits(
-        self, logits: Float[Tensor, "b n v"], mixture: Mixture | None, labels, return_logits: bool
+        self, logits: Float[Tensor, "b n v"], mixture: Mixture | None, targets, return_logits: bool
     ) -> tuple[Float[Tensor, ""] | None, Float[Tensor, "b n v"] | None]:
-        """The loss, if there are labels, and the logits, if they are wanted, of the base or of its mixture."""
+        """The loss, if there are targets, and the logits, if they are wanted, of the base or of its mixture."""
         loss = None
-        if labels is not None and mixture is None:
-            loss = plain_loss(logits, labels)
-        elif labels is not None:
-            loss = mixed_loss(mixture, labels, logits.shape[-1], lambda part: logits[:, part])
+        if targets is not None and mixture is None:
+            loss = plain_loss(logits, targets)
+        elif targets is not None:
+            loss = mixed_loss(mixture, targets, logits.shape[-1], lambda part: logits[:, part])
         if not return_logits:
             return loss, None
         return loss, logits if mixture is None else mixture.edit(logits)
@@ -257,14 +269,13 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         return None if context is None else self.form.mixture(context)
 
     def _sliced_loss(
-        self, hidden: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"], context: RetrofitContext | None
+        self, hidden: Float[Tensor, "b n d"], targets: Int[Tensor, "b n"], context: RetrofitContext | None
     ) -> Float[Tensor, ""]:
         head, mixture = self.base.get_output_embeddings(), self._mixture(context)
         if mixture is not None:
-            return mixed_loss(mixture, labels, head.weight.shape[0], lambda part: head(hidden[:, part]))
+            return mixed_loss(mixture, targets, head.weight.shape[0], lambda part: head(hidden[:, part]))
         weight = head.weight
-        targets = labels[:, 1:].to(hidden.device).flatten()
-        return linear_cross_entropy(hidden[:, :-1].flatten(0, 1).to(weight), weight, targets)
+        return linear_cross_entropy(hidden.flatten(0, 1).to(weight), weight, targets.to(hidden.device).flatten())
 
     def _masks(self, attention_mask, document_ids) -> dict[str, Tensor]:
         """What keeps the documents of a row apart, or the mask as it is."""
@@ -335,23 +346,24 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *args,
         base: Any = None,
         config: RetrofitConfig | None = None,
+        state_dict: dict[str, Tensor] | None = None,
         dtype: Any = None,
+        output_loading_info: bool = False,
         **kwargs,
-    ) -> RetrofitForCausalLM:
+    ) -> Any:
         """A fitted model from its folder; the base is loaded again, in the type it had.
 
         Args:
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a name on the hub.
-            base: The base itself, or another place to load it from. Default: what the folder names, or, where both
-                were moved, the same beside the folder; or the folder itself.
-            config: In place of the folder's.
+            base: The base itself, or its place. Default: what the folder names, there or beside it, or the folder.
+            config, state_dict: In place of the folder's; with both there need be no folder (None).
             dtype: Of the base. The new weights keep the type they were saved in.
-            kwargs: cache_dir, token and the like for both; everything else is for the base: device_map,
-                attn_implementation, quantization_config ...
+            output_loading_info: Give a pair, of the model and what Hugging Face tells of weights: all are there.
+            kwargs: cache_dir, token ... for both; all else is for the base: device_map, attn_implementation ...
 
         Raises ValueError for a base that is missing or another than the one that was fitted, and for weights that do
         not fit.
@@ -359,18 +371,15 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         from retro.retrofit import loading
 
         hub, options = loading.split_options(kwargs)
-        folder = str(pretrained_model_name_or_path)
-        config = loading.read_config(folder, hub) if config is None else config
-        weights = loading.read_weights(folder, hub)
+        config, weights = loading.read_fit(pretrained_model_name_or_path, hub, config, state_dict)
+        folder = str(pretrained_model_name_or_path or "state_dict")
         dtype = dtype or kwargs.get("torch_dtype")
         options = hub | options | ({} if dtype is None else {"dtype": dtype})
-        if config._attn_implementation is not None:  # AutoModel puts it there
-            options.setdefault("attn_implementation", config._attn_implementation)
         base = loading.open_fitted_base(config, base, weights, folder, options)
-        model = cls(config, base=base, start=False)
+        model = cls(config, base=base, start=False).eval()
         loading.load_new_weights(model, folder, weights)
-        loading.load_generation_config(model, folder, hub)
-        return model.eval()
+        loading.load_generation_config(model, pretrained_model_name_or_path, hub)
+        return (model, loading.nothing_missing()) if output_loading_info else model
 
     # What Hugging Face asks of a model
 
@@ -396,7 +405,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         own = getattr(getattr(self.form, "paper", self.form), "encoder_embedding", None)
         if isinstance(own, nn.Embedding):
             self._get_resized_embeddings(own, len(embeddings.weight), mean_resizing=mean_resizing)
-        self.config.base_config.get_text_config().vocab_size = self.base.config.get_text_config().vocab_size
+        self.config.vocab_size = self.vocab_size = self.base.config.get_text_config().vocab_size
         return embeddings
 
     def set_attn_implementation(self, *args, **kwargs) -> None:
@@ -411,7 +420,10 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         """Nothing: the base has tied its own."""
 
     def init_weights(self) -> None:
-        """Nothing: the base has its weights and the form its start."""
+        """The base's and the form's start, for a model that was made on the meta device and has just left it."""
+        if not self._is_joined and not is_empty(self.base):
+            self.base.init_weights()
+            self.start()
 
 
 class _HookKey:
@@ -419,26 +431,3 @@ class _HookKey:
 
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
-
-
-def _last_logits(keep: int | Tensor) -> dict[str, int]:
-    """What tells a base to compute logits of the last positions only."""
-    return {"logits_to_keep": keep} if isinstance(keep, int) and keep else {}
-
-
-def _output(
-    outputs, loss, logits, keep: int | Tensor, cache: RetroCache | None = None, rows: Alignment | None = None
-) -> CausalLMOutputWithPast:
-    """What the base gave, turned back, with this loss, cache, and logits of the positions that were asked for."""
-    kept = slice(-keep, None) if isinstance(keep, int) else keep
-    states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
-    if rows is not None and rows.is_turned:
-        states = None if states is None else tuple(map(rows.right, states))
-        attentions = None if attentions is None else tuple(map(rows.right_square, attentions))
-    return CausalLMOutputWithPast(
-        loss=loss,
-        logits=None if logits is None else logits[:, kept],
-        past_key_values=cache,
-        hidden_states=states,
-        attentions=attentions,
-    )

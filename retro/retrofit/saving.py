@@ -38,7 +38,7 @@ def prepare_save(
     found = fingerprint(base, own)
     config.base_config, config.base_adapters = config_to_keep(base), _adapter_configs(base)
     if _is_untied(base, own):
-        config.base_config.get_text_config().tie_word_embeddings = config.base_config.tie_word_embeddings = False
+        config.tie_word_embeddings = config.base_config.tie_word_embeddings = False
     dtype = str(base.dtype).removeprefix("torch.")
     if config.base_fingerprint is None or dtype != config.base_dtype:
         config.base_dtype, config.base_fingerprint = dtype, _of_named(model)

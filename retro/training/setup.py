@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from retro.common.devices import find_device
-from retro.common.pretrained import check_folder, check_weights
 from retro.common.settings import to_plain
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.provenance import check_store
@@ -115,9 +114,6 @@ def make_model(
     if checkpoint is None:
         model = model_class(config)
     else:
-        check_folder(checkpoint)
-        if isinstance(model_class, type):  # else it looks itself
-            check_weights(checkpoint, lambda: model_class(model_class.config_class.from_pretrained(checkpoint)))
         with without_loading_bars():
             model = model_class.from_pretrained(checkpoint, dtype=torch.float32)
     if settings.gradient_checkpointing:

@@ -275,6 +275,20 @@ def test_use_cache_and_gradients(make_model, make_batch):
             torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_generation_looks_at_the_prompts_mask_alone(make_model, make_batch, monkeypatch):
+    """A look costs a GPU's time; but a mask that somebody else gives is looked at."""
+    model, looks, look = make_model(pad_token_id=0), [], RetroCache._padding
+    monkeypatch.setattr(RetroCache, "_padding", lambda *args: looks.append(args) or look(*args))
+    ids, mask = make_batch(model, 10)["input_ids"], torch.ones(2, 15, dtype=torch.long)
+    mask[0, :3] = 0
+    options = dict(max_new_tokens=5, eos_token_id=-1, do_sample=False, return_dict_in_generate=True)
+    cache = model.generate(ids, attention_mask=mask[:, :10], **options).past_key_values
+    assert len(looks) == 2 and cache.length == 14
+    mask[1, 12] = 0
+    with pytest.raises(ValueError, match="attention_mask of row 1 is 0 after a real token"):
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
 def test_what_a_cached_run_refuses(make_model, make_batch):
     model = make_model()
     batch = make_batch(model, 10)
@@ -294,6 +308,7 @@ def test_what_a_cached_run_refuses(make_model, make_batch):
     hole = torch.ones_like(ids)
     hole[1, 4] = 0
     refused("attention_mask of row 1 is 0 after a real token; pad on the left", attention_mask=hole)
+    refused(r"attention_mask has shape \[2, 1, 10, 10\]; give \[b, n\]", attention_mask=torch.ones(2, 1, 10, 10))
     used = model(ids, use_cache=True).past_key_values
     refused("the cache holds 2 rows, and 1 are given", input_ids=ids[:1], past_key_values=used)
     one = torch.ones(2, 11, dtype=torch.long)

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
+from retro import RetroForCausalLM, RetroModel
 from retro.common.files import open_npy
 from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrieval.embedding.embedder import load_embedder
@@ -49,6 +50,54 @@ def test_code_of_a_folder(folder, load, monkeypatch):
     change(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.Own", None]})
     with pytest.raises(ValueError, match="config.json asks for code of its own|comes with code of its own"):
         load(str(folder))
+
+
+def test_pickled_weights_of_a_retro(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for kind in (RetroForCausalLM, RetroModel, AutoModel, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match="pytorch_model.bin holds pickled weights, which could run code"):
+            kind.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_safetensors is False, but pickled weights"):
+        RetroForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
+
+
+KERNELS = [
+    {"attn_implementation": "someone/kernel"},
+    {"_attn_implementation": "someone/kernel:forward"},
+    {"experts_implementation": "someone/kernel@v1"},
+]
+
+
+@pytest.mark.parametrize("asked", KERNELS, ids=str)
+def test_kernels_from_the_hub_are_the_callers_choice(folder, tmp_path, monkeypatch, asked):
+    fetched = "transformers.integrations.hub_kernels.get_kernel"
+    monkeypatch.setattr(fetched, lambda *args, **options: pytest.fail("a kernel was fetched"))
+    retrofit(open_base(str(folder)), form="pointer", chunk_len=4).save_pretrained(tmp_path / "fitted")
+    (tmp_path / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter))
+    change(folder / "config.json", **asked)
+    found = json.loads((tmp_path / "fitted/config.json").read_text())
+    change(tmp_path / "fitted/config.json", base_config={**found["base_config"], **asked})
+    kind = next(iter(asked)).removeprefix("_")
+    for load in (open_base, load_embedder):
+        with pytest.raises(ValueError, match=f"asks for {kind} 'someone/kernel.*', which is code from the hub"):
+            load(str(folder))
+    for place in ("fitted", "adapter"):
+        with pytest.raises(ValueError, match=f"asks for {kind} 'someone/kernel.*', which is code from the hub"):
+            open_base(str(tmp_path / place))
+    if "attn_implementation" in asked:
+        assert open_base(str(folder), attn_implementation="sdpa").config._attn_implementation == "sdpa"
+
+
+def test_a_kernel_in_the_configuration_of_a_retro(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    change(tmp_path / "config.json", attn_implementation="someone/kernel")
+    with pytest.raises(ValueError, match="attn_implementation is 'someone/kernel'; RETRO attends by 'sdpa' only"):
+        RetroForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("load", [open_base, load_embedder])

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from retro.common.pretrained import check_folder, check_weights, own_code
+from retro.common.pretrained import check_folder, check_kernels, check_weights, own_code
 from retro.common.products import fast_products
 from retro.retrieval.embedding.encoder_config import Dense, EncoderConfig, quiet_loading
 from retro.retrieval.embedding.presets import nearest_preset
@@ -241,6 +241,7 @@ def _load(name: str, folder: str, subfolder: str, bidirectional: bool) -> tuple[
         if bidirectional:
             config.is_causal = False
         tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+    check_kernels(config, f"the embedder {name}")
     encoders = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # of T5's kind: without the decoder
     kind = AutoModelForTextEncoding if encoders else AutoModel
     check_weights(local, lambda: kind.from_config(config))
