@@ -45,7 +45,7 @@ def compile_forward(module: nn.Module) -> None:
 def compile_base(model: RetrofitForCausalLM) -> None:
     """Compile the layers of a fitted base, but for those inside of which the form reads or writes.
 
-    What is added runs as it is: hooks that find their run in a context are no part of a graph.
+    What is added runs as it is: how many chunks have neighbors is another number each time.
     """
     inside = {point.layer for point in model.form.hook_points if point.at == "attention"}
     for number in range(1, model.anatomy.num_layers + 1):

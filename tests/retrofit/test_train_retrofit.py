@@ -86,11 +86,12 @@ def test_a_compiled_fit_is_the_fit(make_settings, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compiling, "BACKEND", "eager")  # no test waits for a compiler
     stats = torch._dynamo.utils.counters["stats"]
-    for name, compiles in (("plain", False), ("compiled", True)):
+    for name in ("plain", "compiled", "compiled and checkpointed"):
+        given = dict(compile=name != "plain", gradient_checkpointing=name == "compiled and checkpointed")
         stats.clear()
-        assert fit(prepare_run(make_settings(name, "joint", max_steps=3, drop_neighbors=0.3, compile=compiles)))
-        assert (stats["unique_graphs"] > 0) == compiles
-    assert RunWeights(tmp_path / "plain") == RunWeights(tmp_path / "compiled")
+        assert fit(prepare_run(make_settings(name, "joint", max_steps=3, drop_neighbors=0.3, **given)))
+        assert (stats["unique_graphs"] > 0) == given["compile"]
+        assert RunWeights(tmp_path / name) == RunWeights(tmp_path / "plain")
 
 
 class RunWeights:
