@@ -155,18 +155,18 @@ def write_dense(
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
         start, _ = row_range(store, shards)
         save_npy(folder / "rows.npy", rows)
-        store_rows, fields = start + rows.astype(np.int64), None
+        store_rows, is_written = start + rows.astype(np.int64), False
         if base is not None:
             kept = np.flatnonzero(np.isin(open_npy(base.folder / "rows.npy"), rows))
             layout = IndexLayout(**base.record["layout"])
-            fields = engine_of(layout).extend(base.folder, base.record, kept, store, store_rows, folder, work)
-        if fields is None:
+            is_written = engine_of(layout).extend(layout, base.folder, kept, store, store_rows, folder, work)
+        if not is_written:
             layout = choose_layout(kind, settings, len(rows), store.key_dim)
             given = settings["training_sample"], settings["seed"]
-            fields = engine_of(layout).write(layout, store, store_rows, folder, *given, work) or {}
-        record = fields | {"layout": asdict(layout), "settings": settings}
+            engine_of(layout).write(layout, store, store_rows, folder, *given, work)
+        record = {"layout": asdict(layout), "settings": settings}
         segment = Segment(store, ShardRange(shards.first, shards.stop, folder, record))
-        return fields | {"layout": asdict(layout), "recall": tune(segment, target)}
+        return {"layout": asdict(layout), "recall": tune(segment, target)}
 
     record = {"format_version": 2, "kind": kind, "settings": settings}
     return write_segment(store, shards, record | ({"base": base.folder.name} if base else {}), write)

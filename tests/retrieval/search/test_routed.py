@@ -1,12 +1,9 @@
 """The routed index: small lists behind a router, built by tasks, extended by what is added."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from retro.common.files import folder_record
+from retro.common.files import folder_record, load_json
 from retro.retrieval import Store, build_index, open_index
 from retro.retrieval.building.updates import add_documents, remove_documents
 from retro.retrieval.executors import tasks as executor_tasks
@@ -120,7 +117,7 @@ def test_lists_are_made_anew_where_they_no_longer_fit(store, tmp_path, monkeypat
     write_jsonl(tmp_path / "more.jsonl", [{"id": f"new-{n}", "text": words(40, 500 + n)} for n in range(count)])
     grown = add_documents(store.path, [str(tmp_path / "more.jsonl")], HashingEmbedder(), index=True)
     _, segment = files_of(open_index(grown, "routed"))
-    assert segment.record["trained_rows"] == segment.num_rows == grown.num_searchable
+    assert load_json(segment.folder / "trained.json")["rows"] == segment.num_rows == grown.num_searchable
     assert segment.layout.lists == -(-segment.num_rows // 32)
 
 
@@ -129,7 +126,20 @@ def test_lists_are_shared_out_by_rows():
     assert apportion(np.array([0, 0]), 3).sum() == 3
 
 
-def test_the_record_says_what_was_made(store):
+def test_queries_among_few_rows_visit_more_lists(store, monkeypatch):
+    """By the cube of the distance to the nearest centroid; as faiss's own search of so many lists."""
+    import faiss
+
     _, segment = files_of(build_index(store, "routed", workers=1))
-    record = json.loads((Path(segment.folder) / "index.json").read_text())
-    assert record["trained_rows"] == segment.num_rows and record["mean_distance"] > 0
+    engine, queries = segment._engine, store.keys(store.searchable_rows[::100])
+    mean, lists, visited = load_json(segment.folder / "trained.json")["mean_distance"], 4, []
+    search = engine._search
+    monkeypatch.setattr(engine, "_search", lambda *asked: visited.append(asked[2]) or search(*asked))
+    found = engine.candidates(queries, 10, 30, lists)
+    nearest = engine._router.search(queries, 1, params=faiss.SearchParametersIVF(nprobe=100))[0][:, 0]
+    counts = (visited[0] >= 0).sum(1)
+    np.testing.assert_array_equal(counts, np.ceil(np.clip(lists * (np.maximum(nearest, 0) / mean) ** 3, 1, 16)))
+    assert len(set(counts)) > 1
+    for query, count, rows in zip(queries, counts.tolist(), found, strict=True):
+        params = faiss.SearchParametersIVF(nprobe=count, quantizer_params=faiss.SearchParametersIVF(nprobe=100))
+        np.testing.assert_array_equal(rows, engine._index.search(query[None], 30, params=params)[1][0])

@@ -92,27 +92,25 @@ class EngineKind:
         training_sample: int,
         seed: int,
         work: Work = HERE,
-    ) -> dict[str, Any] | None:
+    ) -> None:
         """Write the codes of the keys of some store rows into a folder, trained on a uniform sample of them.
 
-        work: who does it, where it can be shared out; else this process does.
-        Returns further fields of the segment's record, if any.
-        """
+        work: who does it, where it can be shared out; else this process does."""
         raise NotImplementedError
 
     def extend(
         self,
+        layout: IndexLayout,
         base: Path,
-        record: dict[str, Any],
         kept: Int64[np.ndarray, " k"],
         store: Store,
         rows: Int64[np.ndarray, " c"],
         folder: Path,
         work: Work = HERE,
-    ) -> dict[str, Any] | None:
-        """Write the codes of a segment with more rows than one that is there, whose `kept` rows come first; None where
-        the engine cannot, or should not. Else as `write`."""
-        return None
+    ) -> bool:
+        """Write the codes of a segment with more rows than that in `base`, whose `kept` rows come first; False, with
+        nothing written, where the engine cannot, or should not."""
+        return False
 
     def open(self, layout: IndexLayout, folder: Path) -> IndexEngine:
         """The engine of a folder that `write` wrote and whose files were checked."""

@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from retro.common.files import load_json
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
-from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, Base, write_lists
+from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, TRAINED, write_lists
 from retro.retrieval.store.store import Store
 
 ROWS_OF_A_LIST = 32  # by nearest centroid; the second copies make it twice as many, whole blocks of fast scan
 _ID_BYTES = 8
 _FEWEST_GROUPS = 16  # that a search looks into
 _MOST_GROWTH = 2
+_MOST_VISITS = 4  # times the usual number, and the least of it
 
 
 class RoutedKind(EngineKind):
@@ -57,7 +59,7 @@ class RoutedKind(EngineKind):
         training_sample: int,
         seed: int,
         work: Work = HERE,
-    ) -> dict[str, Any] | None:
+    ) -> None:
         """See `EngineKind`; the work is a job of tasks, taken up again after a kill."""
         import faiss
 
@@ -65,26 +67,24 @@ class RoutedKind(EngineKind):
             index = faiss.IndexFlatL2(store.key_dim)
             for _, keys in key_blocks(store, rows):
                 index.add(keys)
-            return faiss.write_index(index, str(folder / FAISS_FILE))
-        mean = write_lists(layout, store, rows, folder, training_sample, seed, work)
-        return {"trained_rows": len(rows), "mean_distance": mean}
+            faiss.write_index(index, str(folder / FAISS_FILE))
+        else:
+            write_lists(layout, store, rows, folder, training_sample, seed, work)
 
     def extend(
         self,
+        layout: IndexLayout,
         base: Path,
-        record: dict[str, Any],
         kept: np.ndarray,
         store: Store,
         rows: np.ndarray,
         folder: Path,
         work: Work = HERE,
-    ) -> dict[str, Any] | None:
+    ) -> bool:
         """See `EngineKind`: as long as there are at most twice the rows that the centroids were made of."""
-        made = {name: record.get(name) for name in ("trained_rows", "mean_distance")}
-        if not made["trained_rows"] or len(rows) > _MOST_GROWTH * made["trained_rows"]:
-            return None
-        layout, known = IndexLayout(**record["layout"]), Base(base, kept, made["mean_distance"])
-        return None if write_lists(layout, store, rows, folder, 0, 0, work, known) is None else made
+        if layout.codes == "flat" or len(rows) > _MOST_GROWTH * load_json(base / TRAINED)["rows"]:
+            return False
+        return write_lists(layout, store, rows, folder, 0, 0, work, (base, kept))
 
     def open(self, layout: IndexLayout, folder: Path) -> RoutedEngine:
         """See `EngineKind`."""
@@ -123,20 +123,42 @@ class RoutedEngine:
 
         self.layout = layout
         self._index = faiss.read_index(str(folder / FAISS_FILE))
+        if layout.codes != "flat":
+            self._router = faiss.downcast_index(self._index.quantizer)
+            self._mean_distance = load_json(folder / TRAINED)["mean_distance"]
 
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
     ) -> Int64[np.ndarray, "q c"]:
-        """See `IndexEngine`; a row may be there twice."""
+        """See `IndexEngine`; a row may be there twice.
+
+        A query whose nearest centroid lies as far as a row's does on average visits `lists`; one that lies among few
+        rows, and needs more for the same recall, visits more, by the cube of that distance.
+        """
         import faiss
 
         if self.layout.codes == "flat":
             return self._index.search(queries, wanted)[1]
-        groups = faiss.SearchParametersIVF(nprobe=groups_visited(lists, self.layout.lists))
-        visited = faiss.SearchParametersIVF(nprobe=lists, quantizer_params=groups)
+        most = min(_MOST_VISITS * lists, self.layout.lists)
+        groups = faiss.SearchParametersIVF(nprobe=groups_visited(most, self.layout.lists))
+        distances, visited = self._router.search(queries, most, params=groups)
+        if lists < self.layout.lists:
+            visits = lists * (np.maximum(distances[:, :1], 0) / self._mean_distance) ** 3
+            visited[np.arange(most) >= np.maximum(visits, lists / _MOST_VISITS)] = -1
         twice = NUM_LISTS_OF_A_ROW * considered
         count = twice if twice >= self._index.ntotal else considered  # all there are, of rows that are there twice
-        return self._index.search(queries, count, params=visited)[1]
+        return self._search(np.ascontiguousarray(queries, np.float32), count, visited, distances)
+
+    def _search(self, queries: np.ndarray, count: int, visited: np.ndarray, distances: np.ndarray) -> np.ndarray:
+        """As faiss's `search_preassigned`, which takes the number of lists from the index that all threads share."""
+        import faiss
+
+        found = np.empty((len(queries), count), np.int64)
+        arrays = (queries, visited, distances, np.empty(found.shape, np.float32), found)
+        asked, lists, to_lists, to_rows, rows = map(faiss.swig_ptr, arrays)
+        params = faiss.SearchParametersIVF(nprobe=visited.shape[1])
+        self._index.search_preassigned_c(len(queries), asked, count, lists, to_lists, to_rows, rows, False, params)
+        return found
 
 
 def groups_visited(visited: int, lists: int) -> int:

@@ -10,7 +10,7 @@ Rows that are added later are only assigned: the centroids, and the codes of the
 
     groups.npy  centroids.npy  sizes.npy (lists of each group)  codebook.npy    the tables
     lists.npy int32 [rows, 2]  codes.npy                                        from which a longer index is made
-    faiss.index                                                                 what a search reads
+    faiss.index  trained.json (rows, mean squared distance to the centroid)     what a search reads
 
 All that is drawn is drawn by the number of a block or a group, and every task runs on one thread: the file does not
 depend on who did the tasks, nor on kills. Other processors may round a distance otherwise, and so put a row that lies
@@ -20,7 +20,7 @@ between two lists into the other.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from math import isqrt
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
 from retro.common.devices import torch_threads
-from retro.common.files import delete, file_record, open_npy, save_npy, stable_hash
+from retro.common.files import delete, file_record, load_json, open_npy, save_json, save_npy, stable_hash
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.tasks import Task
 from retro.retrieval.search.engines.layout import IndexLayout, Work
@@ -38,7 +38,7 @@ from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
 
 NUM_LISTS_OF_A_ROW = 2
-FAISS_FILE = "faiss.index"
+FAISS_FILE, TRAINED = "faiss.index", "trained.json"
 TABLES = "groups", "codebook", "centroids", "sizes"
 _BLOCK_ROWS = 1 << 17
 _PART_ROWS = 1 << 15  # whose distances are computed at a time
@@ -61,37 +61,29 @@ def write_lists(
     training_sample: int,
     seed: int,
     work: Work,
-    base: Base | None = None,
-) -> float | None:
-    """Write the lists of some store rows; the mean squared distance of a row to its centroid.
+    base: tuple[Path, Int64[np.ndarray, " k"]] | None = None,
+) -> bool:
+    """Write the lists of some store rows into a folder.
 
-    With a base, only rows behind it are assigned; None, and nothing written, where these lie much farther away.
+    base: the folder of an index whose centroids and codes are kept, and which of its rows are the first of these: only
+    the others are assigned. False, and nothing written, where these lie much farther from the centroids.
     """
     spec = {"store": str(store.path.resolve()), "fingerprint": store.fingerprint, "layout": asdict(layout)}
     spec |= {"sample": max(training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": seed}
-    new = rows if base is None else rows[len(base.rows) :]
-    spec |= {"rows": len(new), "block_rows": _BLOCK_ROWS, "base": base and str(base.folder.resolve())}
+    new = rows if base is None else rows[len(base[1]) :]
+    spec |= {"rows": len(new), "block_rows": _BLOCK_ROWS, "base": base and str(base[0].resolve())}
     job = store.path / "index" / f".job-{stable_hash([spec, new[:1].tolist(), new[-1:].tolist()])[:16]}"
     job.mkdir(parents=True, exist_ok=True)
     save_npy(job / "rows.npy", new)
     tasks = _ListsJob(spec | {"job": str(job.resolve())})
     open_executor(work.executor, work.workers).run(job, tasks.first(), tasks.after)
     mean = sum(tasks.distances[name] for name in sorted(tasks.distances)) / max(len(new), 1)
-    fits = base is None or mean <= _DRIFT * base.mean_distance
-    if fits:
+    trained = {"rows": len(rows), "mean_distance": mean} if base is None else load_json(base[0] / TRAINED)
+    if fits := base is None or mean <= _DRIFT * trained["mean_distance"]:
+        save_json(folder / TRAINED, trained)
         _write_files(job, layout, folder, base)
     delete(job, store.path)
-    return (mean if base is None else base.mean_distance) if fits else None
-
-
-@dataclass(frozen=True)
-class Base:
-    """An index whose centroids and codes are kept: its folder, those of its rows that are the first of the new one,
-    and the mean squared distance of a row to its centroid when these were made."""
-
-    folder: Path
-    rows: Int64[np.ndarray, " k"]
-    mean_distance: float
+    return fits
 
 
 class _ListsJob:
@@ -377,15 +369,15 @@ def _join_centroids(job: Path) -> None:
         save_npy(job / f"{table}.npy", np.concatenate([open_npy(job / f"{name}.{table}.npy") for name in names]))
 
 
-def _write_files(job: Path, layout: IndexLayout, folder: Path, base: Base | None) -> None:
+def _write_files(job: Path, layout: IndexLayout, folder: Path, base: tuple[Path, np.ndarray] | None) -> None:
     """The tables, the lists and the code of each row, and all of it as an index of faiss."""
     import faiss
 
     for table in TABLES:
-        save_npy(folder / f"{table}.npy", open_npy((base.folder if base else job) / f"{table}.npy"))
+        save_npy(folder / f"{table}.npy", open_npy((base[0] if base else job) / f"{table}.npy"))
     names = sorted(file.name.removesuffix(".json") for file in job.glob("assign-*.json"))
     for kind in ("lists", "codes"):
-        kept = [open_npy(base.folder / f"{kind}.npy")[base.rows]] if base else []
+        kept = [open_npy(base[0] / f"{kind}.npy")[base[1]]] if base else []
         save_npy(folder / f"{kind}.npy", np.concatenate([*kept, *(open_npy(job / f"{n}.{kind}.npy") for n in names)]))
     index, held = faiss_index(folder, layout)
     faiss.write_index(index, str(folder / FAISS_FILE))
@@ -429,5 +421,4 @@ def _fast(above: Any, sizes: np.ndarray, codec: Any, codes: np.ndarray, order: n
             own = np.ascontiguousarray(codes[ids])
             held.add_entries(number, stop - start, faiss.swig_ptr(ids), faiss.swig_ptr(own))
     index.ntotal = int(borders[-1])
-    fast = faiss.IndexIVFPQFastScan(index, 32)
-    return fast, (quantizer, index)  # which must outlive it
+    return faiss.IndexIVFPQFastScan(index, 32), (quantizer, index)  # which must outlive it
