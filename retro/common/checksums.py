@@ -129,6 +129,20 @@ class CheckedArray(NDArrayOperatorsMixin):
         """Another view of the same bytes, unchecked as yet, such as one of fewer columns."""
         return CheckedArray(change(self._array), self.file)
 
+    @property
+    def unchecked(self) -> np.ndarray:
+        """The array itself, for what does not index by rows; what is read of it is to be checked before, see below."""
+        return self._array
+
+    def check_ranges(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Compare what the rows start .. stop - 1 of each of many ranges lie in."""
+        if self.file.is_sound or not (filled := stops > starts).any():
+            return
+        first = (self._start + self._row_bytes * starts[filled]) >> _SHIFT
+        sizes = ((self._start + self._row_bytes * (stops[filled] - 1) + self._extent - 1) >> _SHIFT) - first + 1
+        ends = np.cumsum(sizes)
+        self.file.check(np.arange(ends[-1]) + np.repeat(first - ends + sizes, sizes))
+
     def check_rows(self, rows: Any) -> None:
         """Compare what the rows lie in, given as numpy takes them."""
         if isinstance(rows, slice):

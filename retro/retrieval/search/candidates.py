@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from retro.common.checksums import CheckedArray
 from retro.retrieval.search.postings import Postings, raw_of, weight_of
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ LEAST_POSTINGS, CANDIDATES_PER_NEIGHBOR = 1 << 10, 5
 class Weighed:
     """A segment as plain arrays: the weights of its chunks by term, its counts by chunk and what they are weighed by.
 
-    raw: see `postings.raw_of`. documents: document row of each chunk.
+    raw: see `postings.raw_of`. documents: document row of each chunk. by_term, by_chunk: the arrays of which the ranges
+    of some terms and chunks are checked before they are read.
     """
 
     starts: np.ndarray
@@ -47,13 +49,26 @@ class Weighed:
     raw: np.ndarray
     documents: np.ndarray
     kind: str
+    by_term: tuple[CheckedArray, ...]
+    by_chunk: tuple[CheckedArray, ...]
 
     @classmethod
     def of(cls, segment: Postings, weights: Any, idf: Any, norms: Any, documents: Any) -> Weighed:
-        by_term = segment.starts, segment.postings, weights
-        by_chunk = segment.chunk_starts, segment.chunk_terms, segment.chunk_counts
-        arrays = map(np.asarray, (*by_term, *by_chunk, idf, norms, raw_of(segment.kind), documents))
-        return cls(*arrays, segment.kind)
+        by_term, by_chunk = (segment.postings, weights), (segment.chunk_terms, segment.chunk_counts)
+        postings, weights, chunk_terms, chunk_counts = (array.unchecked for array in (*by_term, *by_chunk))
+        arrays = segment.starts, postings, weights, segment.chunk_starts, chunk_terms, chunk_counts
+        return cls(*arrays, idf, norms, raw_of(segment.kind), documents, segment.kind, by_term, by_chunk)
+
+    def check_terms(self, terms: np.ndarray) -> None:
+        """Compare checksums of what is read of terms; ValueError names a file that is damaged."""
+        for array in self.by_term:
+            array.check_ranges(self.starts[terms], self.starts[terms + 1])
+
+    def check_chunks(self, chunks: np.ndarray) -> None:
+        """As `check_terms`, of chunks; -1 is none."""
+        chunks = chunks[chunks >= 0]
+        for array in self.by_chunk:
+            array.check_ranges(self.chunk_starts[chunks], self.chunk_starts[chunks + 1])
 
 
 def best_chunks(
@@ -66,27 +81,35 @@ def best_chunks(
     sparse [q, terms].
     """
     blocked = [set()] * queried.shape[0] if blocked is None else blocked
-    chunks = np.full((queried.shape[0], k), -1, np.int64)
-    scores = np.full(chunks.shape, -np.inf, np.float32)
-    most = max(CANDIDATES[segment.kind], CANDIDATES_PER_NEIGHBOR * k)
+    most = min(max(CANDIDATES[segment.kind], CANDIDATES_PER_NEIGHBOR * k), len(segment.norms))
+    found = _candidates(segment, matrix, queried, most, blocked)
+    few = (found >= 0).sum(1) < k
+    found[few] = -1
+    of_all = np.where(found >= 0, score_chunks(segment, queried, found), np.float32(-np.inf))
+    order = np.argsort(-of_all, axis=1, kind="stable")[:, :k]
+    chunks, scores = np.full((len(found), k), -1, np.int64), np.full((len(found), k), -np.inf, np.float32)
+    chunks[:, :most], scores[:, :most] = (np.take_along_axis(of, order, 1) for of in (found, of_all))
+    return chunks, scores, few
+
+
+def _candidates(
+    segment: Weighed, matrix: Any, queried: Any, most: int, blocked: list[set[int]]
+) -> Int64[np.ndarray, "q c"]:
+    """The chunks that the rare terms of each query find, up to `most`, in order of chunks; -1 where there are fewer."""
+    finding, found = _finding(segment, queried), np.full((queried.shape[0], most), -1, np.int64)
+    segment.check_terms(finding.indices)
     if (compiled := _compiled(segment)) is not None:
         sizes = np.cumsum([0, *map(len, blocked)])
         documents = np.asarray([row for rows in blocked for row in sorted(rows)], np.int64)
-        given = queried.indptr.astype(np.int64), queried.indices, queried.data, sizes, documents
-        few = compiled.best_chunks(
-            *_fields(segment), *given, POSTINGS[segment.kind], LEAST_POSTINGS, most, chunks, scores
-        )
-        return chunks, scores, few
-    found, few = _finding(segment, queried) @ matrix, np.zeros(len(chunks), bool)
-    for q in range(len(chunks)):
-        part = slice(found.indptr[q], found.indptr[q + 1])
-        best, _ = highest(found.indices[part], found.data[part], most, segment.documents, blocked[q])
-        few[q] = len(best) < k
-        if not few[q]:
-            part = slice(queried.indptr[q], queried.indptr[q + 1])
-            of_best = _scores(segment, queried.indices[part], queried.data[part], best)
-            chunks[q], scores[q] = highest(best, of_best, k, segment.documents, set())
-    return chunks, scores, few
+        given = finding.indptr.astype(np.int64), finding.indices, finding.data, sizes, documents, found
+        compiled.candidates(segment.starts, segment.postings, segment.weights, segment.documents, *given)
+        return found
+    sums = finding @ matrix
+    for q in range(len(found)):
+        part = slice(sums.indptr[q], sums.indptr[q + 1])
+        best, _ = highest(sums.indices[part], sums.data[part], most, segment.documents, blocked[q])
+        found[q, : len(best)] = np.sort(best)
+    return found
 
 
 def highest(
@@ -106,9 +129,12 @@ def highest(
 
 def score_chunks(segment: Weighed, queried: Any, chunks: Int64[np.ndarray, "q c"]) -> Float32[np.ndarray, "q c"]:
     """The score of given chunks for each query; 0 for chunk -1."""
+    segment.check_chunks(chunks)
     if (compiled := _compiled(segment)) is not None:
-        given = queried.indptr.astype(np.int64), queried.indices, queried.data
-        return compiled.score_chunks(*_fields(segment), *given, np.ascontiguousarray(chunks))
+        by_chunk = segment.chunk_starts, segment.chunk_terms, segment.chunk_counts
+        given = queried.indptr.astype(np.int64), queried.indices, queried.data, np.ascontiguousarray(chunks)
+        weighing = segment.idf, segment.norms, segment.raw, segment.kind == "tfidf"
+        return compiled.score_chunks(*by_chunk, *weighing, *given)
     scores = np.zeros(chunks.shape, np.float32)
     for q, line in enumerate(chunks):
         part, there = slice(queried.indptr[q], queried.indptr[q + 1]), line >= 0
@@ -131,16 +157,11 @@ def _by_numba() -> ModuleType | None:
     return compiled
 
 
-def _fields(segment: Weighed) -> tuple[Any, ...]:
-    arrays = (getattr(segment, name) for name in Weighed.__dataclass_fields__ if name != "kind")
-    return (*arrays, segment.kind == "tfidf")
-
-
 # By scipy and numpy
 
 
 def _finding(segment: Weighed, queried: Any) -> Any:
-    """The queries with those of their terms alone that find candidates."""
+    """The queries with those of their terms alone that find candidates: the rarest, as many as the budget allows."""
     finding, sizes = queried.copy(), segment.starts[queried.indices + 1] - segment.starts[queried.indices]
     for q in range(queried.shape[0]):
         part = slice(queried.indptr[q], queried.indptr[q + 1])

@@ -72,56 +72,38 @@ def _score(chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, is_tfidf, t
 
 
 @compiled
-def best_chunks(
-    starts, postings, weights, chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, documents, is_tfidf,
-    query_starts, terms, times, blocked_starts, blocked, most_postings, least_postings, most, chunks, scores,
+def candidates(
+    starts, postings, weights, documents, query_starts, terms, times, blocked_starts, blocked, chunks
 ):  # fmt: skip
-    """Fill `chunks` and `scores` [q, k]; which queries found fewer than k. blocked: ascending for each query."""
-    num_queries, k = chunks.shape
-    few, sums = np.zeros(num_queries, np.bool_), np.zeros(len(norms), np.float32)
-    for q in range(num_queries):
-        own = terms[query_starts[q] : query_starts[q + 1]]
-        own_times = times[query_starts[q] : query_starts[q + 1]]
-        sizes = np.empty(len(own), np.int64)
-        for t in range(len(own)):
-            sizes[t] = starts[own[t] + 1] - starts[own[t]]
-        finds, total, room = np.zeros(len(own), np.bool_), 0, 0
-        for t in np.argsort(sizes, kind="mergesort"):
-            if total + sizes[t] <= most_postings or total < least_postings:
-                finds[t] = True
-                room += sizes[t]
-            total += sizes[t]
+    """Fill `chunks` [q, c] with those that the terms find. blocked: ascending for each query."""
+    sums = np.zeros(len(documents), np.float32)
+    for q in range(len(chunks)):
+        own, room = slice(query_starts[q], query_starts[q + 1]), 0
+        for term in terms[own]:
+            room += starts[term + 1] - starts[term]
         touched, num_touched = np.empty(room, np.int64), 0
-        for t in range(len(own)):
-            if not finds[t]:
-                continue
-            for place in range(starts[own[t]], starts[own[t] + 1]):
+        for term, weight in zip(terms[own], times[own]):  # noqa: B905
+            for place in range(starts[term], starts[term + 1]):
                 chunk = postings[place]
                 if sums[chunk] == 0:
                     touched[num_touched] = chunk
                     num_touched += 1
-                sums[chunk] += weights[place] * own_times[t]
-        candidates = _highest(
-            touched[:num_touched], sums, most, documents, blocked[blocked_starts[q] : blocked_starts[q + 1]]
+                sums[chunk] += weights[place] * weight
+        found = _highest(
+            touched[:num_touched],
+            sums,
+            chunks.shape[1],
+            documents,
+            blocked[blocked_starts[q] : blocked_starts[q + 1]],
         )
-        few[q] = len(candidates) < k
-        if not few[q]:
-            exact = np.empty(len(candidates), np.float32)
-            for c in range(len(candidates)):
-                exact[c] = _score(
-                    chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, is_tfidf, own, own_times, candidates[c]
-                )
-            order = np.argsort(-exact, kind="mergesort")[:k]
-            chunks[q], scores[q] = candidates[order], exact[order]
+        chunks[q, : len(found)] = found
         for chunk in touched[:num_touched]:
             sums[chunk] = 0
-    return few
 
 
 @compiled
 def score_chunks(
-    starts, postings, weights, chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, documents, is_tfidf,
-    query_starts, terms, times, chunks,
+    chunk_starts, chunk_terms, chunk_counts, idf, norms, raw, is_tfidf, query_starts, terms, times, chunks
 ):  # fmt: skip
     scores = np.zeros(chunks.shape, np.float32)
     for q in range(chunks.shape[0]):

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from retro.common.files import READ_ONLY, check_files, delete, load_record, open_npy, stable_hash
+from retro.common.checksums import open_array
+from retro.common.files import READ_ONLY, check_files, delete, folder_record, load_record, stable_hash
 from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
 from retro.retrieval.search.index import Hits, check_k, check_searchable
 from retro.retrieval.search.postings import (
@@ -69,7 +70,8 @@ class LexicalIndex:
         self.recall = 1.0 if exact else self.record["recall"]
         self.name = folder.name
         self.folders = [folder, *(segment.folder for segment in segments)]
-        self._matrices = [_Matrix(store, segment, folder, number) for number, segment in enumerate(segments)]
+        files = self.record["files"]
+        self._matrices = [_Matrix(store, segment, folder, number, files) for number, segment in enumerate(segments)]
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
         """The k chunks of the largest score above 0 outside the excluded document rows; equal scores by row. On average
@@ -96,14 +98,15 @@ class LexicalIndex:
 class _Matrix:
     """The weights of one segment."""
 
-    def __init__(self, store: Store, segment: Postings, folder: Path, number: int) -> None:
+    def __init__(self, store: Store, segment: Postings, folder: Path, number: int, files: dict[str, Any]) -> None:
         self.segment = segment
         self.first_row, self.stop_row = row_range(store, segment.shards)
         self._documents = store.document_rows(segment.store_rows(slice(None)))
-        weights, idf, norms = (open_npy(folder / f"{name}-{number:05d}.npy") for name in ("weights", "idf", "norms"))
+        names = (f"{name}-{number:05d}.npy" for name in ("weights", "idf", "norms"))
+        weights, idf, norms = (open_array(folder, name, files) for name in names)
         self._idf = np.asarray(idf)
-        self._matrix = _sparse(weights, segment.postings, segment.starts, len(segment.rows))
-        self._weighed = Weighed.of(segment, weights, idf, norms, self._documents)
+        self._weighed = Weighed.of(segment, weights, self._idf, np.asarray(norms), self._documents)
+        self._matrix = _sparse(self._weighed, len(segment.rows))
         self._vocabulary = _Buckets(segment.terms) if segment.kind == "tfidf" else _Words(segment.terms)
 
     def search(
@@ -122,6 +125,7 @@ class _Matrix:
                 chunks[part], scores[part], few = best_chunks(self._weighed, self._matrix, of_part, k, blocked)
                 left = np.flatnonzero(few)
             if len(left):
+                self._weighed.check_terms(of_part[left].indices)
                 found = of_part[left] @ self._matrix
             for number, q in enumerate(left):
                 there = slice(found.indptr[number], found.indptr[number + 1])
@@ -273,7 +277,8 @@ def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Pa
 
     def write(aside: Path) -> dict[str, Any]:
         write_weights(segments, kind, aside)
-        matrices = [_Matrix(store, segment, aside, number) for number, segment in enumerate(segments)]
+        files = folder_record(aside)
+        matrices = [_Matrix(store, segment, aside, number, files) for number, segment in enumerate(segments)]
         record = {"kind": kind, "store": store.fingerprint, "rows": store.num_searchable}
         record |= {"recall": _recall(store, matrices)}
         return record | {"segments": [segment.folder.name for segment in segments]}
@@ -284,10 +289,10 @@ def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Pa
 # Sparse matrices and vocabularies
 
 
-def _sparse(weights: np.ndarray, postings: np.ndarray, starts: np.ndarray, width: int) -> Any:
+def _sparse(weighed: Weighed, width: int) -> Any:
     from scipy.sparse import csr_matrix
 
-    return csr_matrix((weights, postings, starts), shape=(len(starts) - 1, width))
+    return csr_matrix((weighed.weights, weighed.postings, weighed.starts), shape=(len(weighed.starts) - 1, width))
 
 
 def _counts(terms: list[np.ndarray], width: int) -> Any:

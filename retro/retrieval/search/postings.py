@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt32
 
+from retro.common.checksums import CheckedArray, open_array, open_checked
 from retro.common.extras import check_installed
 from retro.common.files import load_json, new_npy, open_npy, save_json, save_npy
 from retro.retrieval.search.exact import blocks
@@ -202,11 +203,17 @@ class Postings:
         self.shards, self.folder = shards, shards.folder
         self.kind: str = shards.record["kind"]
         self.first_row, _ = row_range(store, shards)
-        names = ("rows", "postings", "counts", "starts", "chunk_terms", "chunk_counts", "chunk_starts")
-        arrays = [open_npy(shards.folder / f"{name}.npy") for name in names]
-        self.rows, self.postings, self.counts, self.starts = arrays[:4]
-        self.chunk_terms, self.chunk_counts, self.chunk_starts = arrays[4:]
+        names = ("postings", "counts", "chunk_terms", "chunk_counts")
+        self.postings, self.counts, self.chunk_terms, self.chunk_counts = map(self._array, names)
+        self.rows, self.starts, self.chunk_starts = map(self._whole, ("rows", "starts", "chunk_starts"))
         self._removed = self._removed_chunks(store)
+
+    def _array(self, name: str) -> CheckedArray:
+        return open_array(self.folder, f"{name}.npy", self.shards.record["files"])
+
+    def _whole(self, name: str) -> np.ndarray:
+        """An array of as many values as there are chunks or terms, all of which are checked."""
+        return np.asarray(self._array(name))
 
     def _removed_chunks(self, store: Store) -> Bool[np.ndarray, " c"] | None:
         if not len(store.removed_documents):
@@ -226,7 +233,7 @@ class Postings:
     @cached_property
     def lengths(self) -> Int64[np.ndarray, " c"]:
         """Words of each chunk (bm25)."""
-        return np.asarray(open_npy(self.folder / "lengths.npy"), np.int64)
+        return self._whole("lengths").astype(np.int64)
 
     @property
     def live_length(self) -> int:
@@ -239,7 +246,8 @@ class Postings:
     def terms(self) -> Any:
         """What the terms are, in order: buckets (an array) or words (a list)."""
         if self.kind == "tfidf":
-            return open_npy(self.folder / "terms.npy")
+            return self._whole("terms")
+        open_checked(self.folder, "words.json", self.shards.record["files"]).check()
         return load_json(self.folder / "words.json")
 
     def frequencies(self) -> Int64[np.ndarray, " terms"]:
