@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro.common.files import save_json
+from retro.common.files import load_json, save_json
+from retro.common.values import Prefix, Size, check_record
 from retro.version import __version__
 
 if TYPE_CHECKING:
     from retro.retrieval import Store
 
 FILE = "retro.json"
-_NEEDED = ("tokenizer", "tokenizer_fingerprint", "chunk_len")
+_FIELDS = {"tokenizer": Prefix, "tokenizer_fingerprint": str, "chunk_len": Size}
 logger = logging.getLogger(__name__)
 
 
@@ -55,14 +55,7 @@ def read_provenance(model: str | Path | None) -> dict[str, Any] | None:
     file = None if model is None else _file_of(model)
     if file is None:
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file}: not JSON; copy it again from where the model was trained") from None
-    missing = [name for name in _NEEDED if not isinstance(record, dict) or name not in record]
-    if missing:
-        raise ValueError(f"{file}: {missing[0]} is missing; copy it again from where the model was trained")
-    return record
+    return check_record(file, load_json(file), _FIELDS)
 
 
 def _file_of(model: str | Path) -> Path | None:

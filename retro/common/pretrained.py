@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from retro.common.files import check_sums
 from retro.common.own import check_names
 
 PACKAGE = "package:"
@@ -35,7 +36,9 @@ def pretrained_place(name: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, naming the file, a model's folder of names that lead out or of absurd sizes."""
+    """Refuse, naming the file, a model's folder of names that lead out, of absurd sizes, or damaged since it was
+    trained."""
+    check_sums(folder)
     for file in folder.glob("*.index.json"):
         weights = _read(file).get("weight_map", {})
         check_names(file, weights.values() if isinstance(weights, dict) else [weights])
@@ -98,6 +101,11 @@ def own_code(folder: str | Path) -> str | None:
         if _read(file).get("auto_map"):
             return f"{file} asks for code of its own (auto_map), which is never run; use one that transformers reads."
     return None
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int, Int64
 from tqdm.auto import tqdm
 
 from retro.common.checksums import open_array
-from retro.common.files import file_record, load_record, save_npy, save_record, stable_hash
+from retro.common.files import FILES, file_record, load_record, save_npy, save_record, stable_hash
 from retro.retrieval.filters.hits import FilteredSearcher
 from retro.retrieval.remote.client import RemoteIndex
 from retro.retrieval.search.sharded import ShardedSearcher
@@ -109,7 +109,9 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _open(folder: Path, shape: tuple[int, int]) -> np.ndarray:
-    return np.asarray(open_array(folder, "rows.npy", load_record(folder / "queries.json")["files"], shape, np.int64))
+    return np.asarray(
+        open_array(folder, "rows.npy", load_record(folder / "queries.json", {"files": FILES})["files"], shape, np.int64)
+    )
 
 
 def _save(folder: Path, rows: np.ndarray, asked: dict[str, Any]) -> None:

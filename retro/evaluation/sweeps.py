@@ -9,7 +9,6 @@ Source: RETRO, sections 4.1-4.2 and figure 1; the datastore's curve is that of M
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retro.common.files import stable_hash
+from retro.common.files import load_json, stable_hash
+from retro.common.values import CountOrZero, check_record
 from retro.evaluation.bits import (
     LITTLE_OVERLAP,
     ChunkScores,
@@ -178,7 +178,8 @@ def sweep_tokens(
 def checkpoints_of(run: str | Path) -> list[tuple[int, Path]]:
     """Tokens seen and folder of every checkpoint of a run, oldest first; ValueError if there is none."""
     states = sorted(Path(run).glob("checkpoints/step-*/state.json"))
-    found = [(json.loads(state.read_text(encoding="utf-8"))["tokens"], state.parent) for state in states]
+    records = [check_record(state, load_json(state), {"tokens": CountOrZero}) for state in states]
+    found = [(record["tokens"], state.parent) for record, state in zip(records, states, strict=True)]
     if not found:
         raise ValueError(f"{run} holds no checkpoints; give the output folder of a run (see keep_checkpoints).")
     return sorted(found)

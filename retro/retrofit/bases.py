@@ -9,7 +9,15 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from retro.common.pretrained import PACKAGE, check_folder, check_kernels, check_weights, own_code, pretrained_place
+from retro.common.pretrained import (
+    PACKAGE,
+    check_folder,
+    check_kernels,
+    check_weights,
+    first_line,
+    own_code,
+    pretrained_place,
+)
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -42,7 +50,7 @@ def open_base(base: Any, /, **options) -> Any:
             return AutoModelForCausalLM.from_pretrained(place, **options).eval()
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{base} holds a damaged model ({error}); copy it again from where it was trained.") from None
-    except (OSError, ImportError, KeyError, ValueError) as error:
+    except (OSError, ImportError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(_sentence("base", base, error)) from None
 
 
@@ -88,7 +96,7 @@ def base_tokenizer(base: str | Path) -> Any:
     place, gguf = pretrained_place(base)
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf)
-    except (OSError, ImportError, KeyError, ValueError) as error:
+    except Exception as error:  # tokenizers raises no other
         raise ValueError(_sentence("tokenizer", base, error)) from None
 
 
@@ -138,5 +146,4 @@ def is_quantized(config: Any) -> bool:
 def _sentence(what: str, base: Any, error: Exception) -> str:
     if isinstance(error, ValueError) and (said := own_code(base)):
         return f"{what}: {said}"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{what}: {base} cannot be loaded ({reason}); give a Hugging Face name, a folder or a GGUF file."
+    return f"{what}: {base} cannot be loaded ({first_line(error)}); give a Hugging Face name, a folder or a GGUF file."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from retro.common.files import load_json
 from retro.common.own import check_names
 from retro.common.pretrained import check_folder, check_kernels, check_num_weights
+from retro.common.values import check_record
 from retro.retrofit.bases import HUB_OPTIONS, IMPLEMENTATIONS, LOADING, find_base, is_quantized, open_base, random_base
 from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.fingerprint import adapter_prefixes, differing_kind, fingerprint
@@ -215,6 +216,7 @@ def _weight_files(folder: str, hub: dict[str, Any]) -> list[Path]:
     index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if index is None:
         raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}; give the folder that save_pretrained wrote.")
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    names = check_record(index, load_json(Path(index)), {"weight_map": dict[str, str]})["weight_map"]
+    names = sorted(set(names.values()))
     check_names(index, names)
     return [Path(cached_file(folder, name, **hub)) for name in names]

@@ -8,13 +8,14 @@ into the text.
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from retro.common.files import folder_written_aside
+from retro.common.files import folder_written_aside, load_json
+from retro.common.pretrained import first_line, own_code
+from retro.common.values import check_record
 from retro.text.corpus import read_documents
 from retro.text.documents import Document
 from retro.text.hugging_face import is_dataset
@@ -57,14 +58,18 @@ def train_tokenizer(
 def open_tokenizer(folder: str | Path) -> Any:
     """The Hugging Face tokenizer saved in a folder; one without code of its own is opened without importing torch."""
     file = Path(folder) / "tokenizer_config.json"
-    kind = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
-    if kind in ("TokenizersBackend", "PreTrainedTokenizerFast") and (file.parent / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
+    kind = check_record(file, load_json(file), {}).get("tokenizer_class") if file.is_file() else None
+    try:
+        if kind in ("TokenizersBackend", "PreTrainedTokenizerFast") and (file.parent / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    from transformers import AutoTokenizer
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises no other
+        said = own_code(folder) or f"the tokenizer in {folder} cannot be loaded ({first_line(error)})"
+        raise ValueError(f"{said}; restore it from a copy") from None
 
 
 def _segments(documents: Iterable[Any]) -> Iterator[str]:

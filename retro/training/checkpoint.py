@@ -7,14 +7,14 @@
       optimizer.safetensors                the moments of the optimizer, by parameter name
       state.json                           step, position of the loader, counters, and what tells this run from others
       rng-0.json  rng-1.json ...           random states of Python, NumPy and torch, one file per process
+      checksums.json                       of all these files
 
-A checkpoint is written aside, synced and renamed: one that is there is whole.
+A checkpoint is written aside, synced and renamed: one that is there is whole, unless it was damaged since.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import random
 import re
@@ -27,11 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from retro.common.files import save_json, sync, writing
+from retro.common.files import SUMS_FILE, check_sums, load_json, save_json, save_sums, sync, writing
 from retro.common.settings import differing
+from retro.common.values import CountOrZero, NotNegative, check_record
 from retro.training.optimizer import MuonAndAdamW
 from retro.training.sharding import gathered, spread_as
 
@@ -85,6 +87,7 @@ def save_checkpoint(
             write_model(aside)
             save_file(moments, aside / "optimizer.safetensors")
             save_json(aside / "state.json", {**state.counters(), "identity": identity})
+            save_sums(aside)
             sync_files(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -95,18 +98,48 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, state: TrainState, process_index: int) -> None:
     """Put optimizer, counters and random states of a checkpoint in place; the model is built from the folder before."""
-    for name, value in read_state(folder).items():
-        if name != "identity":
-            setattr(state, name, value)
-    _load_optimizer(state, load_file(folder / "optimizer.safetensors"))
+    saved = read_state(folder)
+    for name in state.counters():
+        setattr(state, name, saved[name])
     own = folder / f"rng-{process_index}.json"
-    if own.is_file():
-        restore_random_states(json.loads(own.read_text(encoding="utf-8")))
+    try:
+        file = folder / "optimizer.safetensors"
+        _load_optimizer(state, load_file(file))
+        if (file := own).is_file():
+            restore_random_states(load_json(own))
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        said = str(error) or type(error).__name__
+        raise ValueError(f"{file} is no part of this run's checkpoint ({said}); delete {folder}.") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json."""
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    """The content of a checkpoint's state.json; ValueError names a field that is missing or none."""
+    file, position = folder / "state.json", {"epoch": CountOrZero, "window": CountOrZero}
+    counts = {"step": CountOrZero, "tokens": CountOrZero, "loss_tokens": CountOrZero}
+    seconds = {"elapsed_seconds": NotNegative, "loss_sum": float}
+    return check_record(file, load_json(file), {**counts, **seconds, "position": position, "identity": dict[str, Any]})
+
+
+def whole_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of a run's folder, None if there is none; one that is damaged is refused, and the newest
+    that is not is named."""
+    newest, *older = sorted(_steps(output / "checkpoints"), reverse=True) or [None]
+    if newest is not None and (damage := _damage(newest)):
+        sound = next((folder for folder in older if not _damage(folder)), None)
+        remedy = f"to go on from {sound.name}, which is whole" if sound else "and older ones, of which none is whole"
+        raise ValueError(f"the checkpoint {newest} is damaged ({damage}); delete it {remedy}.")
+    return newest
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files."""
+    try:
+        if not (folder / SUMS_FILE).is_file():
+            return f"{SUMS_FILE} is missing"
+        check_sums(folder)
+        read_state(folder)
+    except ValueError as error:
+        return str(error).partition(";")[0]
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from retro.common.files import write_text, writing
+from retro.common.files import SUMS_FILE, read_text, save_sums, write_text, writing
 from retro.common.settings import save_settings, to_plain
+from retro.common.values import CountOrZero, check_value, shown
 from retro.provenance import write_provenance
 from retro.training.checkpoint import save_checkpoint, sync_files
 from retro.training.setup import TrainingRun, without_loading_bars
@@ -23,9 +25,8 @@ def prepare_output(run: TrainingRun) -> None:
         run.output.mkdir(parents=True, exist_ok=True)
         save_settings(run.settings, run.output / "config.yaml")
         metrics = run.output / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.state.step]
-        write_text(metrics, "".join(f"{line}\n" for line in kept))
+        kept = [line for line in read_metrics(metrics) if line["step"] <= run.state.step]
+        write_text(metrics, "".join(f"{json.dumps(line)}\n" for line in kept))
     run.accelerator.wait_for_everyone()
     if run.settings.tracker != "none":
         flat = {
@@ -33,6 +34,21 @@ def prepare_output(run: TrainingRun) -> None:
             for name, value in to_plain(run.settings).items()
         }
         run.accelerator.init_trackers("retro", config=flat, init_kwargs={"wandb": {"dir": str(run.output)}})
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl but one that a killed run has left unfinished; ValueError names one that is none."""
+    lines = enumerate(read_text(file).splitlines() if file.is_file() else [], start=1)
+    return [_metrics(f"{file}, line {number}", line) for number, line in lines if line.endswith("}")]
+
+
+def _metrics(where: str, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+        check_value("step", found["step"], CountOrZero)
+        return found
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{where}: {shown(line)} is no line of metrics; delete it.") from None
 
 
 def log_metrics(run: TrainingRun, values: dict[str, float]) -> dict[str, float]:
@@ -82,8 +98,10 @@ def finish(run: TrainingRun) -> None:
         aside.mkdir()
         with writing(aside):
             write_model(run, aside, weights)
+            save_sums(aside)
             sync_files(aside)
-        for file in aside.iterdir():
+        (run.output / SUMS_FILE).unlink(missing_ok=True)
+        for file in sorted(aside.iterdir(), key=lambda file: file.name == SUMS_FILE):
             os.replace(file, run.output / file.name)
         aside.rmdir()
     run.accelerator.wait_for_everyone()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from datetime import timedelta
 from typing import Any
 
+from retro.training.output import read_metrics
 from retro.training.settings import FinetuneSettings
 from retro.training.setup import TrainingRun
 
@@ -47,7 +47,7 @@ def say_end(run: TrainingRun) -> None:
     """Where the model is, its last loss, how long it took, and what to do next."""
     if not run.accelerator.is_main_process:
         return
-    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run.output / "metrics.jsonl")
     loss = next((f"loss {line['loss']:.3f}, " for line in reversed(lines) if "loss" in line), "")
     spent = timedelta(seconds=round(run.state.elapsed_seconds))
     store = f" --store {run.settings.store}" if run.settings.retrieval else ""

@@ -23,7 +23,7 @@ from retro.model import RetroConfig, RetroForCausalLM
 from retro.provenance import check_store
 from retro.retrieval import NeighborTable, Store, open_neighbors
 from retro.retrofit import RetrofitForCausalLM
-from retro.training.checkpoint import TrainState, check_identity, last_checkpoint, load_checkpoint
+from retro.training.checkpoint import TrainState, check_identity, load_checkpoint, whole_checkpoint
 from retro.training.compiling import compile_base, compiled, wants_compile
 from retro.training.memory import keep_freed_memory
 from retro.training.optimizer import make_optimizer
@@ -80,7 +80,7 @@ def setup(
     windows = (make_windows or training_windows)(settings, store, config.retrieved_len)
     valid = validation_windows(settings, store, config.retrieved_len)
     identity = run_identity(settings, windows, accelerator.num_processes)
-    checkpoint = last_checkpoint(output)
+    checkpoint = whole_checkpoint(output)
     if checkpoint is not None:
         check_identity(checkpoint, identity)
     set_seed(settings.seed)

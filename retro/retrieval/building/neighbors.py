@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.common.checksums import CheckedArray, open_array
-from retro.common.files import check_files, delete, load_record, stable_hash
+from retro.common.files import FILES, check_files, delete, load_record, stable_hash
 from retro.common.own import check_no_links
+from retro.common.values import NumNeighbors
 from retro.retrieval.building.join import Join, run_join, shared_with_tasks, uses_keys
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.search import lexical
@@ -33,6 +34,7 @@ from retro.retrieval.store.store import Store
 log = logging.getLogger(__name__)
 
 EXCLUDE = ("same_document", "none")
+_FIELDS = {"store": str, "queries": str, "exclude": str, "index": str, "k": NumNeighbors, "files": FILES}
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def build_neighbors(
     folder = _folder(store, queries, settings)
     if (folder / "neighbors.json").is_file():
         try:
-            return _open(folder, k)
+            table = _open(folder, k)
+            table.verify()
+            return table
         except ValueError as error:
             log.warning("computing the table again: %s", error)
     _check_on_disk(store, queries)
@@ -116,7 +120,7 @@ def open_neighbors(
     index = None if index is None else _resolved(store, index)
     found = []
     for file in sorted((store.path / "neighbors").glob("*/neighbors.json")):
-        record = load_record(file)
+        record = load_record(file, _FIELDS)
         same = (record["store"], record["queries"]) == wanted and exclude in (None, record["exclude"])
         same = same and index in (None, record["index"])
         if same and record["k"] >= (k or 1):
@@ -170,6 +174,6 @@ def _folder(store: Store, queries: Store, settings: dict[str, Any]) -> Path:
 
 
 def _open(folder: Path, k: int) -> NeighborTable:
-    record = load_record(folder / "neighbors.json")
+    record = load_record(folder / "neighbors.json", _FIELDS)
     rows, distances = (open_array(folder, f"{name}.npy", record["files"]) for name in ("rows", "distances"))
     return NeighborTable(*(whole.view(lambda array: array[:, :k]) for whole in (rows, distances)), record, folder)

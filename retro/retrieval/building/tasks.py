@@ -59,7 +59,7 @@ def load_tokenizer(name_or_folder: str) -> Any:
     try:
         with quiet_loading():
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf)
-    except (OSError, ValueError, ImportError, KeyError, TypeError):
+    except Exception:  # tokenizers raises no other
         raise ValueError(
             own_code(place)
             or f"the tokenizer {name_or_folder} is no folder, nor a Hugging Face tokenizer that can be loaded; "

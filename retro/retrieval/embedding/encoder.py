@@ -184,6 +184,7 @@ class _Head(torch.nn.Module):
     """A Dense head of sentence-transformers: activation(W x + b), in float32."""
 
     def __init__(self, dense: Dense) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         super().__init__()
@@ -191,7 +192,7 @@ class _Head(torch.nn.Module):
         self.linear = torch.nn.Linear(dense.in_features, dense.out_features, dense.bias).requires_grad_(False)
         try:
             self.load_state_dict({name: tensor.float() for name, tensor in load_file(dense.weights).items()})
-        except RuntimeError:
+        except (RuntimeError, SafetensorError):
             raise ValueError(
                 f"{dense.weights} does not hold a Dense head of {dense.in_features} x {dense.out_features}; "
                 "download the embedder again"
@@ -263,7 +264,7 @@ def _told(name: str, folder: Path) -> Iterator[None]:
     try:
         with quiet_loading():
             yield
-    except (OSError, ValueError, ImportError):
+    except Exception:  # tokenizers raises no other
         other = f"is no folder, nor a Hugging Face encoder that can be loaded{_meant(name)}; {_REMEDY}"
         raise ValueError(own_code(folder) or f"the embedder {name} {other}") from None
 

@@ -6,7 +6,6 @@ else is refused by name, since keys made without it would be wrong.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retro.common.files import load_json
 from retro.common.own import check_names
 
 _POOLINGS = {
@@ -140,10 +140,7 @@ def folder_json(folder: str, name: str, kind: type) -> Any:
     path = folder_file(folder, name)
     if path is None:
         return kind()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download the embedder again") from None
+    found = load_json(path)
     if not isinstance(found, kind):
         raise ValueError(f"{path} must hold a JSON {kind.__name__}, not {found!r:.60}; download the embedder again")
     return found

@@ -66,7 +66,9 @@ def build_continuation(store: Store) -> ContinuationReranker:
     index = build_lexical(store, "tfidf")
     folder = store.path / "index" / stable_hash({"kind": KIND, "of": index.name})[:16]
     if (folder / "index.json").is_file():
-        return ContinuationReranker(index, np.asarray(load_record(folder / "index.json")["weights"]))
+        return ContinuationReranker(
+            index, np.asarray(load_record(folder / "index.json", {"weights": list[float]})["weights"])
+        )
     weights = learn(index)
     try:
         write_index(

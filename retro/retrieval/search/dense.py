@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from retro.common.files import check_files, open_npy, save_npy, save_record
+from retro.common.values import Count, CountOrZero, Probability, check_record
 from retro.retrieval.search.engines import HERE, IndexLayout, Work, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
@@ -25,6 +26,10 @@ from retro.retrieval.store.store import Store
 
 TUNED_NEIGHBORS = 10  # k of the recall that is tuned and stored
 _QUERIES = 256
+_FIELDS = {
+    "layout": {"engine": str, "codes": str, "soar": bool} | dict.fromkeys(("lists", "block", "bits"), CountOrZero),
+    "recall": {"recall": Probability, "lists_searched": CountOrZero, "candidates": Count},
+}
 _CANDIDATES = 640  # for 10 neighbors; eight times as many where these do not reach a recall
 _FOUND = 1 << 20  # candidates held at a time
 _KEY_READ = 4  # what a byte of a stored key costs against a byte of a code that is scanned
@@ -132,6 +137,7 @@ def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarra
 
 def open_segment(store: Store, shards: ShardRange) -> Segment:
     """Open one segment; ValueError names a file that is missing or damaged, on which ScaNN would abort the process."""
+    check_record(shards.folder / "index.json", shards.record, _FIELDS)
     check_files(shards.folder, shards.record["files"], checksums=True)
     return Segment(store, shards)
 

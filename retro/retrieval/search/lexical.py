@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from retro.common.checksums import open_array
-from retro.common.files import READ_ONLY, check_files, delete, folder_record, load_record, stable_hash
+from retro.common.files import FILES, READ_ONLY, check_files, delete, folder_record, load_record, stable_hash
+from retro.common.values import Probability
 from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
 from retro.retrieval.search.index import Hits, check_k, check_searchable
 from retro.retrieval.search.postings import (
@@ -57,6 +58,7 @@ FORMAT_VERSION = 3
 MAX_POSTINGS = 1 << 31  # of a segment, so that 32 bits number them
 _BLOCK_QUERIES = 64
 _SAMPLE = 128
+_FIELDS = {"kind": str, "recall": Probability, "segments": list[str], "files": FILES}
 
 
 class LexicalIndex:
@@ -64,7 +66,7 @@ class LexicalIndex:
 
     def __init__(self, store: Store, folder: Path, segments: list[Postings], exact: bool) -> None:
         self.store, self.folder, self.segments, self.exact = store, folder, segments, exact
-        self.record: dict[str, Any] = load_record(folder / "index.json")
+        self.record: dict[str, Any] = load_record(folder / "index.json", _FIELDS)
         self.kind: str = self.record["kind"] + EXACT * exact
         self.num_rows = store.num_searchable
         self.recall = 1.0 if exact else self.record["recall"]
@@ -196,18 +198,21 @@ def _num_threads() -> int:
 # Building
 
 
-def build_lexical(store: Store, kind: str) -> LexicalIndex:
-    """Build what is missing of the index of a store's searchable rows, and open it."""
+def build_lexical(store: Store, kind: str, check: bool = False) -> LexicalIndex:
+    """Build what is missing or damaged of the index of a store's searchable rows, and open it.
+
+    check: look for damage in all of its files; else only in what opening reads.
+    """
     kind, _, exact = kind.partition(":")
     for last_try in (False, True):
         shard_ranges, folder = _segments(store, kind)
         try:
             for shards in shard_ranges:
-                check_files(shards.folder, shards.record["files"], checksums=False)
+                check_files(shards.folder, shards.record["files"], checksums=check)
             segments = [Postings(store, shards) for shards in shard_ranges]
             if not (folder / "index.json").is_file():
                 _written(store, kind, lambda: _write_weights(store, kind, segments, folder))  # noqa: B023
-            check_files(folder, load_record(folder / "index.json")["files"], checksums=False)
+            check_files(folder, load_record(folder / "index.json")["files"], checksums=check)
             return LexicalIndex(store, folder, segments, bool(exact))
         except ValueError as error:
             damaged = [shards.folder for shards in shard_ranges if _is_damaged(shards.folder)]
@@ -222,7 +227,7 @@ def build_lexical(store: Store, kind: str) -> LexicalIndex:
 
 def _is_damaged(folder: Path) -> bool:
     try:
-        check_files(folder, load_record(folder / "index.json")["files"], checksums=False)
+        check_files(folder, load_record(folder / "index.json")["files"], checksums=True)
     except (ValueError, OSError):
         return True
     return False

@@ -152,7 +152,7 @@ def _open_part(
     store: Store, kind: str, embedder: Embedder | None, build: bool, recall: float | None, work: dict[str, Any]
 ) -> Searcher:
     if kind in lexical.KINDS:
-        return lexical.build_lexical(store, kind)
+        return lexical.build_lexical(store, kind, check=build)
     if build:
         return DenseSearcher(store, build_index(store, kind, recall, **work), embedder)
     return DenseSearcher(store, open_index(store, kind), embedder_of(store, embedder))

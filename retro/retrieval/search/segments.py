@@ -21,14 +21,17 @@ import numpy as np
 from jaxtyping import UInt32
 
 from retro.common.checksums import open_array
-from retro.common.files import delete, folder_record, folder_written_aside, load_record, save_record, stable_hash
+from retro.common.files import FILES, delete, folder_record, folder_written_aside, load_record, save_record, stable_hash
 from retro.common.own import check_no_links
+from retro.common.values import CountOrZero, check_record
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
 
 log = logging.getLogger(__name__)
 
 MAX_SEGMENTS = 8
+_FIELDS = {"kind": str, "settings": dict[str, Any], "shards": list[str], "skipped": str | None, "rows": CountOrZero}
+_FIELDS |= {"files": FILES}
 _BLOCK_ROWS = 1 << 20
 
 
@@ -75,7 +78,8 @@ def segment_records(store: Store, kind: str) -> list[tuple[Path, dict[str, Any]]
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return load_record(file)
+        record = load_record(file)
+        return check_record(file, record, _FIELDS) if "shards" in record else record
     except ValueError as error:
         log.warning("an index is left out: %s", error)
         return {}

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
 
 from retro.common.checksums import CheckedArray, CheckedFile, open_array, open_checked
-from retro.common.files import check_files, load_record, stable_hash
+from retro.common.files import FILES, check_files, load_record, stable_hash
 from retro.common.own import check_names, check_no_links
+from retro.common.values import Count, CountOrZero, Prefix, Size, check_record
 
 FORMAT = "retro-store"
 FORMAT_VERSION = 3  # the first with checksums of blocks
@@ -23,6 +24,24 @@ CHUNK_DTYPE = np.dtype([("document", "<u4"), ("position", "<u4"), ("length", "<u
 STORED_KEYS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 OWN_FOLDERS = ("shards", "tokenizer", "rejects", "index", "neighbors", "removed", "parts")
 SHARD_FILES = ("tokens.npy", "chunks.npy", "documents.parquet", "keys.npy")
+_PLAN = {
+    "state": Literal["building", "clearing", "complete"],
+    "generation": Count,
+    "chunk_len": Size,
+    "pad_token_id": CountOrZero,
+    "token_dtype": Literal["uint16", "uint32"],
+    "key_dtype": Literal[tuple(STORED_KEYS)],
+    "settings": {"min_chunk_len": Size},
+    "tokenizer": {"name": Prefix, "fingerprint": str},
+    "embedder": {"name": str, "fingerprint": str, "dim": CountOrZero},
+}
+_COUNTS = ("first_row", "rows", "first_document", "documents", "tokens", "bytes", "short_chunks", "truncated_chunks")
+_COMPLETE = {
+    "counts": {"documents": CountOrZero, "chunks": CountOrZero},
+    "tokenizer": {"files": FILES},
+    "rejects": FILES,
+    "shards": [{"name": str, "files": FILES} | dict.fromkeys(_COUNTS, CountOrZero)],
+}
 TABLE_TEXTS = ("id", "title", "source", "date", "extra")  # columns of documents.parquet
 TABLE_NUMBERS = ("first_chunk", "num_chunks", "num_tokens", "num_bytes")
 
@@ -53,11 +72,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = load_record(file)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is not the manifest of a datastore; build one with `retro build`")
+    check_record(file, manifest, {"format_version": Count})
     if manifest["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {manifest['format_version']}, this library reads up to {FORMAT_VERSION}; "
             "upgrade retro-lm"
         )
+    check_record(file, manifest, _PLAN)
+    if manifest["state"] == "complete":
+        check_record(file, manifest, _COMPLETE)
+    if (removed := manifest.get("removed")) is not None:
+        check_record(f"removed of {file}", removed, {"file": str, "documents": CountOrZero})
     _check_manifest_names(file, manifest)
     return manifest
 

@@ -173,6 +173,7 @@ class Store(DocumentTables):
     @cached_property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer saved inside the store."""
+        check_files(self.path / "tokenizer", self.manifest["tokenizer"]["files"], checksums=True)
         return open_tokenizer(self.path / "tokenizer")
 
     @cached_property

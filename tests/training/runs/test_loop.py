@@ -521,7 +521,7 @@ def test_a_folder_that_does_not_say_where_it_comes_from_passes_with_a_warning(st
 @pytest.mark.parametrize("text", ["{", "[]", '{"tokenizer": "t"}'])
 def test_a_damaged_record_is_refused_in_one_sentence(stores, tmp_path, text):
     (tmp_path / "retro.json").write_text(text)
-    with pytest.raises(ValueError, match="retro.json: .*; copy it again") as error:
+    with pytest.raises(ValueError, match="retro.json .*; restore it from a copy") as error:
         check_store(tmp_path, Store.open(stores["train"]))
     assert "\n" not in str(error.value)
 

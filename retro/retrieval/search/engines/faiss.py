@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.common.devices import find_device
+from retro.common.pretrained import first_line
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.store.store import Store
 
@@ -119,7 +120,11 @@ class FaissEngine:
         import faiss
 
         self.layout, self._searching = layout, Lock()  # of a GPU's index, which takes one search at a time
-        self._index = faiss.read_index(str(folder / "faiss.index"))
+        file = folder / "faiss.index"
+        try:
+            self._index = faiss.read_index(str(file))
+        except RuntimeError as error:
+            raise ValueError(f"{file} cannot be read ({first_line(error)}); build the index again") from None
 
     @cached_property
     def _on_gpu(self) -> Any:
