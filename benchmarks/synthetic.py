@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from retro.common.files import file_record, save_npy, save_record, write_with, written_aside
+from retro.common.files import file_record, save_npy, write_with, written_aside
+from retro.common.records import save_record
 from retro.retrieval.building.build import build_store
 from retro.retrieval.building.settings import BuildSettings
 from retro.retrieval.store.format import CHUNK_DTYPE, narrow_keys, read_manifest

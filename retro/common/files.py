@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -21,20 +21,15 @@ import numpy as np
 
 from retro.common.checksums import block_sums, open_checked
 from retro.common.own import check_inside, check_names
-from retro.common.values import CountOrZero, Prefix, check_record
 
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_FILE = ".lock"
-SUMS_FILE = "checksums.json"
 READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS  # of OSErrors where nothing may be written
-FILES = {str: {"bytes": CountOrZero, "xxh3": Prefix}}  # see `check_record`
-_CHECKSUM = "checksum"
 _HEAD_BYTES = 4096
 _ABANDONED_SECONDS = 24 * 3600
 _ZEROS = 1 << 20
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _SPARE_FILES = 256  # for what else a process opens
-_sound: set[str] = set()  # folders that `check_sums` has compared
 _numbers = count()  # tell apart what the threads of this process write
 
 
@@ -215,24 +210,6 @@ def save_json(path: Path, value: Any) -> None:
     write_with(path, lambda handle: handle.write(text.encode("utf-8")) and None)
 
 
-def save_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record of ours as JSON, atomically, with a checksum of what it says."""
-    save_json(path, {**record, _CHECKSUM: stable_hash(record)})
-
-
-def load_record(path: Path, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read what `save_record` wrote; ValueError names the file if it is damaged or was changed by hand, and a field
-    that is missing or not of its type in `fields` (see `check_record`)."""
-    record = load_json(path)
-    if not isinstance(record, dict) or _CHECKSUM not in record:
-        raise ValueError(f"{path} is no record with a checksum, as this version writes them; build it again")
-    if record.pop(_CHECKSUM) != stable_hash(record):
-        raise ValueError(
-            f"{path} is damaged: what it says does not have its checksum; restore it from a copy or build it again"
-        )
-    return check_record(path, record, fields or {})
-
-
 def save_json_lines(path: Path, records: list[dict]) -> None:
     """Write one JSON object a line, atomically."""
     write_with(path, lambda handle: handle.write(json_lines(records)) and None)
@@ -338,31 +315,6 @@ def check_files(folder: Path, records: dict[str, dict[str, Any]], checksums: boo
         file = open_checked(folder, name, records)
         if checksums:
             file.check()
-
-
-def save_sums(folder: Path) -> None:
-    """Write the checksums of a folder's files into it, for `check_sums`."""
-    save_record(folder / SUMS_FILE, {"files": folder_record(folder)})
-
-
-def check_sums(folder: Path) -> None:
-    """Compare a folder's files with the checksums in it, if it has some; ValueError names one that differs.
-
-    Files that are as they were at the last call are not read again.
-    """
-    if (folder / SUMS_FILE).is_file():
-        try:
-            _check_once(folder, load_record(folder / SUMS_FILE, {"files": FILES})["files"])
-        except ValueError as error:
-            raise ValueError(f"{error}; where you changed it yourself, delete {folder / SUMS_FILE}") from None
-
-
-def _check_once(folder: Path, records: dict[str, dict[str, Any]]) -> None:
-    states = [path.stat() if (path := folder / name).is_file() else None for name in records]
-    stamps = [state and [state.st_ino, state.st_size, state.st_mtime_ns] for state in states]
-    if (seen := stable_hash([str(folder.resolve()), records, stamps])) not in _sound:
-        check_files(folder, records, checksums=True)
-        _sound.add(seen)
 
 
 def stable_hash(value: Any) -> str:

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from retro.common.files import check_sums
 from retro.common.own import check_names
+from retro.common.records import check_sums
 
 PACKAGE = "package:"
 _MOST_LAYERS = 10_000  # layers, blocks or experts; DeepSeek-V3 has 61 and 256

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int, Int64
 from tqdm.auto import tqdm
 
 from retro.common.checksums import open_array
-from retro.common.files import FILES, file_record, load_record, save_npy, save_record, stable_hash
+from retro.common.files import file_record, save_npy, stable_hash
+from retro.common.records import FILES, load_record, save_record
 from retro.retrieval.filters.hits import FilteredSearcher
 from retro.retrieval.remote.client import RemoteIndex
 from retro.retrieval.search.sharded import ShardedSearcher

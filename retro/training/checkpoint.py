@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from retro.common.files import SUMS_FILE, check_sums, load_json, save_json, save_sums, sync, writing
+from retro.common.files import load_json, save_json, sync, writing
+from retro.common.records import SUMS_FILE, check_sums, save_sums
 from retro.common.settings import differing
 from retro.common.values import CountOrZero, NotNegative, check_record
 from retro.training.optimizer import MuonAndAdamW

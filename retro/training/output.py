@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from retro.common.files import SUMS_FILE, read_text, save_sums, write_text, writing
+from retro.common.files import read_text, write_text, writing
+from retro.common.records import SUMS_FILE, save_sums
 from retro.common.settings import save_settings, to_plain
 from retro.common.values import CountOrZero, check_value, shown
 from retro.provenance import write_provenance

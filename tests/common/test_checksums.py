@@ -5,7 +5,8 @@ import pytest
 
 from retro.common import checksums
 from retro.common.checksums import CheckedFile, open_array, open_checked
-from retro.common.files import check_files, file_record, load_record, save_npy, save_record
+from retro.common.files import check_files, file_record, save_npy
+from retro.common.records import load_record, save_record
 
 ROWS, WIDTH = 50_000, 5  # float64: 15.3 blocks
 

@@ -27,12 +27,12 @@ from retro.common.files import (
     folder_record,
     load_json,
     save_json,
-    save_record,
     sync,
     write_lock,
     writing,
 )
 from retro.common.own import check_no_links
+from retro.common.records import save_record
 from retro.retrieval.building.job import PARTS, Job
 from retro.retrieval.building.settings import EMBEDDER_CHOICES, LATER_CHOICES, BuildSettings, embedder_of_settings
 from retro.retrieval.building.shards import merge_parts, remove_parts

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, load_record, save_record, write_lock
+from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, write_lock
 from retro.common.own import check_no_links
+from retro.common.records import load_record, save_record
 from retro.retrieval.building.job import PARTS
 from retro.retrieval.search import continuation
 from retro.retrieval.search.engines import ENGINES

@@ -18,14 +18,13 @@ from retro.common.files import (
     TEMPORARY_PREFIX,
     delete,
     file_record,
-    load_record,
     new_npy,
     open_npy,
     save_npy,
-    save_record,
     write_lock,
     written_aside,
 )
+from retro.common.records import load_record, save_record
 from retro.retrieval.embedding.embedder import Embedder, embed_chunks, keys_are_queries
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.ranks import await_leader

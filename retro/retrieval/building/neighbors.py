@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.common.checksums import CheckedArray, open_array
-from retro.common.files import FILES, check_files, delete, load_record, stable_hash
+from retro.common.files import check_files, delete, stable_hash
 from retro.common.own import check_no_links
+from retro.common.records import FILES, load_record
 from retro.common.values import NumNeighbors
 from retro.retrieval.building.join import Join, run_join, shared_with_tasks, uses_keys
 from retro.retrieval.embedding.embedder import Embedder

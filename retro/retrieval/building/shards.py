@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from retro.common.files import delete, file_record, json_lines, load_record, save_record, stable_hash, sync, write_with
+from retro.common.files import delete, file_record, json_lines, stable_hash, sync, write_with
+from retro.common.records import load_record, save_record
 from retro.retrieval.building.ids import SeenIds
 from retro.retrieval.building.job import PARTS, Job
 from retro.retrieval.building.losses import warn_of_losses

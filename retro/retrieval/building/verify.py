@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from retro.common.files import check_files, load_record
+from retro.common.files import check_files
+from retro.common.records import load_record
 from retro.retrieval.embedding.embedder import Embedder, embed_chunks
 from retro.retrieval.store.format import read_manifest
 from retro.retrieval.store.store import Store

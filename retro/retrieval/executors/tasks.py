@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from retro.common.files import check_files, load_record, os_error_text, save_record
+from retro.common.files import check_files, os_error_text
+from retro.common.records import load_record, save_record
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Int64
 
-from retro.common.files import READ_ONLY, load_record, stable_hash
+from retro.common.files import READ_ONLY, stable_hash
+from retro.common.records import load_record
 from retro.retrieval.search.lexical import LexicalIndex, build_lexical
 from retro.retrieval.search.postings import buckets
 from retro.retrieval.search.queries import Queries

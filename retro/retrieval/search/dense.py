@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from retro.common.files import check_files, open_npy, save_npy, save_record
+from retro.common.files import check_files, open_npy, save_npy
+from retro.common.records import save_record
 from retro.common.values import Count, CountOrZero, Probability, check_record
 from retro.retrieval.search.engines import HERE, IndexLayout, Work, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore

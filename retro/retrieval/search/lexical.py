@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from retro.common.checksums import open_array
-from retro.common.files import FILES, READ_ONLY, check_files, delete, folder_record, load_record, stable_hash
+from retro.common.files import READ_ONLY, check_files, delete, folder_record, stable_hash
+from retro.common.records import FILES, load_record
 from retro.common.values import Probability
 from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
 from retro.retrieval.search.index import Hits, check_k, check_searchable

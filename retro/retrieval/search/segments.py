@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import UInt32
 
 from retro.common.checksums import open_array
-from retro.common.files import FILES, delete, folder_record, folder_written_aside, load_record, save_record, stable_hash
+from retro.common.files import delete, folder_record, folder_written_aside, stable_hash
 from retro.common.own import check_no_links
+from retro.common.records import FILES, load_record, save_record
 from retro.common.values import CountOrZero, check_record
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from retro.common.extras import check_installed
-from retro.common.files import load_record
+from retro.common.records import load_record
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.search import lexical
 from retro.retrieval.search.dense import Segment, open_segment

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from retro.common.checksums import CheckedArray, CheckedFile, open_array, open_checked
-from retro.common.files import FILES, check_files, load_record, stable_hash
+from retro.common.files import check_files, stable_hash
 from retro.common.own import check_names, check_no_links
+from retro.common.records import FILES, load_record
 from retro.common.values import Count, CountOrZero, Prefix, Size, check_record
 
 FORMAT = "retro-store"

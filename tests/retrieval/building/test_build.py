@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro.common.files import save_npy, save_record, write_lock
+from retro.common.files import save_npy, write_lock
+from retro.common.records import save_record
 from retro.retrieval import BuildSettings, Store, build_store, remove_documents
 from retro.retrieval.building import build as build_module
 from retro.retrieval.building import shards, tasks

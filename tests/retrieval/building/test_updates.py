@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro.common.files import load_record, save_record, write_lock
+from retro.common.files import write_lock
+from retro.common.records import load_record, save_record
 from retro.retrieval import (
     Retriever,
     Store,

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from retro.common.files import file_record, load_record, save_record
+from retro.common.files import file_record
+from retro.common.records import load_record, save_record
 from retro.retrieval import Store, build_neighbors, compact, remove_documents, verify_store
 from retro.retrieval.embedding.embedder import NoEmbedder
 from retro.retrieval.search.searchers import open_searcher

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro.common.files import file_record, load_record, save_record
+from retro.common.files import file_record
+from retro.common.records import load_record, save_record
 from retro.retrieval import Store, remove_documents, verify_store
 from retro.retrieval.store.format import SHARD_FILES, narrow_keys, widen_keys
 from tests.stand_ins import HashingEmbedder, make_store, words

@@ -203,6 +203,30 @@ def test_old_checkpoints_go_and_a_half_written_one_is_not_taken(make_settings, p
 # What goes wrong
 
 
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_offered(make_settings, prepare, tmp_path):
+    settings, run = make_settings(save_every=2, keep_checkpoints=2), tmp_path / "run"
+    fit(prepare(settings))
+    newest = last_checkpoint(run)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "rng-0.json", "tokenizer.json"):
+        sound = (newest / name).read_bytes()
+        (newest / name).write_bytes(sound[:-40] + bytes([sound[-40] ^ 1]) + sound[-39:])
+        said = f"{newest} is damaged .*{name}.*; delete it to go on from step-00000004, which is whole"
+        with pytest.raises(ValueError, match=said) as error:
+            prepare(settings)
+        assert "\n" not in str(error.value)
+        (newest / name).write_bytes(sound)
+    assert prepare(settings).state.step == 6
+    for folder in (newest, run):
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4] + b"bits")
+        with pytest.raises(ValueError, match=f"{folder}/model.safetensors is damaged.*yourself, delete .*checksums.json"):
+            load(str(folder))
+    (newest / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="checksums.json is missing"):
+        prepare(settings)
+    shutil.rmtree(newest)
+    assert prepare(settings).state.step == 4
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_checkpoint_stays(
     make_settings, prepare, monkeypatch, tmp_path
 ):

@@ -113,18 +113,22 @@ def _gpus() -> list[int]:
     return list(range(count)) if device.index is None else [device.index]
 
 
+def read_index(file: Path) -> Any:
+    """An index of faiss; ValueError names a file that is none."""
+    import faiss
+
+    try:
+        return faiss.read_index(str(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file} cannot be read ({first_line(error)}); build the index again") from None
+
+
 class FaissEngine:
     """An index of faiss, on GPUs where faiss-gpu is installed and has the kind (flat and inverted lists): `_gpus`."""
 
     def __init__(self, layout: IndexLayout, folder: Path) -> None:
-        import faiss
-
         self.layout, self._searching = layout, Lock()  # of a GPU's index, which takes one search at a time
-        file = folder / "faiss.index"
-        try:
-            self._index = faiss.read_index(str(file))
-        except RuntimeError as error:
-            raise ValueError(f"{file} cannot be read ({first_line(error)}); build the index again") from None
+        self._index = read_index(folder / "faiss.index")
 
     @cached_property
     def _on_gpu(self) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.common.files import load_json
+from retro.retrieval.search.engines.faiss import read_index
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, TRAINED, write_lists
 from retro.retrieval.store.store import Store
@@ -119,11 +120,11 @@ class RoutedEngine:
     """Lists of codes and their router."""
 
     def __init__(self, layout: IndexLayout, folder: Path) -> None:
-        import faiss
-
         self.layout = layout
-        self._index = faiss.read_index(str(folder / FAISS_FILE))
+        self._index = read_index(folder / FAISS_FILE)
         if layout.codes != "flat":
+            import faiss
+
             self._router = faiss.downcast_index(self._index.quantizer)
             self._mean_distance = load_json(folder / TRAINED)["mean_distance"]
 
