@@ -62,8 +62,11 @@ class LocalExecutor:
         ready: list[Task] = []
         while len(ready) < pool.limit - len(pool.running) and (task := queue.next()) is not None:
             (here if task.here else ready).append(task)
-        if not pool.workers and sum(not task.light for task in ready) < 2:
-            here.extend(ready)
+        heavy = [task for task in ready if not task.light]
+        if not pool.workers and len(heavy) < 2:
+            light = [task for task in ready if task.light]
+            here.extend(light or heavy)
+            queue.waiting.extendleft(heavy if light else ())  # what is light may lead to a second one
         else:
             for task in ready:
                 pool.give(task)

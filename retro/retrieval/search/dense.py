@@ -8,7 +8,6 @@ measured.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,7 +197,7 @@ def tune(segment: Segment, target: float) -> dict[str, Any]:
     candidates) is left at that.
 
     Returns what index.json stores: recall, whether it reaches the target, lists_searched, candidates (for 10
-    neighbors), queries per second of the sample, and how it was measured.
+    neighbors), and how it was measured.
     """
     sample, candidates = _QuerySample(segment), _candidates(segment)
     reached = _reached(segment, sample, target, candidates)
@@ -211,7 +210,7 @@ def tune(segment: Segment, target: float) -> dict[str, Any]:
     recall = sample.recall(effort)
     measured = {"recall": recall, "target": target, "reached": recall >= target}
     measured |= {"lists_searched": effort.lists, "candidates": effort.candidates}
-    return sample.record | measured | {"queries_per_second": sample.rate(effort)}
+    return sample.record | measured
 
 
 def _reached(segment: Segment, sample: _QuerySample, target: float, candidates: list[int]) -> list[Effort]:
@@ -276,24 +275,15 @@ class _QuerySample:
         searched = row_range(segment.store, segment.shards)
         search = lambda queries, k: exact_search(segment.store, queries, k, rows=searched)  # noqa: E731
         self._exact = _scores_without_self(search, self.queries, self.own, self.k)
-        self._known: dict[Effort, tuple[float, float]] = {}
+        self._known: dict[Effort, float] = {}
 
     def recall(self, effort: Effort) -> float:
-        return self._measured(effort)[0]
-
-    def rate(self, effort: Effort) -> float:
-        """Queries per second, to three digits."""
-        return float(f"{self._measured(effort)[1]:.3g}")
-
-    def _measured(self, effort: Effort) -> tuple[float, float]:
-        if effort not in self._known and not self.record["queries"]:
-            self._known[effort] = (1.0, 0.0)
+        if not self.record["queries"]:
+            return 1.0
         if effort not in self._known:
-            started = time.perf_counter()
             search = lambda queries, k: self.segment.attempt(queries, k, effort)  # noqa: E731
             found = _scores_without_self(lambda q, k: _hits(*search(q, k)), self.queries, self.own, self.k)
-            elapsed = time.perf_counter() - started
-            self._known[effort] = (_share_found(found, self._exact), len(self.queries) / elapsed)
+            self._known[effort] = _share_found(found, self._exact)
         return self._known[effort]
 
 

@@ -80,6 +80,15 @@ def test_no_process_is_started_for_light_tasks(tmp_path):
     assert {process for _, process in diary(tmp_path)} == {str(os.getpid())}
 
 
+def test_light_tasks_do_not_hide_that_others_wait(tmp_path):
+    """As in a build of small shards: tables, light, lead to keys, which are not."""
+    each = tasks(tmp_path, 8)
+    light = [Task(task.name, task.function, task.spec, light=True) for task in each[:4]]
+    leads = {task.name: [other] for task, other in zip(light, each[4:], strict=True)}
+    open_executor("local", 2).run(tmp_path, light, lambda task, record: leads.get(task.name))
+    assert str(os.getpid()) not in {process for number, process in diary(tmp_path) if int(number) >= 4}
+
+
 def test_what_is_done_is_not_done_again_unless_its_files_are_gone(tmp_path):
     first = run(tmp_path, tasks(tmp_path, 3))
     (tmp_path / "1.txt").unlink()

@@ -153,9 +153,20 @@ def test_engines_against_exact_search(copy, kind, settings):
     np.testing.assert_array_equal(found[1], -np.sort(-found[1], axis=1))
     assert share_found(found, true) > 0.9 and 0.95 <= index.recall <= 1
     recall = index.segments[0].record["recall"]
-    assert recall["k"] == TUNED_NEIGHBORS and recall["reached"] and recall["queries_per_second"] > 0
+    assert recall["k"] == TUNED_NEIGHBORS and recall["reached"]
     assert open_index(copy, kind).name == index.name and index.kind == kind
     assert len(index.segments) == (3 if "max_segment_rows" in settings else 1)
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_an_index_is_the_same_to_the_byte_whenever_it_is_built(copy, kind):
+    built = []
+    for _ in range(2):
+        build_index(copy, kind)
+        folder = copy.path / "index"
+        built.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+        shutil.rmtree(folder)
+    assert built[0] == built[1]
 
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
