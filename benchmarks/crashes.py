@@ -19,7 +19,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "RETRO_DEVICE": "cpu"}
@@ -28,9 +31,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-import retro.retrieval.building.job
-import retro.retrieval.embedding.encoder
-import retro.training.pretrain  # noqa: F401  # here, so that no child has to
 from retro.cli import main
 
 TIMED = {"elapsed_seconds", "tokens_per_second"}
@@ -67,6 +67,13 @@ def child(argv: list[str], log: Path, run: Callable[[list[str]], int] = main) ->
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def import_list(file: Path, argv: list[str]) -> int:
+    """Do a command and write down what it imports, so that its forks need not do so again and again."""
+    code = main(argv)
+    file.write_text("\n".join(sorted(sys.modules)))
+    return code
 
 
 def ended(pid: int, kill_after: float | None = None) -> int:
@@ -131,6 +138,11 @@ class Attacks:
             print(f"{attack}: {outcome}, kept as {kept}", flush=True)
 
     def undisturbed(self, job: Job) -> None:
+        self.start(job)
+        ended(child(job.argv, self.log, partial(import_list, self.log.with_name("modules"))))
+        for name in self.log.with_name("modules").read_text().split():
+            with suppress(Exception):
+                import_module(name)
         self.start(job)
         started = time.perf_counter()
         code = ended(child(job.argv, self.log))

@@ -16,9 +16,11 @@ from retro.serve.engine import Engine
 from retro.serve.requests import ChatRequest, CompletionRequest, RowMaker
 from retro.serve.responses import Answer, gather, stream, submit
 from retro.version import __version__
-from retro.web.errors import ApiError
+from retro.web.errors import ApiError, declared
 from retro.web.guard import Guard, answer_errors, unless_gone
 
+_STREAM = {"application/json": {}, "text/event-stream": {}}
+_WRITTEN: dict[int | str, dict[str, Any]] = {200: {"content": _STREAM}, **declared(429, 503, 504)}
 STATIC = Path(__file__).parent / "static"
 
 
@@ -37,9 +39,10 @@ def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Seq
         with engine:
             yield
 
-    app = FastAPI(title="retro serve", version=__version__, lifespan=running, docs_url=None, redoc_url=None)
+    about = {"title": "retro serve", "version": __version__, "docs_url": None, "redoc_url": None}
+    app = FastAPI(**about, lifespan=running, responses=declared(400, 403, 404, 413, 500))
     app.add_middleware(Guard, api_key=api_key, max_bytes=engine.limits.max_request_bytes, hosts=hosts)
-    app.include_router(_openai_routes(engine, name), prefix="/v1")
+    app.include_router(_openai_routes(engine, name), prefix="/v1", responses=declared(401))
     _add_page(app, engine)
     answer_errors(app)
     app.state.stop = engine.stop
@@ -49,7 +52,7 @@ def create_app(engine: Engine, name: str, api_key: str | None = None, hosts: Seq
 def _openai_routes(engine: Engine, name: str) -> APIRouter:
     routes, maker = APIRouter(), RowMaker(engine)
 
-    @routes.post("/completions")
+    @routes.post("/completions", responses=_WRITTEN)
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         _check_model(asked.model, name)
         rows, prompts = maker.of_completion(asked)
@@ -57,7 +60,7 @@ def _openai_routes(engine: Engine, name: str) -> APIRouter:
             request, asked, Answer(False, name, rows, asked.n or 1, prompts, maker.token_texts), engine
         )
 
-    @routes.post("/chat/completions")
+    @routes.post("/chat/completions", responses=_WRITTEN)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         _check_model(asked.model, name)
         return await _answer(request, asked, Answer(True, name, maker.of_chat(asked), asked.n or 1), engine)
@@ -106,7 +109,7 @@ def _about_store(name: str, maker: RowMaker) -> dict[str, Any]:
 
 
 def _add_page(app: FastAPI, engine: Engine) -> None:
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "Shutting down"}})
     async def health() -> JSONResponse:
         status = "ok" if engine.is_alive else "shutting down"
         about = {"status": status, **engine.load, "stores_down": engine.stores_down}

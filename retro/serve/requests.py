@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from retro.sampling import filled_up, prompt_tokens, token_texts
 from retro.serve.engine import Engine
@@ -82,6 +82,10 @@ def _is(value: Any, allowed: Any) -> bool:
     return allowed is _ANYTHING or (value == allowed and isinstance(value, bool) == isinstance(allowed, bool))
 
 
+_Text = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]  # an empty one has a sentence of its own
+_TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
+
+
 class StreamOptions(_Strict):
     neutral = {"include_obfuscation": (False,)}
     include_usage: bool = False
@@ -103,7 +107,7 @@ class _Sampling(_Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     retro: RetroOptions | None = None
@@ -121,7 +125,7 @@ class _Sampling(_Strict):
 
 class CompletionRequest(_Sampling):
     neutral = _NEUTRAL_COMPLETION
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: _Text | list[_Text] | list[_TokenId] | list[list[_TokenId]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5, description="how many likeliest tokens to tell of each place")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,18 +78,15 @@ class TokenLogprob(NamedTuple):
 def token_logprobs(logits: Float[Tensor, "t v"], tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
     """Of t tokens, from the logits in the place before each."""
     found = []
-    for some, ids in zip(logits.split(_SLICE_TOKENS), batched(tokens, _SLICE_TOKENS), strict=True):
-        log_p = some.float().log_softmax(-1)
+    for start in range(0, len(tokens), _SLICE_TOKENS):
+        log_p, ids = (x[start : start + _SLICE_TOKENS] for x in (logits, tokens))
+        log_p = log_p.float().log_softmax(-1)
         own = log_p.gather(-1, torch.tensor(ids, device=log_p.device)[:, None])[:, 0].tolist()
         top, top_ids = (x.tolist() for x in log_p.topk(min(num_top, log_p.shape[-1])))
         for token, log_prob, values, names in zip(ids, own, top, top_ids, strict=True):
             likeliest = dict(zip(names, values, strict=True))
             found.append(TokenLogprob(token, log_prob, likeliest | {token: log_prob}))
     return found
-
-
-def batched(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (tokens[i : i + size] for i in range(0, len(tokens), size))
 
 
 @dataclass(eq=False)

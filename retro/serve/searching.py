@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -53,7 +54,7 @@ class StoreSearch(Worker):
             raise ApiError(503, "the server is shutting down.", code="shutting_down")
         if self.is_down:
             said = f"the store {self.name} does not answer at present; try again later, or another store."
-            raise ApiError(503, said, "retro.store", "store_down", max(1, round(self._again_at - time.monotonic())))
+            raise ApiError(503, said, "retro.store", "store_down", _retry_after(self._again_at - time.monotonic()))
 
     def __call__(self, queries: Any, **options: Any) -> Any:
         """What the retriever finds; ApiError 504 if it is late, 503 if it cannot be reached or is spared."""
@@ -83,7 +84,7 @@ class StoreSearch(Worker):
             said = f"the store {self.name} has not answered in {self.seconds:g} seconds; try again later."
             return ApiError(504, said, "retro.store", "store_late")
         said = f"the store {self.name} cannot be reached, as the server's log says; try again later."
-        return ApiError(503, said, "retro.store", "store_down", round(self._rest))
+        return ApiError(503, said, "retro.store", "store_down", _retry_after(self._rest))
 
     def _work(self) -> None:
         while True:
@@ -99,3 +100,7 @@ class StoreSearch(Worker):
                     asked.set_exception(error)
                 else:
                     asked.set_result(found)
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
+
+from pydantic import BaseModel
 
 HALF = "the body holds half of a surrogate pair; give whole characters."
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_SOON = {"Retry-After": "1"}
+
+
+class _Told(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error: one sentence, and what it is about."""
+
+    error: _Told
+
+
+def declared(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI page says of errors of these statuses, and of all others."""
+    about = {status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses}
+    return about | {"default": {"model": ErrorBody, "description": "Another error"}}
 
 
 class ApiError(ValueError):
     """What went wrong, in one sentence, for the client."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int = 1
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.status, self.param, self.code, self._headers = status, param, code, headers
 
     def body(self) -> dict[str, Any]:
         """OpenAI's shape."""
@@ -25,10 +53,10 @@ class ApiError(ValueError):
         return {"error": {"message": _whole(str(self)), "type": kind, "param": self.param, "code": self.code}}
 
     @property
-    def headers(self) -> dict[str, str]:
-        if self.status == 401:
-            return {"WWW-Authenticate": "Bearer"}
-        return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
+    def headers(self) -> Mapping[str, str]:
+        if self._headers is not None:
+            return self._headers
+        return {401: {"WWW-Authenticate": "Bearer"}}.get(self.status, _SOON if self.status in (429, 503) else {})
 
 
 def shown(value: Any) -> str:

@@ -64,7 +64,9 @@ def _http_error(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, f"nothing is at {request.url.path}; /openapi.json has the routes.", code="not_found")
     if error.status_code == 405:
-        return ApiError(405, f"{request.url.path} does not take {request.method}.", code="method_not_allowed")
+        return ApiError(
+            405, f"{request.url.path} does not take {request.method}.", code="method_not_allowed", headers=error.headers
+        )
     return ApiError(error.status_code, str(error.detail))
 
 

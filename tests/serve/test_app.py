@@ -110,6 +110,12 @@ def test_log_probabilities_of_prompt_and_text(fitted, on, model, tokenizer, stor
         assert short["logprobs"]["token_logprobs"] == pytest.approx(told["token_logprobs"][len(prompt) :], abs=1e-4)
 
 
+def test_a_prompt_of_one_token_is_echoed_without_a_probability(ask):
+    asked = {"prompt": "w1", "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    told = ask(COMPLETIONS, asked).json()["choices"][0]["logprobs"]["token_logprobs"]
+    assert told[0] is None and len(told) == 2
+
+
 def test_prompts_as_tokens(ask, tokenizer):
     options = {"temperature": 0, "max_tokens": 5}
     by_text = ask(COMPLETIONS, {"prompt": "w1 w2 w3", **options}).json()["choices"]

@@ -16,11 +16,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from starlette.responses import JSONResponse, Response
 
 from retro.retrieval.remote.limits import RetrievalLimits
@@ -28,12 +28,17 @@ from retro.retrieval.remote.searches import PendingSearch, SearchQueue, shards_o
 from retro.retrieval.remote.wire import MEDIA_TYPE, ROW_TOKENS, pack, pack_sources
 from retro.retrieval.store.format import read_tokenizer_files
 from retro.version import __version__
-from retro.web.errors import HALF, ApiError
+from retro.web.errors import HALF, ApiError, declared
 from retro.web.guard import Guard, answer_errors, unless_gone
 
 if TYPE_CHECKING:
     from retro.retrieval.retriever import Retriever
     from retro.retrieval.store.store import Store
+
+
+_PACKED: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA_TYPE: {}}}}
+_FILE: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
+_Size = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})]  # 0 has a sentence of its own
 
 
 class _Request(BaseModel):
@@ -45,8 +50,8 @@ class SearchRequest(_Request):
     """Texts, or token ids without padding, and what a Retriever is called with."""
 
     queries: list[str] | list[list[int]]
-    num_neighbors: int | None = None
-    retrieved_len: int | None = None
+    num_neighbors: _Size | None = None
+    retrieved_len: _Size | None = None
     exclude_documents: list[list[str]] | None = None
     against: list[str] | None = None
 
@@ -54,7 +59,7 @@ class SearchRequest(_Request):
 class RowsRequest(_Request):
     rows: list[int]
     what: Literal["values", "document_rows", "sources"] = "values"
-    retrieved_len: int | None = None
+    retrieved_len: _Size | None = None
 
 
 def create_retrieval_app(
@@ -77,14 +82,15 @@ def create_retrieval_app(
         with queue:
             yield
 
-    app = FastAPI(title="retro serve-store", version=__version__, lifespan=running, docs_url=None, redoc_url=None)
+    about = {"title": "retro serve-store", "version": __version__, "docs_url": None, "redoc_url": None}
+    app = FastAPI(**about, lifespan=running, responses=declared(400, 403, 404, 413, 500))
     app.add_middleware(Guard, api_key=api_key, max_bytes=limits.max_request_bytes, hosts=hosts)
     routes = APIRouter(prefix="/v1")
     _add_search(routes, queue)
     _add_store(routes, retriever, limits)
-    app.include_router(routes)
+    app.include_router(routes, responses=declared(401))
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "Shutting down"}})
     async def health() -> JSONResponse:
         status = "ok" if queue.is_alive else "shutting down"
         return JSONResponse({"status": status, **queue.load}, 200 if queue.is_alive else 503)
@@ -130,7 +136,7 @@ def _check_store(asked: str | None, store: Store) -> None:
 def _add_search(routes: APIRouter, queue: SearchQueue) -> None:
     retriever, limits = queue.retriever, queue.limits
 
-    @routes.post("/search")
+    @routes.post("/search", response_class=Response, responses=_PACKED | declared(409, 429, 503, 504))
     async def search(request: Request, asked: SearchRequest) -> Response:
         _check_store(asked.store_fingerprint, retriever.store)
         wanted = _checked(asked, retriever, limits)
@@ -205,13 +211,13 @@ def _add_store(routes: APIRouter, retriever: Retriever, limits: RetrievalLimits)
     async def described() -> dict[str, Any]:
         return about
 
-    @routes.get("/store/tokenizer/{name:path}")
+    @routes.get("/store/tokenizer/{name:path}", response_class=Response, responses=_FILE)
     async def tokenizer(name: str) -> Response:
         if name not in files:
             raise ApiError(404, f"the tokenizer has no file of that name; it has {', '.join(files)}.")
         return Response(files[name], media_type="application/octet-stream")
 
-    @routes.get("/store/searchable_rows")
+    @routes.get("/store/searchable_rows", response_class=Response, responses=_PACKED)
     def searchable_rows() -> Response:
         return Response(pack({}, {"rows": store.searchable_rows}), media_type=MEDIA_TYPE)
 
@@ -219,7 +225,7 @@ def _add_store(routes: APIRouter, retriever: Retriever, limits: RetrievalLimits)
     def document_ids() -> list[str]:
         return store.document_ids
 
-    @routes.post("/rows")
+    @routes.post("/rows", response_class=Response, responses=_PACKED | declared(409))
     def rows(asked: RowsRequest) -> Response:
         _check_store(asked.store_fingerprint, store)
         return Response(pack(*_of_rows(retriever, asked, limits)), media_type=MEDIA_TYPE)
