@@ -18,7 +18,6 @@ import base64
 import os
 import random
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,12 +30,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from retro.common.files import load_json, save_json, sync, writing
+from retro.common.files import TEMPORARY_PREFIX, delete, load_json, save_json, sync, writing
 from retro.common.records import SUMS_FILE, check_sums, save_sums
 from retro.common.settings import differing
 from retro.common.values import CountOrZero, NotNegative, check_record
 from retro.training.optimizer import MuonAndAdamW
 from retro.training.sharding import gathered, spread_as
+
+_WRITING = "writing-"  # before the name of what is no checkpoint yet
 
 
 @dataclass
@@ -75,9 +76,9 @@ def save_checkpoint(
     identity: what must be the same in a run that goes on from here. write_model: writes the model's own files.
     """
     folder = output / "checkpoints" / f"step-{state.step:08d}"
-    aside = folder.with_name(f"writing-{folder.name}")
+    aside = folder.with_name(f"{_WRITING}{folder.name}")
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
+        delete(aside)
         aside.mkdir(parents=True)
     moments = _optimizer_tensors(state, keep=accelerator.is_main_process)
     accelerator.wait_for_everyone()
@@ -90,11 +91,18 @@ def save_checkpoint(
             save_json(aside / "state.json", {**state.counters(), "identity": identity})
             save_sums(aside)
             sync_files(aside)
-        shutil.rmtree(folder, ignore_errors=True)
+        delete(folder)
         os.replace(aside, folder)
         _keep_newest(folder.parent, keep)
     accelerator.wait_for_everyone()
     return folder
+
+
+def clear_leftovers(output: Path) -> None:
+    """Delete checkpoints that a killed run had half written or half deleted."""
+    for prefix in (_WRITING, TEMPORARY_PREFIX):
+        for left in (output / "checkpoints").glob(f"{prefix}*"):
+            delete(left)
 
 
 def load_checkpoint(folder: Path, state: TrainState, process_index: int) -> None:
@@ -209,7 +217,7 @@ def _load_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None
 
 def _keep_newest(checkpoints: Path, keep: int) -> None:
     for old in sorted(_steps(checkpoints))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        delete(old)
 
 
 def _steps(checkpoints: Path) -> list[Path]:

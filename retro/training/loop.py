@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from retro.common.products import fast_products
 from retro.training.batches import count_targets, sum_over_processes, to_device
-from retro.training.checkpoint import last_checkpoint
+from retro.training.checkpoint import clear_leftovers, last_checkpoint
 from retro.training.optimizer import step_if_finite
 from retro.training.output import finish, log_metrics, prepare_output, save
 from retro.training.place import held
@@ -51,6 +51,8 @@ def fit(run: TrainingRun) -> bool:
 
 def _fit(run: TrainingRun) -> bool:
     settings, state, accelerator = run.settings, run.state, run.accelerator
+    if accelerator.is_main_process:
+        clear_leftovers(run.output)
     prepare_output(run)
     intervals = settings.log_every, settings.eval_every, settings.save_every
     say_begin(run)

@@ -115,6 +115,21 @@ def test_lines_written_after_the_last_checkpoint_are_written_again(make_settings
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_a_checkpoint_that_a_killed_run_had_half_deleted_is_gone(make_settings, prepare, monkeypatch, tmp_path):
+    settings, checkpoints = make_settings("killed", save_every=2, eval_every=100), tmp_path / "killed/checkpoints"
+
+    def killed(path, **options):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("retro.common.files.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(prepare(settings))
+    assert fit(prepare(settings))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
 def test_a_finished_run_is_left_as_it_is(make_settings, prepare, tmp_path):
     settings = make_settings(max_steps=2)
     assert fit(prepare(settings))
