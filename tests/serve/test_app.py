@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from retro.retrieval.remote.server import create_retrieval_app
 from retro.retrofit import retrofit
+from retro.serve.app import create_app
 from retro.serve.engine import Engine
 from retro.serve.lanes import QueueFull
 from tests.serve.conftest import SCRIPT, ask_all
@@ -326,6 +328,22 @@ def test_routes_that_are_not_there(ask):
     assert ask("/v1/embeddings", {}).status_code == 404
     response = ask(COMPLETIONS)
     assert response.status_code == 405 and "does not take GET" in response.json()["error"]["message"]
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("kind", ["serve", "serve-store"])
+def test_the_openapi_page_declares_errors(kind, make_engine, stores):
+    """schemathesis found no answer that these pages do not declare."""
+    app = create_app(make_engine(), "tiny") if kind == "serve" else create_retrieval_app(stores["main"])
+    page, most = app.openapi(), {"/v1/completions": {"429", "503", "504"}, "/v1/search": {"409", "429", "503", "504"}}
+    for path, methods in page["paths"].items():
+        (told,) = (operation["responses"] for operation in methods.values())
+        v1 = {"401"} if path.startswith("/v1") else set()
+        assert {"200", "400", "403", "404", "413", "500", "default"} | v1 | most.get(path, set()) <= told.keys()
+        assert "422" not in told
+        for error in v1 | {"400", "default"}:
+            (body,) = told[error]["content"].items()
+            assert body == ("application/json", {"schema": {"$ref": "#/components/schemas/ErrorBody"}})
 
 
 def test_a_full_queue_and_a_slow_model(make_engine, hold):
