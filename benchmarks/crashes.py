@@ -40,7 +40,7 @@ RUN |= {"warmup_steps": 2, "save_every": 3, "log_every": 1}
 
 
 @dataclass
-class Job:
+class AttackedCommand:
     """A command, and what lies in its folder before it."""
 
     name: str
@@ -111,14 +111,14 @@ class Attacks:
         self.trial.mkdir(parents=True)
         self.outcomes: dict[str, Counter] = {}
 
-    def start(self, job: Job) -> None:
+    def start(self, job: AttackedCommand) -> None:
         for path in self.trial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if job.before is not None:
             shutil.copytree(job.before, self.trial, dirs_exist_ok=True)
         self.log.write_bytes(b"")
 
-    def finish(self, job: Job) -> str:
+    def finish(self, job: AttackedCommand) -> str:
         """Do the job again until its end: what has come of it."""
         code = ended(child(job.argv, self.log))
         said = self.log.read_text(errors="replace")
@@ -137,7 +137,7 @@ class Attacks:
             shutil.copy(self.log, kept / "log")
             print(f"{attack}: {outcome}, kept as {kept}", flush=True)
 
-    def undisturbed(self, job: Job) -> None:
+    def undisturbed(self, job: AttackedCommand) -> None:
         self.start(job)
         ended(child(job.argv, self.log, partial(import_list, self.log.with_name("modules"))))
         for name in self.log.with_name("modules").read_text().split():
@@ -151,7 +151,7 @@ class Attacks:
             raise SystemExit(f"{job.name} fails without any attack:\n{self.log.read_text()[-3000:]}")
         self.expected = digests(self.trial)
 
-    def kills(self, job: Job, number: int) -> None:
+    def kills(self, job: AttackedCommand, number: int) -> None:
         done = 0
         while done < number:
             self.start(job)
@@ -163,7 +163,7 @@ class Attacks:
             if outcome := done > since and self.finish(job):
                 self.note(f"kill -9 of {job.name}", outcome, done - since)
 
-    def full_disks(self, job: Job, number: int) -> None:
+    def full_disks(self, job: AttackedCommand, number: int) -> None:
         """As many sizes of the disk between what lies there before and what lies there after."""
         sizes = [
             0 if folder is None else sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -188,7 +188,7 @@ class Attacks:
             finally:
                 subprocess.run(["umount", str(self.trial)], check=True)
 
-    def two_writers(self, job: Job, number: int) -> None:
+    def two_writers(self, job: AttackedCommand, number: int) -> None:
         for _ in range(number):
             self.start(job)
             pids = [child(job.argv, self.log)]
@@ -225,7 +225,7 @@ def made_inputs(folder: Path, seed: int) -> dict[str, str]:
     return {name: str(folder / name) for name in ("tokenizer", "encoder", "docs.jsonl", "more.jsonl", "gone")}
 
 
-def jobs_of(work: Path, attacks: Attacks, seed: int) -> list[Job]:
+def jobs_of(work: Path, attacks: Attacks, seed: int) -> list[AttackedCommand]:
     """Build, neighbors, compact and train, and the folders that they begin with."""
     made, store = made_inputs(work / "inputs", seed), str(attacks.trial / "store")
     build = ["build", store, made["docs.jsonl"], "--tokenizer", made["tokenizer"], "--embedder", made["encoder"]]
@@ -236,7 +236,7 @@ def jobs_of(work: Path, attacks: Attacks, seed: int) -> list[Job]:
     before = {"build": None}
 
     def keep(name: str, *commands: list[str]) -> None:
-        attacks.start(Job(name, []))
+        attacks.start(AttackedCommand(name, []))
         for argv in commands:
             if ended(child(argv, attacks.log)):
                 raise SystemExit(attacks.log.read_text()[-3000:])
@@ -247,7 +247,7 @@ def jobs_of(work: Path, attacks: Attacks, seed: int) -> list[Job]:
     add = ["add", store, made["more.jsonl"], "--workers", "1"]
     keep("compact", build, add, ["remove", store, "--ids", made["gone"]])
     argvs = {"build": build, "neighbors": neighbors, "compact": ["compact", store], "train": train}
-    return [Job(name, argv, before[name]) for name, argv in argvs.items()]
+    return [AttackedCommand(name, argv, before[name]) for name, argv in argvs.items()]
 
 
 def run(work: Path, kills: int, disks: int, writers: int, seed: int, only: list[str]) -> dict[str, Counter]:
