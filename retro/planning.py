@@ -24,7 +24,7 @@ from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder
 from retro.retrieval.executors.local import num_devices
 from retro.retrieval.search import lexical
 from retro.retrieval.search.engines import ENGINES, choose_layout
-from retro.retrieval.search.index import MAX_SEGMENT_ROWS, resolve_kind
+from retro.retrieval.search.index import resolve_kind
 from retro.retrieval.store.format import CHUNK_DTYPE
 from retro.text.chunks import TokenIds
 from retro.text.estimate import Estimate, estimate_corpus
@@ -157,12 +157,12 @@ def _table_row(documents: Sequence[Any]) -> tuple[float, float]:
 def index_plan(kind: str, chunks: int, dim: int) -> dict[str, Any]:
     """The index of so many keys as `build_index` would lay it out: kind, segments, rows (of a segment), its layout;
     disk, memory: bytes of all segments, on disk and while they are searched; peak: while the largest is built."""
-    kind = resolve_kind(kind) if dim and kind != "none" else "none"
+    kind = resolve_kind(kind, chunks) if dim and kind != "none" else "none"
     if kind in ("none", "exact"):
         return {"kind": kind, "segments": 0, "rows": 0, "layout": None, "disk": 0, "memory": 0, "peak": 0}
     engine, _, codes = kind.partition(":")
-    rows = min(chunks, MAX_SEGMENT_ROWS // SHARD_CHUNKS * SHARD_CHUNKS)
     of_engine = ENGINES[engine]
+    rows = min(chunks, of_engine.most_rows // SHARD_CHUNKS * SHARD_CHUNKS)
     layout = choose_layout(engine, {**dict.fromkeys(of_engine.settings), "codes": codes or None}, rows, dim)
     return {
         "kind": kind,

@@ -54,7 +54,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 RECALL = 0.95  # tuned to, where nobody names another
-MAX_SEGMENT_ROWS = 30_000_000  # ScaNN peaks at about twice the float size
 
 
 @runtime_checkable
@@ -122,7 +121,7 @@ def build_index(
     """Build an index of the store's searchable rows: the segments that are not there already.
 
     Arguments:
-        kind: "auto" (routed from a million rows, else scann, faiss, exact, whichever is installed first), "exact"
+        kind: "auto" (routed from 200,000 rows, else scann, faiss, exact, whichever is installed first), "exact"
             (nothing to build), "scann", "routed" or "faiss", or one of these with its codes, as in "faiss:ivf-pq".
         recall: of the 10 nearest, to which each segment is tuned; None keeps what is tuned, and tunes new segments to
             the same, or to 0.95 if there are none. One that is not reached is said in the log, with the best found.
@@ -251,7 +250,7 @@ def _named(kind: str, settings: dict[str, Any]) -> str:
 def _settings(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     """All settings of a kind; None is the default by the number of rows of the segment."""
     common = {"codes": None, "candidates": None, "training_sample": ENGINES[kind].training_sample, "seed": 0}
-    common["max_segment_rows"] = MAX_SEGMENT_ROWS
+    common["max_segment_rows"] = ENGINES[kind].most_rows
     defaults = {**dict.fromkeys(ENGINES[kind].settings), **common}
     _refuse_unknown(given, defaults)
     chosen = {**defaults, **given}

@@ -66,6 +66,7 @@ class EngineKind:
     remedy: how to install it.
     settings: names of its own; None is the default by the number of rows.
     training_sample: rows that it is trained on, where nobody names another number.
+    most_rows: of a segment, where nobody names another number; ScaNN peaks at about twice the float size.
     extends: whether `extend` can write a longer segment from one that is there.
     searched: the one of these that fixes how many lists a search visits; "" of an engine without lists.
     """
@@ -76,6 +77,7 @@ class EngineKind:
     settings: tuple[str, ...] = ()
     searched: str = ""
     training_sample: int = 100_000
+    most_rows: int = 30_000_000
     extends: bool = False
 
     def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:

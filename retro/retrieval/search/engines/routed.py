@@ -41,6 +41,7 @@ class RoutedKind(EngineKind):
     settings = ("lists", "probes")
     searched = "probes"
     training_sample = 1 << 14
+    most_rows = 200_000_000
     extends = True
 
     def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
