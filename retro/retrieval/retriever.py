@@ -15,7 +15,7 @@ from retro.retrieval.filters.hits import FilteredSearcher, QueryFilters
 from retro.retrieval.neighbors import Neighbors, Source, Sources
 from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import Queries, as_lists
-from retro.retrieval.search.searchers import COSINE, Searcher, goes_by_words, measure_of, open_searcher
+from retro.retrieval.search.searchers import Searcher, goes_by_words, in_measure, measure_of, open_searcher
 from retro.retrieval.store.store import Store
 from retro.text.chunks import decode_chunks
 
@@ -156,7 +156,7 @@ class Retriever:
     def records(self, found: Neighbors) -> list[list[dict[str, Any]]]:
         """The neighbors of each query as `show` gives them; where keys have length 1 the score is their cosine."""
         m, shown = self.store.chunk_len, []
-        scores = 1 + found.scores / 2 if self.measure == COSINE else found.scores
+        scores = in_measure(found.scores, self.measure)
         for q, sources in enumerate(found.sources):
             shown.append([])
             for row, source, score, tokens, mask in zip(

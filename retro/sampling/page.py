@@ -178,7 +178,7 @@ def _neighbor_view(neighbor: ReadNeighbor, is_shown: bool) -> dict[str, Any]:
         parts.append({"follows": follows, "is_run": is_run, "text": text})
     return {
         "where": where(neighbor),
-        "score": f"{neighbor.rounded_score:.3f}",
+        "score": f"{neighbor.measure} {neighbor.rounded_score:.3f}",
         "source": visible(source.source) if source else "",
         "link": _link(source.source) if source else None,
         "num_copied": copied.num_tokens if copied else 0,

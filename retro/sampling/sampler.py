@@ -129,7 +129,8 @@ def _continued(
         tokens = prompt + _until_end(sequence[input_ids.shape[1] :], eos, pad)
         read = None if found is None else found[place]
         measured = token_gains(model, tokens, read) if gains else None
-        yield attribute(tokenizer, tokens, len(prompt), read, model.config.chunk_len, measured)
+        measure = getattr(options.get("retriever"), "measure", "score")
+        yield attribute(tokenizer, tokens, len(prompt), read, model.config.chunk_len, measured, measure)
 
 
 def _eos_token_ids(model: Any, options: dict[str, Any]) -> set[int]:

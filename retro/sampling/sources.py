@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retro.retrieval.search.searchers import in_measure
 from retro.sampling.detokenizer import token_texts
 from retro.text.overlap import common_runs
 
@@ -33,8 +34,8 @@ class CopiedRun:
 class ReadNeighbor:
     """A neighbor [N, F] that a chunk could read.
 
-    row: of the store; score: as the index gives it (-squared L2 between keys, or of words), higher is closer;
-    source: None where the retriever did not say.
+    row: of the store; score: higher is closer, and `measure` says what it is, such as cosine; source: None where the
+    retriever did not say.
     tokens: the text of each real token; those from `continuation_start` on are F.
     copied: None where nothing was, or where the chunk is all prompt.
     """
@@ -45,6 +46,7 @@ class ReadNeighbor:
     tokens: tuple[str, ...]
     continuation_start: int
     copied: CopiedRun | None = None
+    measure: str = "score"
 
     @property
     def text(self) -> str:
@@ -121,6 +123,7 @@ def attribute(
     found: Sequence[Neighbors | None] | None,
     chunk_len: int,
     gains: Sequence[float | None] | None = None,
+    measure: str = "score",
 ) -> Attribution:
     """The attribution of one text without padding.
 
@@ -129,6 +132,7 @@ def attribute(
         token_ids: prompt and generated tokens.
         found: for each whole chunk what it found, one query each, as `generate` gives it; None for RETRO[OFF].
         gains: see `Attribution` and `retro.sampling.token_gains`.
+        measure: what the scores are, as a retriever's `measure` says it.
 
     Chunk u + 1 is predicted while reading what chunk u found (RETRO, section 2.4), so that the first chunk reads
     nothing, and what the last whole chunk found is left out where no token follows it.
@@ -146,7 +150,7 @@ def attribute(
             written = np.arange(start, stop) >= num_prompt_tokens
             for j, run in _runs(read, ids[start:stop], written):
                 copied = None if run is None else _copied(tokens, start, *run)
-                neighbors.append(_neighbor(tokenizer, read, j, chunk_len, copied))
+                neighbors.append(_neighbor(tokenizer, read, j, chunk_len, copied, measure))
         chunks.append(ReadingChunk(number, start, stop, of_prompt, tuple(neighbors)))
     return Attribution(
         tuple(ids.tolist()),
@@ -172,11 +176,13 @@ def _copied(tokens: list[str], chunk_start: int, length: int, start: int, neighb
     return CopiedRun(first, neighbor_start, length, "".join(tokens[first : first + length]))
 
 
-def _neighbor(tokenizer: Any, found: Neighbors, j: int, chunk_len: int, copied: CopiedRun | None) -> ReadNeighbor:
+def _neighbor(
+    tokenizer: Any, found: Neighbors, j: int, chunk_len: int, copied: CopiedRun | None, measure: str
+) -> ReadNeighbor:
     mask = found.mask[0, j]
     texts = _passage_texts(tokenizer, found.tokens[0, j][mask].tolist())
-    row, score, source = int(found.ids[0, j]), float(found.scores[0, j]), found.sources[0][j]
-    return ReadNeighbor(row, score, source, tuple(texts), int(mask[:chunk_len].sum()), copied)
+    row, score, source = int(found.ids[0, j]), in_measure(float(found.scores[0, j]), measure), found.sources[0][j]
+    return ReadNeighbor(row, score, source, tuple(texts), int(mask[:chunk_len].sum()), copied, measure)
 
 
 def _passage_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
@@ -206,7 +212,8 @@ def as_json(attribution: Attribution) -> dict[str, Any]:
           "origin": "prompt" | "generated" | "both",
           "text": str, "gain": float | null,      the sum of its tokens' gains
           "neighbors": [{                         what it could read, nearest first: found by the chunk before it
-            "row": int, "score": float,           of the store; the index's, higher is closer
+            "row": int,                           of the store
+            "score": float, "measure": str,       such as "cosine"; higher is closer
             "document_id", "title", "source": str, "position": int, "date": str | null,
                                                   the position is a chunk's number in its document; all null if unknown
             "text": str, "tokens": [str], "continuation_start": int,
@@ -248,6 +255,7 @@ def _neighbor_json(neighbor: ReadNeighbor) -> dict[str, Any]:
     return {
         "row": neighbor.row,
         "score": neighbor.score,
+        "measure": neighbor.measure,
         **(unknown if neighbor.source is None else asdict(neighbor.source)),
         "text": neighbor.text,
         "tokens": list(neighbor.tokens),

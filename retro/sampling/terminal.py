@@ -87,7 +87,8 @@ def _heading(attribution: Attribution, chunk: ReadingChunk, color: bool) -> str:
 
 
 def _neighbor(neighbor: ReadNeighbor, place: int, color: bool) -> str:
-    line = f"    {neighbor.rounded_score:7.3f}  {paint(where(neighbor), _color(place), color)}: {_short(neighbor.text)}"
+    named = paint(where(neighbor), _color(place), color)
+    line = f"    {neighbor.measure} {neighbor.rounded_score:.3f}  {named}: {_short(neighbor.text)}"
     if neighbor.copied and neighbor.copied.num_tokens >= MIN_SHOWN_RUN:
         copied = paint(_short(neighbor.copied.text), _color(place), color)
         line += f"\n             copied {neighbor.copied.num_tokens} tokens: {copied}"

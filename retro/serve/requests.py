@@ -271,11 +271,12 @@ class RowMaker:
         store = next(iter(stores)) if options.store is None else options.store
         if store not in stores:
             raise bad(f"retro.store is {shown(store)}; the stores are {', '.join(stores)}.", "retro.store")
-        most = self.max_neighbors(store)
+        most = self.engine.limits.max_neighbors
         if (options.num_neighbors or 1) > most:
-            said = f"retro.num_neighbors is {options.num_neighbors}; the store {store} gives at most {most}."
+            said = f"retro.num_neighbors is {options.num_neighbors}; this server gives at most {most}."
             raise bad(said, "retro.num_neighbors")
-        return store, options.num_neighbors or min(self.engine.model.config.num_neighbors, most)
+        k = options.num_neighbors or self.engine.model.config.num_neighbors
+        return store, max(1, min(k, self.max_neighbors(store)))
 
 
 def _readable(text: str, param: str) -> str:

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from retro.sampling import IncrementalDetokenizer, as_json, attribute
 
 if TYPE_CHECKING:
-    from retro.retrieval import Neighbors, Retriever
+    from retro.retrieval import Neighbors
 
 _SLICE_TOKENS = 128  # whose softmax is taken at a time
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
@@ -48,8 +48,8 @@ class StopStrings:
 class FoundByChunk:
     """A retriever that remembers what each chunk found, so that a row can say so while it is being written."""
 
-    def __init__(self, retriever: Retriever) -> None:
-        self.retriever = retriever
+    def __init__(self, retriever: Callable[..., Neighbors], measure: str) -> None:
+        self.retriever, self.measure = retriever, measure
         self._found: dict[bytes, Neighbors] = {}
 
     def __call__(self, queries: Any, **options: Any) -> Neighbors:
@@ -218,7 +218,8 @@ class RunningRow:
 
     def _chunks(self, first: int) -> list[dict[str, Any]]:
         ids = self.row.prompt_ids + self.row.new_ids
-        return chunks_json(self._tokenizer, ids, len(self.row.prompt_ids), self._read, self._chunk_len, first)
+        given = len(self.row.prompt_ids), self._read, self._chunk_len, first, self._found.measure
+        return chunks_json(self._tokenizer, ids, *given)
 
 
 def chunks_json(
@@ -228,6 +229,7 @@ def chunks_json(
     found: dict[int, Neighbors],
     chunk_len: int,
     first: int,
+    measure: str,
 ) -> list[dict[str, Any]]:
     """The chunks from `first` on with what they could read, as `retro.sampling.as_json` gives them.
 
@@ -239,7 +241,7 @@ def chunks_json(
     shift = base * chunk_len
     ids = token_ids[shift:]
     read = [found.get(base + number) for number in range(len(ids) // chunk_len)]
-    whole = as_json(attribute(tokenizer, ids, max(num_prompt_tokens - shift, 0), read, chunk_len))
+    whole = as_json(attribute(tokenizer, ids, max(num_prompt_tokens - shift, 0), read, chunk_len, measure=measure))
     chunks = whole["chunks"][first - base :]
     for chunk in chunks:
         chunk["tokens"] = whole["tokens"][chunk["start"] : chunk["stop"]]

@@ -19,6 +19,7 @@ from retro.evaluation.report.pictures import picture_of_bits
 from retro.evaluation.report.samples import attribution_from_json
 from retro.evaluation.tasks import Passage, Question, Reader, measure_lambada, recall
 from retro.provenance import write_provenance
+from retro.retrieval.search.lexical import build_lexical
 from retro.sampling import as_json, sample
 from retro.text.documents import Document
 from tests.evaluation.conftest import HELD_OUT
@@ -260,12 +261,18 @@ def test_a_folder_with_models_a_store_and_results(files, planted_store, model, t
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "notes.json").write_text('{"else": 1}')
     (tmp_path / "again.json").write_bytes(files["sweep"].read_bytes())
+    build_lexical(planted_store, "tfidf")
     runs = read_runs([tmp_path, files["sweep"], planted_store.path])
     assert sorted(result.kind for result in runs.results) == sorted(KINDS)
     assert [one.name for one in runs.models] == [str(run)] and runs.passed_over == [str(tmp_path / "notes.json")]
     assert runs.stores[0].fingerprint == planted_store.fingerprint
     page = report_page(runs)
-    assert "lr: 0.125" in page and planted_store.fingerprint in page and "notes.json" in page
+    assert (
+        "recall@10 of tfidf" in page
+        and "lr: 0.125" in page
+        and planted_store.fingerprint in page
+        and "notes.json" in page
+    )
     losses = next(one for one in Tree(page).root.all("figure") if "Training loss" in one.text)
     rows = [[cell.text for cell in row.all("td")] for row in losses.all("tr")][1:]
     assert 100 <= len(rows) <= 200 and rows[0][1:] == ["0", "8"] and rows[1][1:] == ["300", "7.97"]

@@ -77,7 +77,7 @@ def tree(html: str) -> Element:
 
 def neighbor(tokens, copied=None, continuation_start=4, **source) -> ReadNeighbor:
     known = Source(**{"document_id": "d", "title": "a title", "source": "", "position": 2, **source})
-    return ReadNeighbor(7, -0.5, known, tuple(tokens), continuation_start, copied)
+    return ReadNeighbor(7, -0.5, known, tuple(tokens), continuation_start, copied, "-squared L2")
 
 
 def attribution(tokens, num_prompt_tokens, *neighbors, gains=None) -> Attribution:
@@ -111,7 +111,7 @@ def test_text_stands_left_and_neighbors_right():
         f"{title}, chunk 3" for title in ("second", "third"))]  # fmt: skip
     assert [item.all("div", "passage")[0].text for item in shown] == [n.text for n in (FIRST, SECOND, THIRD)]
     assert "".join(part.text for part in shown[0].all("span", "follows")) == "".join(FIRST.tokens[4:])
-    assert all("score -0.500" in item.text for item in shown)
+    assert all("-squared L2 -0.500" in item.text for item in shown)
 
 
 def test_copied_runs_are_marked_in_both_and_linked():

@@ -146,6 +146,7 @@ def test_each_chunk_reads_what_the_one_before_it_found(model, words_tokenizer, w
         assert [neighbor.row for neighbor in chunk.neighbors] == found.ids[0].tolist()
         for j, neighbor in enumerate(chunk.neighbors):
             assert neighbor.source == found.sources[0][j] and neighbor.score == pytest.approx(found.scores[0, j])
+            assert neighbor.measure == "-squared L2"
             passage = found.tokens[0, j][found.mask[0, j]].tolist()
             assert neighbor.text == words_tokenizer.decode(passage, skip_special_tokens=True)
             assert len(neighbor.tokens) == len(passage) and neighbor.continuation_start == min(8, len(passage))
@@ -208,7 +209,7 @@ def test_rows_end_with_their_eos(model, words_tokenizer, words_retriever):
 
 def some_neighbors(mask: bool = True) -> Neighbors:
     tokens = np.arange(3, 35).reshape(1, 2, 16)
-    scores = np.zeros((1, 2), np.float32)
+    scores = np.full((1, 2), -0.5, np.float32)
     return Neighbors(np.array([[4, 9]]), tokens, np.full(tokens.shape, mask), scores, [[None, None]])
 
 
@@ -260,7 +261,14 @@ def test_json_holds_what_it_says(model, words_tokenizer, words_retriever):
     for name in (*value, *chunk, *neighbor, *(neighbor["copied"] or {})):
         assert f'"{name}"' in as_json.__doc__
     unknown = as_json(attribute(words_tokenizer, list(range(3, 23)), 4, [some_neighbors()], 8))
-    assert unknown["chunks"][1]["neighbors"][0]["document_id"] is None and unknown["gains"] is None
+    neighbor = unknown["chunks"][1]["neighbors"][0]
+    assert neighbor["document_id"] is None and unknown["gains"] is None
+    assert (neighbor["measure"], neighbor["score"]) == ("score", -0.5)
+
+
+def test_keys_of_length_1_are_shown_with_their_cosine(words_tokenizer):
+    text = attribute(words_tokenizer, list(range(3, 23)), 4, [some_neighbors()], 8, measure="cosine")
+    assert (text.chunks[1].neighbors[0].measure, text.chunks[1].neighbors[0].score) == ("cosine", 0.75)
 
 
 # gains
@@ -356,7 +364,7 @@ def test_terminal_text_names_sources_and_copies(told):
     for chunk in told.chunks[1:]:
         assert f"chunk {chunk.number + 1} (" in plain and f"gain {told.gain_of(chunk):+.1f} bits" in plain
         for neighbor in chunk.neighbors:
-            assert f"{neighbor.score:.3f}" in plain and f"{neighbor.source.title}, chunk" in plain
+            assert f"-squared L2 {neighbor.score:.3f}  {neighbor.source.title}, chunk" in plain
     assert told.prompt not in terminal_text(told, with_text=False)
 
 

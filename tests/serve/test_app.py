@@ -33,13 +33,20 @@ def test_a_completion_with_its_sources(ask):
     }
     assert [chunk["chunk"] for chunk in answer["retro"]["sources"]] == [2, 3]
     neighbor = answer["retro"]["sources"][0]["neighbors"][0]
-    assert neighbor["title"].startswith("title ") and neighbor["score"] <= 0 and neighbor["document_id"]
+    assert neighbor["title"].startswith("title ") and neighbor["document_id"]
+    assert neighbor["measure"] == "-squared L2" and neighbor["score"] <= 0
 
 
 def test_retrieval_off_another_store_and_k(make_engine):
     bodies = [
         {"prompt": PROMPT, "temperature": 0, "retro": retro}
-        for retro in ({}, {"retrieval": False}, {"store": "hostile"}, {"num_neighbors": 3}, {"store": "lone"})
+        for retro in (
+            {},
+            {"retrieval": False},
+            {"store": "hostile"},
+            {"num_neighbors": 3},
+            {"store": "lone", "num_neighbors": 5},
+        )
     ]
     plain, off, hostile, three, lone = (
         response.json() for response in ask_all(make_engine(), [(COMPLETIONS, body) for body in bodies])
@@ -243,7 +250,6 @@ REFUSED = {
     "five stop strings": ({"stop": list("abcde")}, "stop", 'stop is ["a", "b", "c", "d", "e"]'),
     "stream options alone": ({"stream_options": {"include_usage": True}}, "stream_options", "without stream"),
     "an unknown store": ({"retro": {"store": "x"}}, "retro.store", "the stores are main, hostile, lone"),
-    "k above the chunks": ({"retro": {"store": "lone", "num_neighbors": 2}}, "retro.num_neighbors", "at most 1"),
     "more neighbors than the limit": ({"retro": {"num_neighbors": 17}}, "retro.num_neighbors", "at most 16"),
     "no neighbors": ({"retro": {"num_neighbors": 0}}, "retro.num_neighbors", "num_neighbors is 0"),
     "a store beside retrieval off": ({"retro": {"retrieval": False, "store": "main"}}, "retro.store", "leave one out"),

@@ -91,7 +91,7 @@ def test_a_person_writes_reads_sources_and_chooses(page, make_engine):
     assert page.text() == on["choices"][0]["text"] and page("#text .prompt").text == PROMPT
     cards = [n for chunk in on["retro"]["sources"] for n in chunk["neighbors"]]
     assert [card.text for card in page.all("#sources h4")] == [neighbor["title"] for neighbor in cards]
-    assert all(f"score {n['score']:.3f}" in card.text for n, card in zip(cards, page.all(".where"), strict=True))
+    assert all(f"-squared L2 {n['score']:.3f}" in card.text for n, card in zip(cards, page.all(".where"), strict=True))
     marked = [mark.text for mark in page.all("#sources mark")]
     assert marked == [n["copied"]["text"].strip() for n in cards if n["copied"] and n["copied"]["num_tokens"] >= 3]
     assert "40 tokens in" in page("#status").text

@@ -139,12 +139,12 @@ def test_the_sources_of_text_whose_characters_chunks_cut_are_whole(make, shift):
     tokenizer = make()
     ids = tokenizer("a" * shift + "🦊" * 13)["input_ids"]
     for first in range(1, 6):
-        chunks = chunks_json(tokenizer, ids, 9, {u: found_by(ids[:16]) for u in range(7)}, 8, first)
+        chunks = chunks_json(tokenizer, ids, 9, {u: found_by(ids[:16]) for u in range(7)}, 8, first, "cosine")
         assert [chunk["chunk"] for chunk in chunks] == list(range(first, -(-len(ids) // 8)))
         assert [(chunk["start"], chunk["stop"]) for chunk in chunks] == [
             (u * 8, min(u * 8 + 8, len(ids))) for u in range(first, -(-len(ids) // 8))
         ]
         assert "\ufffd" not in str(chunks)
         assert all(chunk["text"] == "".join(chunk["tokens"]) for chunk in chunks)
-    cut = chunks_json(tokenizer, ids[:-1], 9, {}, 8, 1)
+    cut = chunks_json(tokenizer, ids[:-1], 9, {}, 8, 1, "cosine")
     assert "\ufffd" not in str(cut) and sum(chunk["text"].count("🦊") for chunk in cut) >= 9

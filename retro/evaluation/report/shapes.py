@@ -117,8 +117,8 @@ _ROW = shape(
     flops_per_1000_tokens=Number, search_flops_per_1000_tokens=Number, store_bytes=Number, chosen=dict[str, Any],
 )  # fmt: skip
 _NEIGHBOR = shape(
-    row=Count, score=Number, document_id=str | None, title=str | None, source=str | None, position=Count | None,
-    date=str | None, tokens=list[str], continuation_start=Count,
+    row=Count, score=Number, measure=str, document_id=str | None, title=str | None, source=str | None,
+    position=Count | None, date=str | None, tokens=list[str], continuation_start=Count,
     copied=shape(start=Count, neighbor_start=Count, num_tokens=Count, text=str) | None,
 )  # fmt: skip
 _CHUNK = shape(chunk=Count, start=Count, stop=Count, num_prompt_tokens=Count, neighbors=list[_NEIGHBOR])

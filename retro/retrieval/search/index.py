@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from retro.common.files import check_files, delete, stable_hash
-from retro.retrieval.search.dense import Segment, open_segment, retune, write_dense
+from retro.retrieval.search.dense import TUNED_NEIGHBORS, Segment, open_segment, retune, write_dense
 from retro.retrieval.search.engines import ENGINES, FAISS_FLAT_ROWS, ROUTED_ROWS, Work
 from retro.retrieval.search.exact import (
     ExactIndex,
@@ -39,6 +39,7 @@ from retro.retrieval.search.segments import (
     cover,
     extensions,
     find_segments,
+    index_records,
     plan_segments,
     row_range,
     segment_records,
@@ -192,13 +193,17 @@ def served_by(store: Store, kind: str = "auto") -> list[ShardRange]:
 
 
 def measured_recall(store: Store) -> dict[str, dict[str, Any]]:
-    """For each engine, what index.json of the index that `open_index` opens records of its recall."""
+    """For each engine, what index.json of the index that `open_index` opens records of its recall, and the recall of
+    the indexes of words that are there for this state of the store."""
     found = {}
     for kind in ENGINES:
         if families := _families(store, kind):
             best = max(families, key=lambda shard_ranges: (_rows(store, shard_ranges), _recall(shard_ranges)))
             largest = max(best, key=lambda shards: shards.record["rows"])
             found[kind] = largest.record["recall"] | {"recall": _recall(best)}
+    for _, record in index_records(store):
+        if record.get("kind") in LEXICAL_KINDS and record.get("store") == store.fingerprint:
+            found[record["kind"]] = {"k": TUNED_NEIGHBORS, "recall": record["recall"]}
     return found
 
 

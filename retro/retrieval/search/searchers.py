@@ -36,7 +36,7 @@ from retro.retrieval.store.store import Store
 
 RANK_CONSTANT = 60
 _FUSED_DEPTH = 100
-COSINE = "cosine"  # of keys of length 1, whose -squared L2 is 2 cosine - 2
+_COSINE = "cosine"  # of keys of length 1, whose -squared L2 is 2 cosine - 2
 _MEASURES = {kind: {"tfidf": "TF-IDF", "bm25": "BM25"}[kind.removesuffix(lexical.EXACT)] for kind in lexical.KINDS}
 _LOADED: WeakValueDictionary[str, Embedder] = WeakValueDictionary()  # by fingerprint
 _FETCHED_HITS = 1 << 20  # hits held at a time while the over-fetch grows
@@ -133,7 +133,12 @@ def measure_of(kind: str, embedder: dict[str, Any]) -> str:
         )
     if "+" in first:
         return "sum of reciprocal ranks"
-    return _MEASURES.get(first, COSINE if embedder.get("normalize") else "-squared L2")
+    return _MEASURES.get(first, _COSINE if embedder.get("normalize") else "-squared L2")
+
+
+def in_measure(scores: Any, measure: str) -> Any:
+    """A searcher's scores as `measure_of` names them: it gives the cosine of keys as their -squared L2."""
+    return 1 + scores / 2 if measure == _COSINE else scores
 
 
 def approximate_parts(kind: str) -> set[str]:

@@ -72,9 +72,14 @@ def find_segments(store: Store, kind: str) -> list[ShardRange]:
 
 def segment_records(store: Store, kind: str) -> list[tuple[Path, dict[str, Any]]]:
     """The folders and records of all segments of a kind, also of those that serve other generations."""
-    files = sorted((store.path / "index").glob("[!.]*/index.json"))
-    found = [(file.parent, _read(file)) for file in files]
+    found = index_records(store)
     return [(folder, record) for folder, record in found if record.get("shards") and record["kind"] == kind]
+
+
+def index_records(store: Store) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders and records of all segments and indexes; {} for one that is damaged."""
+    files = sorted((store.path / "index").glob("[!.]*/index.json"))
+    return [(file.parent, _read(file)) for file in files]
 
 
 def _read(file: Path) -> dict[str, Any]:

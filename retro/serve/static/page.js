@@ -204,7 +204,7 @@ function reading(chunk) {
 function card(neighbor, place) {
   const made = element("article");
   const title = neighbor.title || neighbor.document_id || "source unknown";
-  const where = [`score ${(Math.round(neighbor.score * 1000) / 1000).toFixed(3)}`];
+  const where = [`${neighbor.measure} ${(Math.round(neighbor.score * 1000) / 1000).toFixed(3)}`];
   if (neighbor.position !== null) where.push(`chunk ${neighbor.position + 1}`);
   where.push(...[neighbor.date, neighbor.source].filter(Boolean));
   const copied = neighbor.copied && neighbor.copied.num_tokens >= MIN_SHOWN_RUN ? neighbor.copied : null;
