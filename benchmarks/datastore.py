@@ -6,6 +6,7 @@
     join       chunks a second of the neighbor table by the index it is searched through
     size       bytes a chunk, time to open, resident memory of a store with made-up keys
     growth     time to build an index and to search it over stores of growing size, drawn if --plot is given
+    text       CPU ms and rows compared of a search among keys of text, those of --store or made-up ones (hardness.py)
 
 Keys are made up, clustered and of length 1 (synthetic.py), the same for the same --seed. The
 stores in --work are deleted at the end unless --keep is given; 10 million chunks of 384 float16 take 9.2 GB. Each
@@ -29,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from hardness import text
 from machine import machine
 from made_stores import K, built, in_turns, made_store, queries_of, recall, show, timed
 from synthetic import MadeUpEmbedder
@@ -51,6 +53,10 @@ def main() -> None:
     parser.add_argument("--key-dtype", default="float16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--join-kinds", nargs="+", default=["exact", "scann", "faiss"])
     parser.add_argument("--growth-kinds", nargs="+", default=["exact", "scann"])
+    parser.add_argument("--store", help="whose keys are searched by text; default: made-up ones")
+    parser.add_argument("--text-rows", type=int, default=150_000)
+    parser.add_argument("--text-kinds", nargs="+", default=["exact", "scann", "faiss", "routed"])
+    parser.add_argument("--text-plot", type=Path, help="draw text (.png, .svg, .pdf)")
     parser.add_argument("--segment-rows", type=int, default=2_000_000, help="of growth: ScaNN needs twice its keys")
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -397,7 +403,15 @@ def draw(points: list[dict[str, Any]], file: Path) -> None:
             axes.yaxis.set_major_formatter("{x:g}")
 
 
-PARTS = {"embed": embed, "curve": curve, "overhead": overhead, "join": join, "size": size, "growth": growth}
+PARTS = {
+    "embed": embed,
+    "curve": curve,
+    "overhead": overhead,
+    "join": join,
+    "size": size,
+    "growth": growth,
+    "text": text,
+}
 
 if __name__ == "__main__":
     main()

@@ -115,6 +115,46 @@ class SyntheticKeys:
         return keys / np.linalg.norm(keys, axis=1, keepdims=True)
 
 
+class TreeKeys:
+    """Keys of length 1 as text has them, topics within topics: the same for the same seed, in whatever order.
+
+    A row goes down a tree of 10 levels, at each into one of 8 branches, the i-th with a probability ~ 1 / i; a branch
+    moves it by a vector of its own, 0.91 times as long as those of the level above, and what is left below moves it at
+    random. Drawn in 32 dimensions, mapped linearly to `dim`, with a tenth of noise in all of them.
+
+    Near to MiniLM's keys of cpp-docs: a routed index compares 927 rows among 5,000 and 2,008 among 40,000 to reach
+    recall@10 of 0.95, there 1,283 and 2,364; exponents 0.36 and 0.30, of CPU milliseconds 0.10 and 0.06.
+    """
+
+    LEVELS, BRANCHES, SHRINK, TABLE = 10, 8, 0.91, 4096
+
+    def __init__(self, dim: int, seed: int = 0) -> None:
+        draw, latent = np.random.default_rng([seed, 3]), min(LATENT_DIM, dim)
+        self.dim, self.seed = dim, seed
+        self._steps = draw.standard_normal((self.LEVELS, self.TABLE, latent), np.float32)  # of a branch, by its hash
+        self._map = draw.standard_normal((latent, dim), np.float32) / np.float32(latent**0.5)
+        self._shares = np.cumsum(1 / np.arange(1, self.BRANCHES + 1)) / sum(1 / np.arange(1, self.BRANCHES + 1))
+
+    def rows(self, start: int, stop: int) -> Float32[np.ndarray, "c d"]:
+        """The keys of the rows start .. stop - 1."""
+        first, last = start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)
+        parts = [self._draw(np.random.default_rng([self.seed, 4, number])) for number in range(first, last)]
+        return np.concatenate(parts)[start - first * _BLOCK_ROWS : stop - first * _BLOCK_ROWS]
+
+    def _draw(self, draw: np.random.Generator) -> np.ndarray:
+        keys = np.zeros((_BLOCK_ROWS, self._map.shape[0]), np.float32)
+        branch, length = np.zeros(_BLOCK_ROWS, np.uint64), np.float32(1)
+        for steps in self._steps:
+            chosen = np.searchsorted(self._shares[:-1], draw.random(_BLOCK_ROWS)).astype(np.uint64)
+            branch = (branch * np.uint64(self.BRANCHES) + chosen + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            branch ^= branch >> np.uint64(29)
+            keys += length * steps[(branch >> np.uint64(40)) % np.uint64(self.TABLE)]
+            length *= np.float32(self.SHRINK)
+        keys += length / np.float32(1 - self.SHRINK**2) ** 0.5 * draw.standard_normal(keys.shape, np.float32)
+        keys = keys @ self._map + np.float32(0.1) * draw.standard_normal((len(keys), self.dim), np.float32)
+        return keys / np.linalg.norm(keys, axis=1, keepdims=True)
+
+
 def made_up_tokenizer(vocab_size: int = VOCAB_SIZE) -> Any:
     """One token per word w0, w1, ...; eos at the end of a document."""
     from tokenizers import Tokenizer, models, pre_tokenizers

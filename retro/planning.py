@@ -1,7 +1,7 @@
 """What a datastore, and a model that reads from it, will cost: disk, memory, operations, hours.
 
 Sizes follow from the file formats and a sample of the inputs. Hours are operations over one rate: what the embedder
-reaches here, or a given one. An index takes less than the exact search that the neighbors are planned with.
+reaches here, or a given one. How search grows is measured on keys of the sample, or of a store that is there.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from retro.common.checksums import BLOCK_BYTES
 from retro.common.devices import torch_threads
@@ -24,8 +26,10 @@ from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, NoEmbedder
 from retro.retrieval.executors.local import num_devices
 from retro.retrieval.search import lexical
 from retro.retrieval.search.engines import ENGINES, choose_layout
-from retro.retrieval.search.index import resolve_kind
+from retro.retrieval.search.hardness import FEWEST_KEYS, Growth, measure_growth, sample_keys
+from retro.retrieval.search.index import RECALL, resolve_kind
 from retro.retrieval.store.format import CHUNK_DTYPE
+from retro.retrieval.store.store import Store
 from retro.text.chunks import TokenIds
 from retro.text.estimate import Estimate, estimate_corpus
 
@@ -34,7 +38,6 @@ SHARD_CHUNKS = BuildSettings.shard_chunks
 NPY_HEADER, MANIFEST_BYTES, TABLE_BYTES = 128, 1500, 3000  # of a shard: each array, its record, its table without rows
 SUM_BYTES = 32 / 3  # in the manifest, of each block
 STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and two moments of AdamW
-MEASURED_SECONDS = 10.0
 _BLOCK_CHUNKS = 256  # embedded between two looks at the clock
 
 
@@ -50,8 +53,10 @@ class PlanSettings(ChunkSettings):
         tokens: Tokens of the corpus that the inputs are a part of, such as 1e12. Default: those of the inputs.
         model: A RETRO to train once on these tokens: 172m, 425m, 1.5b or 7.5b, each alone or with -modern behind it, or
             a folder with its config.json. Default: nothing is trained.
-        tflops: TFLOP/s that all machines together reach. Default: what embedding reaches here, measured for ten
-            seconds.
+        tflops: TFLOP/s that all machines together reach. Default: what embedding reaches here.
+        seconds: How long embedding is measured, which also gives the keys on which the growth of search is measured.
+        store: A store of such text that is there already, with keys of this embedder: the growth of search is measured
+            on these. Default: on the keys that are embedded.
     """
 
     inputs: list[str]
@@ -61,6 +66,8 @@ class PlanSettings(ChunkSettings):
     tokens: Annotated[float, Range(ge=1, lt=1e30)] | None = None
     model: str | None = None
     tflops: Annotated[float, Range(ge=1e-12, lt=1e30)] | None = None
+    seconds: Annotated[float, Range(ge=0, lt=1e6)] = 10.0
+    store: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,13 +78,17 @@ class PlanSettings(ChunkSettings):
 
 
 def make_plan(settings: PlanSettings) -> dict[str, Any]:
-    """A plan as one JSON-able value: corpus, disk, memory, flops, index, flops_per_second, hours, model.
+    """A plan as one JSON-able value: corpus, disk, memory, flops, index, growth, flops_per_second, hours, model.
 
-    hours is None where nothing was measured (no embedder) and no rate is given.
+    hours is None where nothing was measured (no embedder) and no rate is given; growth (see `growth_plan`) where there
+    are no keys, or no routed index is to be built of them.
     """
     tokenizer = load_tokenizer(settings.tokenizer)
     config = None if settings.model is None else _config(settings.model, len(tokenizer))
     embedder = NoEmbedder() if settings.embedder == NO_EMBEDDER else load_embedder(settings.embedder)
+    store = None if settings.store is None else Store.open(settings.store)
+    if store is not None:
+        store.check_embedder(embedder)
     estimate = estimate_corpus(settings.inputs, tokenizer, settings.chunk_len, settings.text_field)
     times = 1.0 if settings.tokens is None else settings.tokens / estimate.tokens
     names = ("documents", "bytes", "tokens", "chunks")
@@ -89,8 +100,10 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     memory = {"building_a_segment_of_the_index": index["peak"], "serving_the_index": index["memory"]}
     memory["serving_the_documents'_table"] = round(corpus["documents"] * table_memory)
     of_a_chunk, rate = flops_of_chunk(embedder, tokenizer, estimate.chunk_ids), 1e12 * (settings.tflops or 0.0)
+    keys = None if store is None else sample_keys(store)
     if embedder.dim and not rate:
-        rate = of_a_chunk * chunks_per_second(embedder, tokenizer, estimate.chunk_ids)
+        per_second, embedded = chunks_per_second(embedder, tokenizer, estimate.chunk_ids, settings.seconds)
+        rate, keys = of_a_chunk * per_second, embedded if keys is None else keys
     flops = {"embedding": corpus["chunks"] * of_a_chunk, "exact_neighbors": 2.0 * embedder.dim * corpus["chunks"] ** 2}
     if config is not None:
         parameters, forward = model_size(config)
@@ -104,6 +117,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         "memory": memory,
         "flops": flops,
         "index": index | {"layout": index["layout"] and asdict(index["layout"])},
+        "growth": growth_plan(settings, keys, corpus["chunks"], embedder.dim),
         "model": config and {"parameters": parameters, "forward_flops_per_token": forward},
         "flops_per_second": rate or None,
         "hours": hours and hours | {"total": sum(hours.values())},
@@ -186,14 +200,52 @@ def flops_of_chunk(embedder: Embedder, tokenizer: Any, chunks: Sequence[TokenIds
     return counter.get_total_flops() / len(block)
 
 
-def chunks_per_second(embedder: Embedder, tokenizer: Any, chunks: Sequence[TokenIds]) -> float:
-    """What a build embeds here: as many as one thread, or one GPU, does in some seconds for each of its workers."""
-    started, done = time.perf_counter(), 0
+def chunks_per_second(
+    embedder: Embedder, tokenizer: Any, chunks: Sequence[TokenIds], seconds: float
+) -> tuple[float, Float32[np.ndarray, "c d"]]:
+    """What a build embeds here: as many as one thread, or one GPU, does in some seconds for each of its workers; and
+    the keys of the chunks that were embedded, each once."""
+    started, done, keys = time.perf_counter(), 0, []
     with torch_threads(1):
-        while not done or time.perf_counter() - started < MEASURED_SECONDS:
-            embed_chunks(embedder, tokenizer, [chunks[i % len(chunks)] for i in range(done, done + _BLOCK_CHUNKS)])
+        while not done or time.perf_counter() - started < seconds:
+            block = [chunks[i % len(chunks)] for i in range(done, done + _BLOCK_CHUNKS)]
+            keys.append(embed_chunks(embedder, tokenizer, block)[: max(len(chunks) - done, 0)])
             done += _BLOCK_CHUNKS
-    return done / (time.perf_counter() - started) * num_devices()
+    return done / (time.perf_counter() - started) * num_devices(), np.concatenate(keys)
+
+
+# How search grows
+
+
+def growth_plan(settings: PlanSettings, keys: np.ndarray | None, chunks: int, dim: int) -> dict[str, Any] | None:
+    """What a search through a routed index takes among so many chunks, 10 and 100 times as many.
+
+    keys: how many were measured; needed: how many that takes, and then no more where there are fewer; recall;
+    rows_compared, cpu_ms: exponents with their intervals; forecast: for each number of chunks what a search compares
+    and takes, and the CPU hours of a join by such searches, and by exact ones.
+    """
+    if keys is None or settings.index not in ("auto", "routed") or find_spec(ENGINES["routed"].module) is None:
+        return None
+    found: dict[str, Any] = {"keys": len(keys), "needed": FEWEST_KEYS}
+    if len(keys) < FEWEST_KEYS:
+        return found
+    growth = measure_growth(keys, RECALL, settings.key_dtype)
+    found |= {"recall": RECALL, "rows_compared": asdict(growth.rows_compared), "cpu_ms": asdict(growth.cpu_ms)}
+    return found | {"forecast": [forecast(growth, times * chunks, dim) for times in (1, 10, 100)]}
+
+
+def forecast(growth: Growth, chunks: int, dim: int) -> dict[str, float]:
+    """What is to be expected of a routed index of so many chunks, in the segments it is built in."""
+    index = index_plan("routed", chunks, dim)
+    segments, layout = chunks / index["rows"], index["layout"]
+    ms, exact_ms = segments * growth.cpu_ms_at(index["rows"], layout.lists), growth.exact.ms_of_row * chunks
+    return {
+        "chunks": chunks,
+        "rows_compared": segments * min(growth.rows_compared.at(index["rows"]), index["rows"]),
+        "cpu_ms": ms,
+        "join_cpu_hours": chunks * ms / 3.6e6,
+        "exact_join_cpu_hours": chunks * exact_ms / 3.6e6,
+    }
 
 
 def model_size(config: Any) -> tuple[int, float]:
@@ -240,11 +292,30 @@ def plan_table(result: dict[str, Any]) -> str:
         shown[-1] += f"codes {index['layout']['codes']}{lists}"
     if model:
         shown.append("model: {parameters:,} parameters, {forward_flops_per_token:.3g} FLOP a token".format(**model))
+    shown += _growth_lines(result["growth"])
     shown += ["operations", *_rows(result["flops"], lambda count: f"{count:.3g} FLOP")]
     if result["hours"] is None:
         return "\n".join([*shown, "no hours: nothing is embedded here; give --tflops"])
     shown.append(f"time at {result['flops_per_second'] / 1e12:,.3g} TFLOP/s")
     return "\n".join(shown + _rows(result["hours"], _duration))
+
+
+def _growth_lines(growth: dict[str, Any] | None) -> list[str]:
+    """How search grows, or why that is not said."""
+    if growth is None:
+        return []
+    if "forecast" not in growth:
+        few = "how search grows: {keys:,} keys were embedded, too few to say; {needed:,} are needed".format(**growth)
+        return [f"{few}: give --store, a store of such text, or more --seconds"]
+    rows, ms = ("{exponent:.2f} ({low:.2f} to {high:.2f})".format(**growth[n]) for n in ("rows_compared", "cpu_ms"))
+    shown = ["search through a routed index, recall@10 of {recall:g}, fitted to {keys:,} keys:".format(**growth)]
+    shown.append(f"  rows compared ~ chunks^{rows}, CPU ms ~ chunks^{ms}; extrapolated:")
+    shown.append(f"  {'chunks':>18}{'rows compared':>16}{'CPU ms':>10}{'join, CPU time':>18}{'exact':>18}")
+    for line in growth["forecast"]:
+        joins = [_duration(line[name]) for name in ("join_cpu_hours", "exact_join_cpu_hours")]
+        shown.append("  {chunks:>18,}{rows_compared:>16,.0f}{cpu_ms:>10,.2f}".format(**line))
+        shown[-1] += "".join(f"{join:>18}" for join in joins)
+    return shown
 
 
 def _rows(values: dict[str, Any], form: Any) -> list[str]:

@@ -9,7 +9,9 @@ from transformers import LlamaConfig
 
 from retro.cli import main
 from retro.planning import SHARD_CHUNKS, PlanSettings, disk_bytes, flops_of_chunk, index_plan, make_plan, model_size
-from retro.retrieval import build_index, build_neighbors, load_embedder, verify_store
+from retro.retrieval import BuildSettings, build_index, build_neighbors, build_store, load_embedder, verify_store
+from retro.retrieval.search.engines import ENGINES
+from retro.retrieval.search.hardness import Cost, Growth, Power
 from retro.text.estimate import estimate_corpus
 from tests.stand_ins import make_store, words, write_jsonl
 
@@ -156,11 +158,11 @@ def test_everything_of_one_rate(given):
     json.dumps(large)
 
 
-def test_the_verb_measures_prints_and_writes(given, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("retro.planning.MEASURED_SECONDS", 0.0)
-    assert main(["plan", *given, "--json", str(tmp_path / "plan.json")]) == 0
+def test_the_verb_measures_prints_and_writes(given, capsys, tmp_path):
+    assert main(["plan", *given, "--seconds", "0", "--json", str(tmp_path / "plan.json")]) == 0
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert "400 documents" in printed and "TFLOP/s" in printed
+    assert "256 keys were embedded, too few to say" in printed and result["growth"] == {"keys": 256, "needed": 9216}
     assert result["flops_per_second"] > 0 and result["hours"]["embedding"] > 0
     assert main(["plan", *given, "--embedder", "none"]) == 0
     assert "no hours" in capsys.readouterr().out
@@ -180,7 +182,37 @@ def test_training(given, capsys, tmp_path):
     assert model_size(config)[0] == sum(p.numel() for p in RetroForCausalLM(config).parameters())
 
 
+def test_search_of_a_store_is_carried_on(texts, words_tokenizer, capsys, tmp_path, monkeypatch):
+    """Less search than by all rows, in each segment; the join by both."""
+    from transformers import BertConfig, BertModel
+
+    pytest.importorskip("faiss")
+    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "tok")
+    words_tokenizer.save_pretrained(tmp_path / "tok")
+    inputs, tok = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts]), str(tmp_path / "tok")
+    store = build_store(BuildSettings(str(tmp_path / "store"), [inputs], tok, embedder=tok, index="none"))
+    found, taken = Power(10.0, 0.5, 0.4, 0.6), []
+    costs = Cost("routed", 10_000, 0.95, 1e3, 0.1, 0.001), Cost("exact", 10_000, 1.0, 1e4, 10.0, 0.001)
+    measured = lambda keys, *_: taken.append(keys) or Growth(*costs, found, found)  # noqa: E731
+    monkeypatch.setattr("retro.planning.measure_growth", measured)
+    monkeypatch.setattr("retro.planning.FEWEST_KEYS", 100)
+    argv = [inputs, "--tokenizer", tok, "--embedder", tok, "--store", str(tmp_path / "store"), "--tokens", "64e9"]
+    assert main(["plan", *argv, "--tflops", "1", "--json", str(tmp_path / "plan.json")]) == 0
+    assert sorted(taken[0].tolist()) == sorted(store.keys(store.searchable_rows).tolist())
+    first, tenfold, _ = json.loads((tmp_path / "plan.json").read_text())["growth"]["forecast"]
+    rows = ENGINES["routed"].most_rows
+    segments = first["chunks"] / rows
+    assert tenfold["chunks"] == 10 * first["chunks"] > 10**9
+    assert first["rows_compared"] == pytest.approx(segments * 10 * rows**0.5)
+    assert first["exact_join_cpu_hours"] == pytest.approx(first["chunks"] ** 2 * 0.001 / 3.6e6)
+    assert tenfold["cpu_ms"] == pytest.approx(10 * first["cpu_ms"])  # as many times the segments
+    assert first["join_cpu_hours"] == pytest.approx(first["chunks"] * first["cpu_ms"] / 3.6e6)
+    printed = capsys.readouterr().out
+    assert "chunks^0.50 (0.40 to 0.60)" in printed and "extrapolated" in printed
+
+
 REFUSED = {
+    "no such store": (["--store", "{new}"], "{new}"),
     "no such embedder": (["--embedder", "{new}"], "{new}"),
     "no such index": (["--index", "hnsw"], "hnsw"),
     "an index of words": (["--index", "bm25"], "bm25"),

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from retro.common.files import check_files, open_npy, save_npy
 from retro.common.records import save_record
 from retro.common.values import Count, CountOrZero, Probability, check_record
-from retro.retrieval.search.engines import HERE, IndexLayout, Work, choose_layout, engine_of
+from retro.retrieval.search.engines import HERE, CountedEngine, IndexLayout, Work, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
 from retro.retrieval.store.store import Store
@@ -115,6 +115,13 @@ class Segment:
             parts.append(_nearest(found, rescore(self.store, queries[start:stop], found), k))
         return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
+    def rows_compared(self, queries: Float32[np.ndarray, "q d"], effort: Effort) -> float:
+        """Rows whose codes or keys a search of an effort compares with a query, the mean of these queries."""
+        if isinstance(self._engine, CountedEngine):
+            return float(self._engine.rows_compared(queries, effort.lists).mean())
+        share = effort.lists / self.layout.lists if self.layout.lists else 1.0
+        return self.num_rows * share * (2 if self.layout.soar else 1)
+
     def _store_rows(self, local: np.ndarray) -> np.ndarray:
         """Store rows of local ones, -1 for what is missing, removed or (with SOAR) there twice."""
         found = self.first_row + self._rows[local].astype(np.int64)
@@ -188,7 +195,7 @@ def retune(segment: Segment, target: float) -> None:
 # Tuning
 
 
-def tune(segment: Segment, target: float) -> dict[str, Any]:
+def tune(segment: Segment, target: float, sample: QuerySample | None = None) -> dict[str, Any]:
     """Find the least effort that reaches a recall@10 against exact search, on up to 256 rows as queries.
 
     Numbers of lists are tried from 1 on, each with ever fewer candidates while the target is reached; where no number
@@ -199,7 +206,7 @@ def tune(segment: Segment, target: float) -> dict[str, Any]:
     Returns what index.json stores: recall, whether it reaches the target, lists_searched, candidates (for 10
     neighbors), and how it was measured.
     """
-    sample, candidates = _QuerySample(segment), _candidates(segment)
+    sample, candidates = sample or QuerySample(segment), _candidates(segment)
     reached = _reached(segment, sample, target, candidates)
     further = [] if reached else [Effort(_lists(segment)[-1], count) for count in candidates[-1:] + _more(segment)]
     for effort in further:
@@ -213,7 +220,7 @@ def tune(segment: Segment, target: float) -> dict[str, Any]:
     return sample.record | measured
 
 
-def _reached(segment: Segment, sample: _QuerySample, target: float, candidates: list[int]) -> list[Effort]:
+def _reached(segment: Segment, sample: QuerySample, target: float, candidates: list[int]) -> list[Effort]:
     """Efforts that reach the target: for ever more lists, with the fewest candidates that do."""
     found: list[Effort] = []
     left = list(candidates)
@@ -261,29 +268,40 @@ def _cost(segment: Segment, effort: Effort) -> float:
     return scanned + effort.candidates * 4 * width * (1 if engine.has_copy(layout) else _KEY_READ)
 
 
-class _QuerySample:
-    """Some rows of a segment as queries, and the scores of their exact neighbors; their own rows do not count."""
+class QuerySample:
+    """Queries, and the scores of their exact neighbors: keys that a segment does not hold, or else some of its rows,
+    whose own rows do not count."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, held_out: Float32[np.ndarray, "q d"] | None = None) -> None:
         seed = segment.record["settings"]["seed"]
         rows = np.concatenate([segment.live_rows(*part) for part in blocks(0, segment.num_rows, 1 << 20)])
-        size = min(_QUERIES, len(rows))
-        self.own = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
+        size = min(_QUERIES, len(rows)) if held_out is None else len(held_out)
+        self.own = np.full(size, -1)
+        if held_out is None:
+            self.own = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
         self.segment, self.k = segment, max(min(TUNED_NEIGHBORS, len(rows) - 1), 1)
         self.record = {"k": self.k, "queries": size if len(rows) > 1 else 0, "seed": seed}
-        self.queries = segment.store.keys(self.own)
+        self.queries = segment.store.keys(self.own) if held_out is None else held_out
         searched = row_range(segment.store, segment.shards)
         search = lambda queries, k: exact_search(segment.store, queries, k, rows=searched)  # noqa: E731
         self._exact = _scores_without_self(search, self.queries, self.own, self.k)
-        self._known: dict[Effort, float] = {}
+        self._known: dict[Effort, np.ndarray] = {}
+
+    @property
+    def distances(self) -> Float32[np.ndarray, " q"]:
+        """From each query to its k-th exact neighbor, squared."""
+        return -self._exact[:, -1]
 
     def recall(self, effort: Effort) -> float:
+        return float(self.recall_of_each(effort).mean())
+
+    def recall_of_each(self, effort: Effort) -> Float64[np.ndarray, " q"]:
         if not self.record["queries"]:
-            return 1.0
+            return np.ones(1)
         if effort not in self._known:
             search = lambda queries, k: self.segment.attempt(queries, k, effort)  # noqa: E731
             found = _scores_without_self(lambda q, k: _hits(*search(q, k)), self.queries, self.own, self.k)
-            self._known[effort] = _share_found(found, self._exact)
+            self._known[effort] = _is_near(found, self._exact).mean(1)
         return self._known[effort]
 
 
@@ -300,6 +318,6 @@ def _scores_without_self(
     return -np.sort(-scores, axis=1)[:, :k]
 
 
-def _share_found(found: np.ndarray, exact: np.ndarray) -> float:
-    """The share of hits that are at least as near as the k-th exact neighbor: of equal ones any will do."""
-    return float((found >= exact[:, -1:] * (1 + 1e-6)).mean())  # scores are negative
+def _is_near(found: np.ndarray, exact: np.ndarray) -> Bool[np.ndarray, "q k"]:
+    """Which hits are at least as near as the k-th exact neighbor: of equal ones any will do."""
+    return found >= exact[:, -1:] * (1 + 1e-6)  # scores are negative

@@ -56,6 +56,14 @@ class IndexEngine(Protocol):
     ) -> Int64[np.ndarray, "q c"]: ...
 
 
+@runtime_checkable
+class CountedEngine(Protocol):
+    """An engine that knows how long its lists are; of others the mean is taken. rows_compared: in the lists that a
+    search of each query visits."""
+
+    def rows_compared(self, queries: Float32[np.ndarray, "q d"], lists: int) -> Int64[np.ndarray, " q"]: ...
+
+
 class EngineKind:
     """All that is known of an engine by its name.
 

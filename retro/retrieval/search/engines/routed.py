@@ -162,6 +162,17 @@ class RoutedEngine:
         self._index.search_preassigned_c(len(queries), asked, count, lists, to_lists, to_rows, rows, False, params)
         return found
 
+    def rows_compared(self, queries: Float32[np.ndarray, "q d"], lists: int) -> Int64[np.ndarray, " q"]:
+        """See `CountedEngine`."""
+        import faiss
+
+        if self.layout.codes == "flat":
+            return np.full(len(queries), self._index.ntotal)
+        groups = faiss.SearchParametersIVF(nprobe=groups_visited(lists, self.layout.lists))
+        found = self._index.quantizer.search(queries, lists, params=groups)[1]
+        sizes = np.array([self._index.invlists.list_size(number) for number in range(self.layout.lists)])
+        return np.where(found < 0, 0, sizes[found]).sum(1)
+
 
 def groups_visited(visited: int, lists: int) -> int:
     """Groups whose centroids are compared to visit so many lists: those that hold eight times as many."""

@@ -25,6 +25,7 @@ from functools import lru_cache
 from math import isqrt
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
@@ -51,6 +52,7 @@ _CANDIDATE_LISTS = 5  # of all these, of which the second is chosen
 _DRIFT = 1.25  # how much farther from their centroids rows may lie that are added to what was there
 _SOAR = 1.5  # lambda: how much a residual along the first one counts
 _LIGHT_ROWS = 1 << 18  # segments too small to start processes for
+_given: WeakValueDictionary[tuple[str, str], Store] = WeakValueDictionary()  # open in this process, by path and state
 
 
 def write_lists(
@@ -69,6 +71,7 @@ def write_lists(
     the others are assigned. False, and nothing written, where these lie much farther from the centroids.
     """
     spec = {"store": str(store.path.resolve()), "fingerprint": store.fingerprint, "layout": asdict(layout)}
+    _given[spec["store"], store.fingerprint] = store
     spec |= {"sample": max(training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": seed}
     new = rows if base is None else rows[len(base[1]) :]
     spec |= {"rows": len(new), "block_rows": _BLOCK_ROWS, "base": base and str(base[0].resolve())}
@@ -336,7 +339,8 @@ def _rows_of(spec: dict[str, Any]) -> tuple[Store, np.ndarray]:
     import faiss
 
     faiss.omp_set_num_threads(1)
-    return _opened(spec["store"], spec["fingerprint"]), open_npy(Path(spec["job"]) / "rows.npy")
+    store = _given.get((spec["store"], spec["fingerprint"])) or _opened(spec["store"], spec["fingerprint"])
+    return store, open_npy(Path(spec["job"]) / "rows.npy")
 
 
 @lru_cache(maxsize=1)
