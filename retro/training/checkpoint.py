@@ -99,9 +99,9 @@ def save_checkpoint(
 
 
 def clear_leftovers(output: Path) -> None:
-    """Delete checkpoints that a killed run had half written or half deleted."""
-    for prefix in (_WRITING, TEMPORARY_PREFIX):
-        for left in (output / "checkpoints").glob(f"{prefix}*"):
+    """Delete what a killed run had half written, and checkpoints that it had half deleted."""
+    for place in (f"checkpoints/{_WRITING}*", f"checkpoints/{TEMPORARY_PREFIX}*", f"{TEMPORARY_PREFIX}*"):
+        for left in output.glob(place):
             delete(left)
 
 

@@ -210,7 +210,9 @@ def test_another_store_is_another_configuration(make_settings, prepare, stores, 
 def test_old_checkpoints_go_and_a_half_written_one_is_not_taken(make_settings, prepare, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     (folder / "writing-step-00000099").mkdir(parents=True)
+    (tmp_path / "run" / ".tmp-1.0-0-config.yaml").write_text("half")
     fit(prepare(make_settings(save_every=1, keep_checkpoints=2)))
+    assert not list(tmp_path.rglob(".tmp-*")) and not list(tmp_path.rglob("writing-*"))
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000005", "step-00000006"]
     assert last_checkpoint(tmp_path / "run").name == "step-00000006"
 
