@@ -41,6 +41,11 @@ def save_sums(folder: Path) -> None:
     save_record(folder / SUMS_FILE, {"files": folder_record(folder)})
 
 
+def forget_sums(folder: str | Path) -> None:
+    """Before a folder's files are written anew: take away the checksums of those that it had."""
+    (Path(folder) / SUMS_FILE).unlink(missing_ok=True)
+
+
 def check_sums(folder: Path) -> None:
     """Compare a folder's files with the checksums in it, if it has some; ValueError names one that differs.
 

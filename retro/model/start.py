@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from retro.common.pretrained import check_folder, check_weights
+from retro.common.records import forget_sums
 from retro.model.config import RetroConfig
 from retro.modules import Attention, ChunkedCrossAttention
 from retro.modules.feed_forward import ResidualLinear
@@ -55,6 +56,11 @@ class RetroPreTrainedModel(PreTrainedModel):
     def __init__(self, config: RetroConfig, *args, **kwargs):
         self.get_correct_attn_implementation(config._attn_implementation)  # before code for another is looked for
         super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As transformers' own; checksums of what the folder held before are taken away."""
+        forget_sums(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs) -> Any:

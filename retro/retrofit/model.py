@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
+from retro.common.records import forget_sums
 from retro.common.settings import unknown_name
 from retro.model import RetroCache
 from retro.model.cache import cache_for
@@ -341,6 +342,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         """
         weights = self.state_dict() if state_dict is None else state_dict
         weights = prepare_save(self, weights, save_directory, kwargs)
+        forget_sums(save_directory)
         super().save_pretrained(save_directory, state_dict=weights, **kwargs)
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from retro.common.files import read_text, write_text, writing
-from retro.common.records import SUMS_FILE, save_sums
+from retro.common.records import SUMS_FILE, forget_sums, save_sums
 from retro.common.settings import save_settings, to_plain
 from retro.common.values import CountOrZero, check_value, shown
 from retro.provenance import write_provenance
@@ -101,7 +101,7 @@ def finish(run: TrainingRun) -> None:
             write_model(run, aside, weights)
             save_sums(aside)
             sync_files(aside)
-        (run.output / SUMS_FILE).unlink(missing_ok=True)
+        forget_sums(run.output)
         for file in sorted(aside.iterdir(), key=lambda file: file.name == SUMS_FILE):
             os.replace(file, run.output / file.name)
         aside.rmdir()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import retro
+from retro.common.records import save_sums
 from retro.model import RetroConfig, RetroForCausalLM
 from retro.model.config import PRESETS, default_cca_layers
 
@@ -299,3 +300,11 @@ def test_forward_refuses(make_model, make_batch):
         model(batch["input_ids"], output_attentions=True)
     with pytest.raises(ValueError, match="has no CCA layers"):
         make_model(cca_layers=[])(**batch)
+
+
+def test_a_model_may_be_saved_into_a_folder_that_has_checksums(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    save_sums(tmp_path)
+    model = make_model(seed=1)
+    model.save_pretrained(tmp_path)
+    assert all(map(torch.equal, model.parameters(), RetroForCausalLM.from_pretrained(tmp_path).parameters()))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import retro
+from retro.common.records import save_sums
 from retro.retrofit import RetrofitForCausalLM, retrofit
 from retro.retrofit.fingerprint import differing_kind, fingerprint
 
@@ -305,3 +306,11 @@ def test_fingerprints(make_base):
     config = retro.RetrofitConfig(base_config=base.config, base_fingerprint=found, chunk_len=4, retrieved_len=8)
     assert config.base_fingerprint == found
     assert retrofit(base, form="pointer", chunk_len=4, retrieved_len=8).config.base_fingerprint is None
+
+
+def test_a_fit_may_be_saved_into_a_folder_that_has_checksums(place, make_open, check_again, tmp_path):
+    model = make_open(place("gpt2"))
+    model.save_pretrained(tmp_path / "fitted")
+    save_sums(tmp_path / "fitted")
+    model.set_output_embeddings(torch.nn.Linear(16, 64, bias=False))
+    assert "base.lm_head.weight" in check_again(model)
