@@ -63,7 +63,7 @@ class FaissKind(EngineKind):
         if layout.codes != "flat":
             size = min(max(training_sample, 40 * layout.lists), len(rows))
             sample = np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False))
-            if layout.lists and (gpus := _gpus()):  # the coarse k-means is what takes long
+            if layout.lists and (gpus := faiss_gpus()):  # the coarse k-means is what takes long
                 faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_gpus_list(
                     faiss.IndexFlatL2(store.key_dim), gpus=gpus
                 )
@@ -102,7 +102,7 @@ def _factory(layout: IndexLayout, width: int) -> str:
     return f"IVF{layout.lists},{code}" if layout.lists else code
 
 
-def _gpus() -> list[int]:
+def faiss_gpus() -> list[int]:
     """Where faiss-gpu runs: on all GPUs, or the one that RETRO_DEVICE names; nowhere if that is the CPU."""
     import faiss
 
@@ -124,7 +124,7 @@ def read_index(file: Path) -> Any:
 
 
 class FaissEngine:
-    """An index of faiss, on GPUs where faiss-gpu is installed and has the kind (flat and inverted lists): `_gpus`."""
+    """An index of faiss; where faiss-gpu is installed and has the kind (flat, inverted lists), on GPUs: `faiss_gpus`."""
 
     def __init__(self, layout: IndexLayout, folder: Path) -> None:
         self.layout, self._searching = layout, Lock()  # of a GPU's index, which takes one search at a time
@@ -134,7 +134,7 @@ class FaissEngine:
     def _on_gpu(self) -> Any:
         import faiss
 
-        gpus = [] if self.layout.codes in ("sq8", "pq") else _gpus()
+        gpus = [] if self.layout.codes in ("sq8", "pq") else faiss_gpus()
         return faiss.index_cpu_to_gpus_list(self._index, gpus=gpus) if gpus else None
 
     def candidates(

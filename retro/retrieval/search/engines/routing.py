@@ -30,10 +30,11 @@ from weakref import WeakValueDictionary
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
-from retro.common.devices import torch_threads
+from retro.common.devices import find_device, torch_threads
 from retro.common.files import delete, file_record, load_json, open_npy, save_json, save_npy, stable_hash
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.tasks import Task
+from retro.retrieval.search.engines.faiss import faiss_gpus
 from retro.retrieval.search.engines.layout import IndexLayout, Work
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
@@ -286,9 +287,8 @@ def k_means(keys: Float32[np.ndarray, "c d"], count: int, rounds: int) -> Float3
         return np.resize(keys, (count, keys.shape[1]))
     if count == 1:
         return keys.mean(0, keepdims=True)
-    means = faiss.Kmeans(
-        keys.shape[1], count, niter=rounds, seed=1, min_points_per_centroid=1, max_points_per_centroid=1 << 30
-    )
+    sizes = {"min_points_per_centroid": 1, "max_points_per_centroid": 1 << 30}
+    means = faiss.Kmeans(keys.shape[1], count, niter=rounds, seed=1, gpu=len(faiss_gpus()), **sizes)
     means.train(np.ascontiguousarray(keys))
     return means.centroids
 
@@ -320,15 +320,17 @@ def _nearest_and_scores(keys: np.ndarray, centroids: np.ndarray, count: int) -> 
 
     from retro.common.products import fast_products
 
-    table = torch.from_numpy(np.array(centroids))
+    device = find_device()
+    device = device if device.type == "cuda" else torch.device("cpu")
+    table, asked = (torch.from_numpy(np.array(array)).to(device) for array in (centroids, keys))
     with fast_products():
-        scores = torch.addmm(-table.square().sum(1) / 2, torch.from_numpy(np.ascontiguousarray(keys)), table.T)
+        scores = torch.addmm(-table.square().sum(1) / 2, asked, table.T)
     found = []
     for _ in range(min(count, len(table))):  # topk is slower for the few that are asked for
         top, places = scores.max(dim=1, keepdim=True)
         found.append((places, top))
         scores.scatter_(1, places, -torch.inf)
-    places, top = (torch.cat(parts, 1).numpy() for parts in zip(*found, strict=True))
+    places, top = (torch.cat(parts, 1).cpu().numpy() for parts in zip(*found, strict=True))
     return places, top
 
 
