@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.synthetic import write_synthetic_store
+from retro.common.files import TEMPORARY_PREFIX, _machine
 from retro.planning import index_plan
 from retro.retrieval import Store, build_index, open_index
 from retro.retrieval.search import exact
@@ -253,6 +254,13 @@ def test_missing_or_damaged_files_of_an_index_are_named_and_built_again(copy, ki
     with pytest.raises(ValueError, match=f"{largest.name} is missing"):
         open_index(copy, kind)
     assert build_index(copy, kind).folders == [folder] and open_index(copy, kind).folders == [folder]
+
+
+def test_what_a_killed_build_left_goes(copy):
+    left = copy.path / "index" / f"{TEMPORARY_PREFIX}{2**22 + 1}.{_machine()}-0-abc"  # no process has this number
+    left.mkdir(parents=True)
+    build_index(copy, "faiss")
+    assert not left.exists()
 
 
 def test_of_several_indexes_the_best_is_opened(copy):

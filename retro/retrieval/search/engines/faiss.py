@@ -124,7 +124,7 @@ def read_index(file: Path) -> Any:
 
 
 class FaissEngine:
-    """An index of faiss; where faiss-gpu is installed and has the kind (flat, inverted lists), on GPUs: `faiss_gpus`."""
+    """An index of faiss; on GPUs (`faiss_gpus`) where faiss-gpu is installed and has the kind: flat, inverted lists."""
 
     def __init__(self, layout: IndexLayout, folder: Path) -> None:
         self.layout, self._searching = layout, Lock()  # of a GPU's index, which takes one search at a time
