@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from itertools import cycle
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def text(arguments: argparse.Namespace) -> dict[str, Any]:
     """Points, exponents and the recall of the worst tenths; drawn if --text-plot is given."""
     keys = keys_of(arguments)
     points: list[dict[str, Any]] = []
-    for cost, segment, sample in measure(arguments.text_kinds, keys, RECALL, arguments.key_dtype):
+    for cost, segment, sample in measure(arguments.text_kinds, keys, RECALL, arguments.key_dtype, settings):
         points.append(vars(cost) | ({} if segment is None else worst_tenths(cost, sample)))
         print(
             ", ".join(f"{n} {x:.4g}" if isinstance(x, float) else f"{n} {x}" for n, x in points[-1].items()), flush=True
@@ -58,6 +59,12 @@ def keys_of(arguments: argparse.Namespace) -> np.ndarray:
     if arguments.store:
         return sample_keys(Store.open(arguments.store), arguments.text_rows, arguments.seed)
     return TreeKeys(arguments.dim, arguments.seed).rows(0, arguments.text_rows)
+
+
+def settings(kind: str, rows: int) -> dict[str, Any]:
+    """One layout for all sizes, that which ScaNN and faiss have from 100,000 rows on."""
+    trees = {"scann": {"codes": "ah-float32", "leaves": isqrt(rows)}}
+    return (trees | {"faiss": {"codes": "ivf-flat", "lists": 4 * isqrt(rows)}}).get(kind, {})
 
 
 WORST = ("groups", "sparse", "dense")

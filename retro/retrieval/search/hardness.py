@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -128,12 +128,16 @@ def nested_sizes(rows: int) -> list[int]:
 
 
 def measure(
-    kinds: Sequence[str], keys: Float32[np.ndarray, "c d"], recall: float, key_dtype: str = "float16"
+    kinds: Sequence[str],
+    keys: Float32[np.ndarray, "c d"],
+    recall: float,
+    key_dtype: str = "float16",
+    settings: Callable[[str, int], dict[str, Any]] = lambda kind, rows: {},
 ) -> Iterator[tuple[Cost, Segment | None, QuerySample]]:
     """The cost of each kind over nested stores of the keys but the last 1,024, which are searched for.
 
-    keys: in a drawn order. From the largest store on; with each cost goes the segment that was searched (None:
-    exactly), and what it found.
+    keys: in a drawn order. settings: of the index of a kind over so many rows. From the largest store on; with each
+    cost goes the segment that was searched (None: exactly), and what it found.
     """
     held_out = np.ascontiguousarray(keys[-HELD_OUT:])
     sizes = nested_sizes(len(keys) - HELD_OUT)
@@ -146,7 +150,8 @@ def measure(
                 if kind == "exact":
                     yield _exactly(store, rows, held_out), None, None
                 else:
-                    found = _through(store, shards, rows, kind, held_out, recall, candidates)
+                    given = settings(kind, rows) | {"candidates": candidates}
+                    found = _through(store, shards, rows, kind, held_out, recall, given)
                     candidates = found[0].candidates
                     yield found
 
@@ -180,11 +185,11 @@ def _through(
     kind: str,
     held_out: np.ndarray,
     recall: float,
-    candidates: int | None,
+    given: dict[str, Any],
 ) -> tuple[Cost, Segment, QuerySample]:
     """The cost of an index of the first rows."""
     name, _, codes = kind.partition(":")
-    settings = {**dict.fromkeys(ENGINES[name].settings), "codes": codes or None, "candidates": candidates, "seed": 0}
+    settings = {**dict.fromkeys(ENGINES[name].settings), "codes": codes or None, "seed": 0} | given
     layout = choose_layout(name, settings, rows, store.key_dim)
     shards.folder.mkdir()
     np.save(shards.folder / "rows.npy", np.arange(rows, dtype=np.uint32))
@@ -194,14 +199,14 @@ def _through(
     sample = QuerySample(segment, held_out)
     found = tune(segment, recall, sample)
     effort = Effort(found["lists_searched"], found["candidates"])
-    if candidates is None and not engine_of(layout).is_exact(layout):
+    if given["candidates"] is None and not engine_of(layout).is_exact(layout):
         effort = replace(effort, candidates=3 * effort.candidates // 2)
     effort = _fewest_lists(sample, effort, recall)
     ms = _cpu_ms(partial(segment.attempt, k=TUNED_NEIGHBORS, effort=effort), held_out)
     compared = segment.rows_compared(held_out, effort)
-    wide = replace(effort, lists=min(4 * effort.lists, layout.lists))
-    more = segment.rows_compared(held_out, wide) - compared
-    ms_of_row = (_cpu_ms(partial(segment.attempt, k=TUNED_NEIGHBORS, effort=wide), held_out) - ms) / max(more, 1)
+    ms_of_row, wide = ms / rows, replace(effort, lists=min(4 * effort.lists, layout.lists))
+    if more := segment.rows_compared(held_out, wide) - compared:
+        ms_of_row = (_cpu_ms(partial(segment.attempt, k=TUNED_NEIGHBORS, effort=wide), held_out) - ms) / more
     cost = Cost(kind, rows, sample.recall(effort), compared, ms, max(ms_of_row, 0.0), effort.lists, effort.candidates)
     return cost, segment, sample
 
