@@ -22,7 +22,7 @@ index/<hash>/    index.json: the weights
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Int64
@@ -59,18 +59,19 @@ class ContinuationReranker:
         return (features(self.index, queries, rows) @ self.weights).astype(np.float32)
 
 
-def build_continuation(store: Store) -> ContinuationReranker:
+def build_continuation(store: Store, own: Collection[str] | None = None) -> ContinuationReranker:
     """The weights, learned unless the store keeps them already; the TF-IDF index is built if it is missing.
 
+    own: the segments of that index whose chunks can be scored, see `LexicalIndex`.
     Raises ValueError for a store of which no candidate holds anything of what follows.
     """
-    index = build_lexical(store, "tfidf")
+    index = build_lexical(store, "tfidf", own=own)
     folder = store.path / "index" / stable_hash({"kind": KIND, "of": index.name})[:16]
     if (folder / "index.json").is_file():
         return ContinuationReranker(
             index, np.asarray(load_record(folder / "index.json", {"weights": list[float]})["weights"])
         )
-    weights = learn(index)
+    weights = learn(index if own is None else build_lexical(store, "tfidf"))
     try:
         write_index(
             store, folder, lambda aside: {"kind": KIND, "store": store.fingerprint, "weights": weights.tolist()}

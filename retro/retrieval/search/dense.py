@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from retro.common.files import check_files, open_npy, save_npy
 from retro.common.records import save_record
 from retro.common.values import Count, CountOrZero, Probability, check_record
-from retro.retrieval.search.engines import HERE, CountedEngine, IndexLayout, Work, choose_layout, engine_of
+from retro.retrieval.search.engines import HERE, CountedEngine, IndexEngine, IndexLayout, Work, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
 from retro.retrieval.store.store import Store
@@ -52,9 +52,12 @@ class Effort:
 
 
 class Segment:
-    """The rows of some shards, searched through codes; documents that were removed are dropped from the answers."""
+    """The rows of some shards, searched through codes; documents that were removed are dropped from the answers.
 
-    def __init__(self, store: Store, shards: ShardRange) -> None:
+    engine: None opens that of the folder.
+    """
+
+    def __init__(self, store: Store, shards: ShardRange, engine: IndexEngine | None = None) -> None:
         self.store, self.shards = store, shards
         self.folder: Path = shards.folder
         self.record: dict[str, Any] = shards.record
@@ -66,7 +69,7 @@ class Segment:
         self.num_live = self.num_rows
         if self._has_removed:
             self.num_live = sum(len(self.live_rows(*part)) for part in blocks(0, self.num_rows, 1 << 20))
-        self._engine = engine_of(self.layout).open(self.layout, shards.folder)
+        self.engine = engine or engine_of(self.layout).open(self.layout, shards.folder)
 
     @property
     def effort(self) -> Effort:
@@ -110,27 +113,32 @@ class Segment:
         considered = effort.considered(fetch, self.num_rows)
         size, parts = max(_FOUND // considered, 1), []
         for start, stop in blocks(0, len(queries), size):
-            local = self._engine.candidates(queries[start:stop], fetch, considered, effort.lists)
-            found = self._store_rows(local)
-            parts.append(_nearest(found, rescore(self.store, queries[start:stop], found), k))
+            parts.append(_nearest(*self.scored(queries[start:stop], fetch, considered, effort.lists), k))
         return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def rows_compared(self, queries: Float32[np.ndarray, "q d"], effort: Effort) -> float:
         """Rows whose codes or keys a search of an effort compares with a query, the mean of these queries."""
-        if isinstance(self._engine, CountedEngine):
-            return float(self._engine.rows_compared(queries, effort.lists).mean())
+        if isinstance(self.engine, CountedEngine):
+            return float(self.engine.rows_compared(queries, effort.lists).mean())
         share = effort.lists / self.layout.lists if self.layout.lists else 1.0
         return self.num_rows * share * (2 if self.layout.soar else 1)
 
-    def _store_rows(self, local: np.ndarray) -> np.ndarray:
-        """Store rows of local ones, -1 for what is missing, removed or (with SOAR) there twice."""
+    def scored(
+        self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
+    ) -> tuple[Int64[np.ndarray, "q c"], Float64[np.ndarray, "q c"]]:
+        """The candidates of one search, each once, in any order (-1: none), and their squared distances."""
+        found = self.store_rows(self.engine.candidates(queries, wanted, considered, lists))
+        if self.layout.soar:
+            found = np.sort(found, axis=1)
+            found[:, 1:][found[:, 1:] == found[:, :-1]] = -1
+        return found, rescore(self.store, queries, found)
+
+    def store_rows(self, local: Int64[np.ndarray, "q c"]) -> Int64[np.ndarray, "q c"]:
+        """Store rows of the segment's own, -1 for what is missing or removed."""
         found = self.first_row + self._rows[local].astype(np.int64)
         found[local < 0] = -1
         if self._has_removed:
             found[self.store.is_removed(found)] = -1
-        if self.layout.soar:
-            found = np.sort(found, axis=1)
-            found[:, 1:][found[:, 1:] == found[:, :-1]] = -1
         return found
 
 
@@ -144,9 +152,14 @@ def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarra
 
 def open_segment(store: Store, shards: ShardRange) -> Segment:
     """Open one segment; ValueError names a file that is missing or damaged, on which ScaNN would abort the process."""
-    check_record(shards.folder / "index.json", shards.record, _FIELDS)
-    check_files(shards.folder, shards.record["files"], checksums=True)
+    check_segment(shards, checksums=True)
     return Segment(store, shards)
+
+
+def check_segment(shards: ShardRange, checksums: bool) -> None:
+    """Refuse a segment with a ValueError that names what is wrong in its record or its files."""
+    check_record(shards.folder / "index.json", shards.record, _FIELDS)
+    check_files(shards.folder, shards.record["files"], checksums=checksums)
 
 
 def write_dense(

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,14 @@ _FIELDS = {"kind": str, "recall": Probability, "segments": list[str], "files": F
 
 
 class LexicalIndex:
-    """Sparse matrices of term weights, [terms, chunks] by term; the score of a chunk is its product with the query."""
+    """Sparse matrices of term weights, [terms, chunks] by term; the score of a chunk is its product with the query.
 
-    def __init__(self, store: Store, folder: Path, segments: list[Postings], exact: bool) -> None:
+    own: the names of the segments whose chunks are searched and scored; None is all.
+    """
+
+    def __init__(
+        self, store: Store, folder: Path, segments: list[Postings], exact: bool, own: Collection[str] | None = None
+    ) -> None:
         self.store, self.folder, self.segments, self.exact = store, folder, segments, exact
         self.record: dict[str, Any] = load_record(folder / "index.json", _FIELDS)
         self.kind: str = self.record["kind"] + EXACT * exact
@@ -74,7 +81,11 @@ class LexicalIndex:
         self.name = folder.name
         self.folders = [folder, *(segment.folder for segment in segments)]
         files = self.record["files"]
-        self._matrices = [_Matrix(store, segment, folder, number, files) for number, segment in enumerate(segments)]
+        self._matrices = [
+            _Matrix(store, segment, folder, number, files)
+            for number, segment in enumerate(segments)
+            if own is None or segment.folder.name in own
+        ]
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
         """The k chunks of the largest score above 0 outside the excluded document rows; equal scores by row. On average
@@ -94,8 +105,19 @@ class LexicalIndex:
         return found
 
     def idf(self, terms: Int64[np.ndarray, " t"]) -> Float32[np.ndarray, " t"]:
-        """Of the buckets of tfidf; 0 for those that no chunk has."""
-        return np.max([matrix.idf(terms) for matrix in self._matrices], axis=0)
+        """Of the buckets of tfidf, over all segments; 0 for those that no chunk has."""
+        found = np.zeros(len(terms), np.float32)
+        for known, idf in self._idf:
+            places = np.minimum(np.searchsorted(known, terms), len(idf) - 1)
+            found = np.maximum(found, np.where(known[places] == terms, idf[places], np.float32(0)))
+        return found
+
+    @cached_property
+    def _idf(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The terms of each segment, and theirs."""
+        names = (f"idf-{number:05d}.npy" for number in range(len(self.segments)))
+        arrays = [open_array(self.folder, name, self.record["files"]) for name in names]
+        return [(np.asarray(one.terms), np.asarray(idf)) for one, idf in zip(self.segments, arrays, strict=True)]
 
 
 class _Matrix:
@@ -147,11 +169,6 @@ class _Matrix:
         is_there = (rows >= self.first_row) & (rows < self.stop_row) & (self.segment.rows[chunks] == wanted)
         return score_chunks(self._weighed, self._queried(queries), np.where(is_there, chunks, -1))
 
-    def idf(self, terms: Int64[np.ndarray, " t"]) -> Float32[np.ndarray, " t"]:
-        """As `LexicalIndex.idf`; 0 for terms of other segments."""
-        places = np.minimum(np.searchsorted(self.segment.terms, terms), len(self._idf) - 1)
-        return np.where(self.segment.terms[places] == terms, self._idf[places], np.float32(0))
-
     def _queried(self, queries: Queries) -> Any:
         """The weight of each term in each query, sparse [q, terms]; terms that say nothing are left out."""
         block = _counts(self._vocabulary.terms(queries), self._matrix.shape[0])
@@ -199,10 +216,10 @@ def _num_threads() -> int:
 # Building
 
 
-def build_lexical(store: Store, kind: str, check: bool = False) -> LexicalIndex:
+def build_lexical(store: Store, kind: str, check: bool = False, own: Collection[str] | None = None) -> LexicalIndex:
     """Build what is missing or damaged of the index of a store's searchable rows, and open it.
 
-    check: look for damage in all of its files; else only in what opening reads.
+    check: look for damage in all of its files; else only in what opening reads. own: see `LexicalIndex`.
     """
     kind, _, exact = kind.partition(":")
     for last_try in (False, True):
@@ -214,7 +231,7 @@ def build_lexical(store: Store, kind: str, check: bool = False) -> LexicalIndex:
             if not (folder / "index.json").is_file():
                 _written(store, kind, lambda: _write_weights(store, kind, segments, folder))  # noqa: B023
             check_files(folder, load_record(folder / "index.json")["files"], checksums=check)
-            return LexicalIndex(store, folder, segments, bool(exact))
+            return LexicalIndex(store, folder, segments, bool(exact), own)
         except ValueError as error:
             damaged = [shards.folder for shards in shard_ranges if _is_damaged(shards.folder)]
             damaged += [folder] if (folder / "index.json").is_file() and _is_damaged(folder) else []

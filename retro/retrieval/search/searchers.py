@@ -11,6 +11,7 @@ promise to hold of the text to come (see retro.retrieval.search.continuation).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
@@ -88,16 +89,26 @@ def open_searcher(
     return RerankedSearcher(first, open_reranker(store, second)) if separator else first
 
 
-def open_reranker(store: Store, kind: str) -> Reranker:
+def open_reranker(store: Store, kind: str, own: Collection[str] | None = None) -> Reranker:
     """The second stage of a name: "continuation", "bm25" or "tfidf", with the weights of the whole store, or an
-    embedder's name."""
+    embedder's name. own: the segments whose chunks can be scored, of a stage that has a lexical index; None is all."""
+    scored_by_words(kind)
     if kind == continuation.KIND:
-        return continuation.build_continuation(store)
+        return continuation.build_continuation(store, own)
     if kind in lexical.KINDS:
-        return lexical.build_lexical(store, kind)
+        return lexical.build_lexical(store, kind, own=own)
+    return EmbedderReranker(store, load_embedder(kind))
+
+
+def scored_by_words(kind: str) -> str | None:
+    """The lexical index that a second stage goes by, None for an embedder; ValueError for what cannot be one."""
+    if kind == continuation.KIND:
+        return "tfidf"
+    if kind in lexical.KINDS:
+        return kind
     if not kind or ">" in kind or kind.partition(":")[0] in ("auto", "exact", *ENGINES, *lexical.KINDS):
         raise ValueError(f"behind > there must be continuation, bm25, tfidf or the name of an embedder, not {kind!r}")
-    return EmbedderReranker(store, load_embedder(kind))
+    return None
 
 
 def parse_kind(kind: str, keyless: bool = False) -> list[str]:

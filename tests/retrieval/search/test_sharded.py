@@ -1,119 +1,37 @@
-"""Shards that answer apart, merged: the answers of a local search; on three nodes, of which one is killed."""
+"""Search on three nodes, of which one is killed."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from retro.loading import load
 from retro.model import RetroConfig, RetroForCausalLM
-from retro.retrieval import RemoteRetriever, Retriever, Store, build_index, open_neighbors, open_sharded
-from retro.retrieval.search.exact import as_hits, merge, no_hits
+from retro.retrieval import (
+    RemoteRetriever,
+    Retriever,
+    Store,
+    build_index,
+    open_neighbors,
+    open_sharded,
+    remove_documents,
+)
+from retro.retrieval.search.gathering import MissingShards
 from retro.retrieval.search.queries import Queries
-from retro.retrieval.search.searchers import open_searcher, parse_kind
-from retro.retrieval.search.segments import row_range
-from retro.retrieval.search.sharded import MissingShards, ShardActor, ShardedSearcher, _ScatterGather, plan_shards
-from tests.stand_ins import HashingEmbedder, make_store, words
+from retro.retrieval.search.sharded import ShardedSearcher
+from tests.retrieval.search.test_gathering import bordered_store, queries_of
+from tests.stand_ins import HashingEmbedder
 from tests.waiting import FOREVER, wait_until
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tokenizer):
-    """Several shards, duplicates on both sides of every border between them."""
-    folder = tmp_path_factory.mktemp("sharded")
-    texts = [words(n % 50 + 3, n % 37) for n in range(120)]
-    return make_store(folder, texts, tokenizer, shard_chunks=300)
-
-
-def queries_of(store, rows):
-    return Queries(store.tokenizer, texts=store.text(rows), keys=store.keys(rows))
-
-
-# Shards without Ray
-
-
-def merged(store, kind, num_shards, queries, k, excluded=None):
-    """What the shards of a plan answer, each opened as its actor would, merged by score and row."""
-    rows, distances = no_hits(len(queries), k)
-    for parts in plan_shards(store, kind, num_shards):
-        shard = ShardActor(str(store.path), store.fingerprint, {name: asdict(part) for name, part in parts.items()})
-        asked = {"texts": queries.texts, "keys": queries.keys}
-        found, scores = shard.search(kind, asked, k, excluded)
-        rows, distances = merge(rows, distances, found, -scores.astype(np.float64), k)
-    return as_hits(rows, distances)
-
-
-@pytest.mark.parametrize("num_shards", [1, 3, 40])
-def test_exact_shards_answer_as_one(store, num_shards):
-    rows = np.arange(0, store.num_chunks, 97)
-    asked, own = queries_of(store, rows), [{row} for row in store.document_rows(rows).tolist()]
-    local = open_searcher(store, "exact", HashingEmbedder())
-    for excluded in (None, own, [{0, 1, *of} for of in own]):
-        found = merged(store, "exact", num_shards, asked, 5, excluded)
-        for mine, other in zip(found, local.search(asked, 5, excluded), strict=True):
-            np.testing.assert_array_equal(mine, other)
-
-
-def test_segments_are_spread_and_shards_without_one_searched_exactly(store, tmp_path):
-    pytest.importorskip("faiss")
-    folder = shutil.copytree(store.path, tmp_path / "store")
-    copy = Store.open(folder)
-    index = build_index(copy, "faiss", max_segment_rows=300)
-    assert len(index.segments) == 3
-    dropped = index.segments[1]
-    shutil.rmtree(dropped.folder)
-    plan = plan_shards(copy, "faiss", 3)
-    held = [part["faiss"] for part in plan]
-    assert [part.ranges for part in held if part.ranges] == [[row_range(copy, dropped.shards)]]
-    names = [name for part in held for _, _, name in part.segments]
-    assert sorted(names) == sorted(segment.folder.name for segment in index.segments if segment is not dropped)
-    rows = np.arange(0, copy.num_chunks, 61)
-    asked = queries_of(copy, rows)
-    exact = open_searcher(copy, "exact", HashingEmbedder()).search(asked, 4)
-    for mine, other in zip(merged(copy, "faiss", 3, asked, 4), exact, strict=True):  # flat codes of a small store
-        np.testing.assert_array_equal(mine, other)
-
-
-@pytest.mark.parametrize("kind", ["tfidf", "tfidf:exact", "bm25", "bm25:exact"])
-def test_a_shard_of_words_is_asked_by_what_it_reads(store, kind):
-    searcher = object.__new__(ShardedSearcher)
-    searcher.num_rows, searcher.recall = store.num_searchable, 1.0
-    asked = _ScatterGather(searcher, kind, FOREVER)._asked(Queries(store.tokenizer, texts=["W1-w2, w3?", "w5"]))
-    assert list(asked) == ["texts" if kind.startswith("bm25") else "tokens"]
-
-
-def test_words_are_one_shard(store):
-    plan = plan_shards(store, "exact+tfidf", 3)
-    assert [sorted(parts) for parts in plan] == [["exact"], ["exact"], ["exact", "tfidf"]]
-    asked = queries_of(store, np.arange(0, store.num_chunks, 50))
-    for mine, other in zip(
-        merged(store, "tfidf", 3, asked, 4), open_searcher(store, "tfidf").search(asked, 4), strict=True
-    ):
-        np.testing.assert_array_equal(mine, other)
-
-
-def test_refusals(store):
-    with pytest.raises(ValueError, match="num_shards must be at least 1"):
-        plan_shards(store, "exact", 0)
-    with pytest.raises(ValueError, match="has no scann index|needs a library"):
-        plan_shards(store, "scann", 2)
-    with pytest.raises(ValueError, match="is another store here, or has been changed; open the search again"):
-        ShardActor(str(store.path), "0" * 64, {})
-    with pytest.raises(ValueError, match=r"timeout must be above 0, not 0\.0"):
-        open_sharded(store, timeout=0.0)
-    assert [str(part) for parts in plan_shards(store, "exact", 2) for part in parts.values()] == [
-        f"rows 0 to {store.num_chunks // 2 - 1}",
-        f"rows {store.num_chunks // 2} to {store.num_chunks - 1}",
-    ]
-    assert parse_kind("exact") == ["exact"]
-
-
-# Three nodes
+    return bordered_store(tmp_path_factory.mktemp("sharded"), tokenizer)
 
 
 SYSTEM = {
@@ -205,10 +123,14 @@ def test_answers_of_three_nodes_are_those_of_one(cluster, store, sharded):
     with pytest.raises(ValueError, match="query row 1 is not finite"):
         keys = store.keys(np.arange(2)) * np.array([[1.0], [np.nan]], np.float32)
         sharded.search(Queries(store.tokenizer, texts=["w1", "w2"], keys=keys), 3)
-    fused = Retriever(store, "exact+tfidf", HashingEmbedder())
-    with open_sharded(store, "exact+tfidf", 2, HashingEmbedder(), timeout=FOREVER) as both:
-        assert both.kind == "exact+tfidf"
-        check_same(Retriever(store, both)(texts, 5), fused(texts, 5))
+    kind = "exact+tfidf>tfidf"
+    if find_spec("faiss"):
+        build_index(store, "routed", lists=24)
+        kind = "routed+tfidf>tfidf"
+    staged = Retriever(store, kind, HashingEmbedder())
+    with open_sharded(store, kind, 2, HashingEmbedder(), timeout=FOREVER) as both:
+        assert both.kind == kind
+        check_same(Retriever(store, both)(texts, 5), staged(texts, 5))
 
 
 @pytest.mark.slow
@@ -271,8 +193,6 @@ def test_a_server_over_shards_says_how_many_answered(cluster, store, sharded, mo
 
 @pytest.mark.slow
 def test_a_store_that_a_node_does_not_see(cluster, store, tmp_path, monkeypatch):
-    from retro.retrieval import remove_documents
-
     copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
     remove_documents(copy.path, ["d3"])
     said = "2 of 2 shards are missing: .*: ValueError: .* is another store here, or has been changed"

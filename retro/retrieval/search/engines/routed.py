@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from retro.common.files import load_json
 from retro.retrieval.search.engines.faiss import read_index
@@ -90,7 +90,7 @@ class RoutedKind(EngineKind):
 
     def open(self, layout: IndexLayout, folder: Path) -> RoutedEngine:
         """See `EngineKind`."""
-        return RoutedEngine(layout, folder)
+        return RoutedEngine(layout, read_index(folder / FAISS_FILE), folder)
 
     def code_bytes(self, layout: IndexLayout, width: int) -> float:
         """Code and id, in both lists."""
@@ -118,60 +118,87 @@ class RoutedKind(EngineKind):
 
 
 class RoutedEngine:
-    """Lists of codes and their router."""
+    """Lists of codes and their router; of the lists there may be some only."""
 
-    def __init__(self, layout: IndexLayout, folder: Path) -> None:
-        self.layout = layout
-        self._index = read_index(folder / FAISS_FILE)
+    def __init__(self, layout: IndexLayout, index: Any, folder: Path) -> None:
+        self.layout, self._index = layout, index
         if layout.codes != "flat":
             import faiss
 
-            self._router = faiss.downcast_index(self._index.quantizer)
+            self._router = faiss.downcast_index(index.quantizer)
             self._mean_distance = load_json(folder / TRAINED)["mean_distance"]
 
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
     ) -> Int64[np.ndarray, "q c"]:
-        """See `IndexEngine`; a row may be there twice.
+        """See `IndexEngine`; a row may be there twice."""
+        if self.layout.codes == "flat":
+            return self._index.search(queries, wanted)[1]
+        distances, rows = self.visit(queries, self.route(queries, lists), considered)
+        return np.where(are_certain(distances, wanted), rows, -1)
+
+    def route(self, queries: Float32[np.ndarray, "q d"], lists: int) -> Int64[np.ndarray, "q l"]:
+        """The lists that each query visits, the nearest first; -1 where it visits fewer.
 
         A query whose nearest centroid lies as far as a row's does on average visits `lists`; one that lies among few
         rows, and needs more for the same recall, visits more, by the cube of that distance.
         """
         import faiss
 
-        if self.layout.codes == "flat":
-            return self._index.search(queries, wanted)[1]
         most = min(_MOST_VISITS * lists, self.layout.lists)
         groups = faiss.SearchParametersIVF(nprobe=groups_visited(most, self.layout.lists))
         distances, visited = self._router.search(queries, most, params=groups)
         if lists < self.layout.lists:
             visits = lists * (np.maximum(distances[:, :1], 0) / self._mean_distance) ** 3
             visited[np.arange(most) >= np.maximum(visits, lists / _MOST_VISITS)] = -1
-        twice = NUM_LISTS_OF_A_ROW * considered
-        count = twice if twice >= self._index.ntotal else considered  # all there are, of rows that are there twice
-        return self._search(np.ascontiguousarray(queries, np.float32), count, visited, distances)
+        return visited
 
-    def _search(self, queries: np.ndarray, count: int, visited: np.ndarray, distances: np.ndarray) -> np.ndarray:
-        """As faiss's `search_preassigned`, which takes the number of lists from the index that all threads share."""
+    def visit(
+        self, queries: Float32[np.ndarray, "q d"], lists: Int64[np.ndarray, "q l"], considered: int
+    ) -> tuple[Float32[np.ndarray, "q c"], Int64[np.ndarray, "q c"]]:
+        """The rows nearest by their codes in the lists of each query, the nearest first (-1 where there are fewer),
+        and their distances. A row in two lists is there twice, at the same distance."""
         import faiss
 
-        found = np.empty((len(queries), count), np.int64)
-        arrays = (queries, visited, distances, np.empty(found.shape, np.float32), found)
-        asked, lists, to_lists, to_rows, rows = map(faiss.swig_ptr, arrays)
-        params = faiss.SearchParametersIVF(nprobe=visited.shape[1])
-        self._index.search_preassigned_c(len(queries), asked, count, lists, to_lists, to_rows, rows, False, params)
-        return found
+        total = self._index.ntotal  # of rows that are there twice
+        count = total + 1 if NUM_LISTS_OF_A_ROW * considered >= total else considered  # all: the last is none
+        distances, rows = np.empty((len(queries), count), np.float32), np.empty((len(queries), count), np.int64)
+        queries, lists = np.ascontiguousarray(queries, np.float32), np.ascontiguousarray(lists)
+        unused = np.zeros(lists.shape, np.float32)
+        asked, *pointers = map(faiss.swig_ptr, (queries, lists, unused, distances, rows))
+        visited = faiss.SearchParametersIVF(nprobe=lists.shape[1])
+        self._index.search_preassigned_c(len(queries), asked, count, *pointers, False, visited)
+        distances[rows < 0] = np.inf
+        return distances, rows
 
     def rows_compared(self, queries: Float32[np.ndarray, "q d"], lists: int) -> Int64[np.ndarray, " q"]:
         """See `CountedEngine`."""
-        import faiss
-
         if self.layout.codes == "flat":
             return np.full(len(queries), self._index.ntotal)
-        groups = faiss.SearchParametersIVF(nprobe=groups_visited(lists, self.layout.lists))
-        found = self._index.quantizer.search(queries, lists, params=groups)[1]
+        found = self.route(queries, lists)
         sizes = np.array([self._index.invlists.list_size(number) for number in range(self.layout.lists)])
         return np.where(found < 0, 0, sizes[found]).sum(1)
+
+    @property
+    def group_of_list(self) -> Int64[np.ndarray, " lists"]:
+        """Which group each list is of."""
+        held = self._router.invlists
+        return np.repeat(np.arange(held.nlist), [held.list_size(group) for group in range(held.nlist)])
+
+    @property
+    def groups(self) -> Float32[np.ndarray, "g d"]:
+        """Their centroids."""
+        import faiss
+
+        table = faiss.downcast_index(self._router.quantizer)
+        return table.reconstruct_n(0, table.ntotal)
+
+
+def are_certain(distances: Float32[np.ndarray, "q c"], wanted: int) -> Bool[np.ndarray, "q c"]:
+    """Which of the candidates of least distance are found in whatever order lists are searched: those nearer than the
+    last, unless they are fewer than wanted; of rows as far as the last others may have been left out."""
+    nearer = distances < distances.max(1, keepdims=True)
+    return nearer | (nearer.sum(1, keepdims=True) < wanted)
 
 
 def groups_visited(visited: int, lists: int) -> int:

@@ -11,6 +11,7 @@ Rows that are added later are only assigned: the centroids, and the codes of the
     groups.npy  centroids.npy  sizes.npy (lists of each group)  codebook.npy    the tables
     lists.npy int32 [rows, 2]  codes.npy                                        from which a longer index is made
     faiss.index  trained.json (rows, mean squared distance to the centroid)     what a search reads
+    lengths.npy int32 (rows of each list)                                       with which it reads some lists only
 
 All that is drawn is drawn by the number of a block or a group, and every task runs on one thread: the file does not
 depend on who did the tasks, nor on kills. Other processors may round a distance otherwise, and so put a row that lies
@@ -40,7 +41,7 @@ from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
 
 NUM_LISTS_OF_A_ROW = 2
-FAISS_FILE, TRAINED = "faiss.index", "trained.json"
+FAISS_FILE, TRAINED, LENGTHS_FILE = "faiss.index", "trained.json", "lengths.npy"
 TABLES = "groups", "codebook", "centroids", "sizes"
 _BLOCK_ROWS = 1 << 17
 _PART_ROWS = 1 << 15  # whose distances are computed at a time
@@ -387,6 +388,8 @@ def _write_files(job: Path, layout: IndexLayout, folder: Path, base: tuple[Path,
         save_npy(folder / f"{kind}.npy", np.concatenate([*kept, *(open_npy(job / f"{n}.{kind}.npy") for n in names)]))
     index, held = faiss_index(folder, layout)
     faiss.write_index(index, str(folder / FAISS_FILE))
+    lengths = np.bincount(open_npy(folder / "lists.npy").reshape(-1), minlength=layout.lists)
+    save_npy(folder / LENGTHS_FILE, lengths.astype(np.int32))
     del held
 
 
