@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from retro.cli.options import options, taken
 from retro.cli.shared import (
+    Base,
     HeldOut,
     IndexKind,
     ModelFolder,
@@ -42,13 +43,14 @@ class ReadingSettings(DeviceSettings, ResultFiles, ScoringSettings):
     lm: str | None = None
     num_neighbors: int | None = None
     index: OwnIndex = None
+    base: Base = None
 
     def opened(self, model: Any) -> tuple[Any, Any, Any]:
         """The model, what retrieves for it, and the plain LM beside it or None."""
         from retro.loading import load, load_model
 
         self.use()
-        opened, _, retriever = load(model, self.store, index=self.index or "auto")
+        opened, _, retriever = load(model, self.store, index=self.index or "auto", base=self.base)
         return opened, retriever, self.lm and load_model(self.lm, retriever.store)
 
     def held_out(self) -> list:
@@ -68,8 +70,9 @@ class ReadingSettings(DeviceSettings, ResultFiles, ScoringSettings):
 
 SweepOptions = options(ReadingSettings, without=["progress"])
 NeighborsOptions = options(ReadingSettings, without=["progress", "num_neighbors"])
-DatastoreOptions = options(ReadingSettings, without=["progress", "index", "store"])
-ModelsOptions = options(ReadingSettings, without=["progress", "index", "lm"])
+DatastoreOptions = options(ReadingSettings, without=["progress", "index", "store", "base"])
+ModelsOptions = options(ReadingSettings, without=["progress", "index", "lm", "base"])
+TokensOptions = options(ReadingSettings, without=["progress", "base"])
 EvaluateOptions = options(ReadingSettings, without=["progress", "csv", "plot"])
 BaselineOptions = options(BaselineSettings, DeviceSettings, ResultFiles, without=["plot"])
 
@@ -175,7 +178,7 @@ def sweep_models(models: list[str], /, *, index: IndexKind = "auto", **given: Un
     asked.show_sweep(sweep_models(opened, asked.held_out(), retriever, asked.num_neighbors, asked))
 
 
-def sweep_tokens(folder: str, /, **given: Unpack[SweepOptions]) -> None:
+def sweep_tokens(folder: str, /, **given: Unpack[TokensOptions]) -> None:
     """Sweep the checkpoints of one run of training or RETRO-fitting by the tokens that they have seen.
 
     Arguments:

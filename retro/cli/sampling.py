@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Unpack
 from cyclopts import Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import JsonFile, ModelFolder, OwnIndex, check_file, stamp, use_device, write_json
+from retro.cli.shared import Base, JsonFile, ModelFolder, OwnIndex, check_file, stamp, use_device, write_json
 from retro.common.devices import DeviceSettings
 from retro.retrieval.filters.hits import QueryFilters
 from retro.sampling.settings import DecodingSettings
@@ -27,6 +27,7 @@ def generate(
     no_retrieval: bool = False,
     k: int | None = None,
     index: OwnIndex = None,
+    base: Base = None,
     align: Literal["start", "end"] | None = None,
     lookahead: int | None = None,
     gains: bool = False,
@@ -82,7 +83,7 @@ def generate(
     from retro.loading import load
     from retro.sampling import sample, terminal_stream, terminal_text, wants_color
 
-    opened, tokenizer, retriever = load(model, store, index=index or "auto", **filters)
+    opened, tokenizer, retriever = load(model, store, index=index or "auto", base=base, **filters)
     color = wants_color(sys.stdout)
     torch.manual_seed(given.pop("seed", 0))
     given |= {name: value for name, value in (("lookahead", lookahead), ("align", align)) if value is not None}

@@ -9,7 +9,7 @@ from typing import Annotated, Unpack
 from cyclopts import Group, Parameter
 
 from retro.cli.options import options, taken
-from retro.cli.shared import ApiKeyFile, Host, IndexKind, ModelFolder, OwnIndex, Port, StoreFolder, use_device
+from retro.cli.shared import ApiKeyFile, Base, Host, IndexKind, ModelFolder, OwnIndex, Port, StoreFolder, use_device
 from retro.common.devices import DeviceSettings
 from retro.common.extras import check_installed
 from retro.retrieval.filters.hits import QueryFilters
@@ -27,6 +27,7 @@ def serve(
     store: list[str],
     name: str | None = None,
     index: OwnIndex = None,
+    base: Base = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: ApiKeyFile = None,
@@ -52,7 +53,7 @@ def serve(
     from retro.web.listening import read_api_key, run, url_of
 
     api_key = read_api_key(api_key_file)
-    opened, tokenizer, stores = load_with_stores(model, store, index or "auto")
+    opened, tokenizer, stores = load_with_stores(model, store, index or "auto", base)
     if not reads_neighbors(opened):
         raise ValueError(f"{model} reads no neighbors; serve a RETRO, or a model that was fitted for them.")
     engine = Engine(opened, tokenizer, stores, taken_on)

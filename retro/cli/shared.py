@@ -34,6 +34,9 @@ IndexKind = Annotated[str, Parameter(help=f"{_INDEX}auto is the best one built, 
 _OWN_INDEX = f"{_INDEX}Default: auto, or the kind of the model's training if that is lexical."
 OwnIndex = Annotated[str | None, Parameter(help=_OWN_INDEX)]
 
+_BASE = "Of a RETRO-fitted model: folder or Hugging Face name of its base. Default: what the model's folder names."
+Base = Annotated[str | None, Parameter(help=_BASE)]
+
 
 def use_device(given: dict[str, Any]) -> None:
     """Let the verb's models run where and in which type was given, which is taken out of `given`."""

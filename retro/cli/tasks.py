@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Unpack
 from cyclopts import Parameter
 
 from retro.cli.options import options
-from retro.cli.shared import JsonFile, OwnIndex, ReadStore, ResultFiles, RunFile, first, held_out
+from retro.cli.shared import Base, JsonFile, OwnIndex, ReadStore, ResultFiles, RunFile, first, held_out
 from retro.cli.training import Config, KeyValue, run_recipe
 from retro.common.devices import DeviceSettings
 from retro.common.extras import check_installed
@@ -29,6 +29,7 @@ class TaskSettings(DeviceSettings, ResultFiles, ReaderSettings):
 
     store: str | None = None
     index: OwnIndex = None
+    base: Base = None
     documents: int | None = None
 
     def reader(self, model: str) -> Any:
@@ -38,7 +39,7 @@ class TaskSettings(DeviceSettings, ResultFiles, ReaderSettings):
         cache = None if self.cache is True else self.cache
         self.refuse_without_store(index=self.index, k=self.num_neighbors, cache=cache)
         given = {field.name: getattr(self, field.name) for field in fields(ReaderSettings)}
-        return open_reader(model, self.store, self.index or "auto", progress=True, **given)
+        return open_reader(model, self.store, self.index or "auto", base=self.base, progress=True, **given)
 
     def refuse_without_store(self, **given: Any) -> None:
         """ValueError for what was given and means nothing without a store."""
@@ -233,7 +234,7 @@ def lm_eval(
     asked.refuse_without_store(index=asked.index, k=k)
     given = dict(align=asked.align, batch_size=asked.batch_size, seed=asked.seed, max_length=asked.max_len)
     read = dict(num_neighbors=k, reading=reading, retrieval=retrieval, **given)
-    lm = RetroLM(model, asked.store, asked.index or "auto", **read)
+    lm = RetroLM(model, asked.store, asked.index or "auto", base=asked.base, **read)
     results = run_tasks(lm, tasks, include, cache, fewshot, limit, asked.seed)
     asked.show_as("lm_eval", results, None)
 

@@ -68,6 +68,7 @@ class RetroLM(TemplateLM):
             `max_batch_size` of them.
         max_batch_size: For "auto"; default 64.
         seed: Of random neighbors.
+        base: Of a RETRO-fitted model; see `retro.load`.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class RetroLM(TemplateLM):
         device: str | None = None,
         dtype: Any = None,
         seed: int = 0,
+        base: Any = None,
     ):
         super().__init__()
         batch_size = _batch_size(batch_size, max_batch_size)
@@ -103,7 +105,7 @@ class RetroLM(TemplateLM):
         options = {} if retrieval is None else {"retrieval": retrieval}
         reader = open_reader(
             pretrained, store, index, tokenizer, dtype, align=align, batch_size=batch_size, cache=False, seed=seed,
-            max_len=max_length, **options,
+            max_len=max_length, base=base, **options,
         )  # fmt: skip
         if place is not None:
             reader.model.to(place)

@@ -123,8 +123,8 @@ def find_base(name: str, folder: str | Path) -> str:
             if parent.joinpath(*path.parts[start:]).exists():
                 return str(parent.joinpath(*path.parts[start:]))
     raise ValueError(
-        f"{folder} names the base {name}, which is not there; put it beside the folder, or say where it is: "
-        "from_pretrained(..., base=...)."
+        f"{folder} names the base {name}, which is not there; put it beside the folder, or say where it is: --base, or "
+        "from Python base=."
     )
 
 

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
-def load_with_stores(model: Any, places: Sequence[str], index: str = "auto") -> tuple[Any, Any, dict[str, Retriever]]:
+def load_with_stores(
+    model: Any, places: Sequence[str], index: str = "auto", base: Any = None
+) -> tuple[Any, Any, dict[str, Retriever]]:
     """A model, its tokenizer, and retrievers by the name of their store, in the order given.
 
-    model, index: see `retro.load`. places: PATH (called as its folder), the address of a retrieval server (called as
-    its host), or NAME=PATH.
+    model, index, base: see `retro.load`. places: PATH (called as its folder), the address of a retrieval server (called
+    as its host), or NAME=PATH.
 
     Raises ValueError for a name given twice and a store that the model cannot read.
     """
@@ -32,7 +34,8 @@ def load_with_stores(model: Any, places: Sequence[str], index: str = "auto") -> 
         name = name or (urlsplit(path).netloc if is_url(path) else Path(path).resolve().name)
         if name in stores:
             raise ValueError(f"two stores are called {name}; call one of them otherwise, --store NAME=PATH.")
-        model, tokenizer, stores[name] = load(model, path, index=index, tokenizer=tokenizer)
+        how = {"tokenizer": tokenizer, "base": base if tokenizer is None else None}  # the model is loaded once
+        model, tokenizer, stores[name] = load(model, path, index=index, **how)
     return model, tokenizer, stores
 
 

@@ -129,6 +129,17 @@ def test_a_fitted_model_is_evaluated_and_sampled_from(fitted, made, capsys, tmp_
     assert "retrieval is off" in capsys.readouterr().out
 
 
+def test_a_fit_whose_base_has_gone_elsewhere(fitted, made, capsys, tmp_path):
+    moved = shutil.copytree(fitted, tmp_path / "moved", ignore=shutil.ignore_patterns("checksums.json"))
+    config = json.loads((moved / "config.json").read_text()) | {"base_name_or_path": "/gone/base"}
+    (moved / "config.json").write_text(json.dumps(config))
+    argv = ["generate", str(moved), "a tensor", "--no-retrieval", "--max-new-tokens", "3"]
+    assert main(argv) != 0 and "--base" in capsys.readouterr().err
+    base = ["--base", str(made["folder"] / "base")]
+    run([*argv, *base])
+    run(["task", "lambada", str(moved), "--data", made["heldout"], "--documents", "1", *base])
+
+
 REFUSED = {
     "an unknown key": (["train", "train_small", "store={store}", "output={new}", "lerning_rate=1"], "lerning_rate"),
     "an unknown model field": (

@@ -58,7 +58,7 @@ TAKEN = {
     DeviceSettings: ([verb for verb in VERBS if verb not in (*WITHOUT_MODELS, "add")], set()),
     QueryFilters: (["search", "generate", "serve-store"], {"against"}),
     DecodingSettings: (["generate"], set()),
-    ReadingSettings: (["leakage", "sweep tokens"], {"progress"}),
+    ReadingSettings: (["leakage"], {"progress"}),
     ScoringSettings: (["evaluate", *(f"sweep {verb}" for verb in GROUPS["sweep"])], {"progress"}),
     ResultFiles: (["leakage", *(f"sweep {verb}" for verb in GROUPS["sweep"])], set()),
     BaselineSettings: (["baselines"], set()),

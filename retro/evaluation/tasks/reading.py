@@ -292,13 +292,19 @@ class _Stop:
 
 
 def open_reader(
-    model: Any, store: Any = None, index: str = "auto", tokenizer: Any = None, dtype: Any = None, **options: Any
+    model: Any,
+    store: Any = None,
+    index: str = "auto",
+    tokenizer: Any = None,
+    dtype: Any = None,
+    base: Any = None,
+    **options: Any,
 ) -> Reader:
     """A reader of what `retro.load` gives for these arguments.
 
     options: Of Reader. `retrieval` is "on" by default if there is a store and the model reads neighbors.
     """
-    model, tokenizer, retriever = load(model, store, index=index, tokenizer=tokenizer, dtype=dtype)
+    model, tokenizer, retriever = load(model, store, index=index, tokenizer=tokenizer, dtype=dtype, base=base)
     retrieval = "on" if retriever is not None and reads_neighbors(model) else "off"
     return Reader(model=model, tokenizer=tokenizer, retriever=retriever, **{"retrieval": retrieval, **options})
 
