@@ -25,12 +25,14 @@ from retro.common.files import (
     written_aside,
 )
 from retro.common.records import load_record, save_record
+from retro.retrieval.building.sample import SAMPLE, widen
 from retro.retrieval.embedding.embedder import Embedder, embed_chunks, keys_are_queries
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.ranks import await_leader
 from retro.retrieval.executors.tasks import Task, finished
 from retro.retrieval.search import lexical
 from retro.retrieval.search.exact import check_queries, exact_search, merge, no_hits
+from retro.retrieval.search.index import ApproximateIndex
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.searchers import Searcher, embedder_of, open_searcher
 from retro.retrieval.store.store import Store
@@ -39,6 +41,7 @@ _QUERY_ROWS = 1024  # chunks searched at a time
 _TASK_QUERIES = 16_384, 65_536  # least and most of a task: the keys are read once for all of them
 _TASK_PAIRS = 1 << 32  # query-key pairs of a task, where the number of queries leaves a choice
 _TASKS = 16  # as many at least, by ranges of rows where the queries are few
+_SEED = 0  # of the sample by which recall is measured
 _HITS = np.dtype([("row", "<i8"), ("distance", "<f4")])
 
 
@@ -86,7 +89,7 @@ class Join:
     def after(self, task: Task, record: dict[str, Any]) -> Iterable[Task]:
         """What a finished task makes possible."""
         if task.name == "index":
-            self.spec = {**self.spec, "recall": record["recall"]}
+            self.spec = {**self.spec, "measured": record["measured"]}
             return self.searches()
         if task.name in self._left:
             self.done_pairs += _num_pairs(self._left.pop(task.name))
@@ -175,13 +178,15 @@ _own_embedder: Embedder | None = None
 
 
 def prepare_index(spec: dict[str, Any]) -> dict[str, Any]:
-    """Task: open the index, or build it; its record holds the recall."""
-    return {"recall": _stores_of(spec).searcher.recall}
+    """Task: open the index, or build it; its record holds the recall of the join and how far it looks."""
+    return {"measured": _stores_of(spec).measured(spec["k"])}
 
 
 def search_block(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the hits of one block of queries in one range of rows, nearest first, into a file."""
     join, (start, stop) = _stores_of(spec), spec["queries"]
+    if (widening := spec.get("measured", {}).get("widening")) is not None:
+        join.searcher.index.widening = widening
     hits = np.empty((stop - start, spec["k"]), _HITS)
     hits["row"], hits["distance"] = join.search(np.arange(start, stop), spec["k"], tuple(spec["rows"]))
     path = Path(spec["job"]) / spec["file"]
@@ -197,7 +202,7 @@ def write_table(spec: dict[str, Any]) -> dict[str, Any]:
         left.unlink()
     record = {name: spec[name] for name in ("k", "exclude", "index")}
     record |= {"store": spec["stores"][0][1], "queries": spec["stores"][1][1], "chunks": num_chunks}
-    record |= {"missing": 0, "chunks_without_neighbors": 0, "recall": spec.get("recall", 1.0)}
+    record |= {"missing": 0, "chunks_without_neighbors": 0, **spec.get("measured", {"recall": 1.0})}
     with (
         written_aside(folder / "rows.npy") as rows_file,
         written_aside(folder / "distances.npy") as distances_file,
@@ -239,6 +244,17 @@ class _Stores:
     @cached_property
     def searcher(self) -> Searcher:
         return open_searcher(self.store, self.index, build=True)
+
+    def measured(self, k: int) -> dict[str, Any]:
+        """The recall, of a sample of the chunks where it can be measured against exact search of keys."""
+        index = getattr(self.searcher, "index", None)
+        if not isinstance(index, ApproximateIndex):
+            return {"recall": self.searcher.recall}
+        count = self.queries.num_chunks
+        chunks = np.sort(np.random.default_rng(_SEED).choice(count, min(SAMPLE, count), replace=False))
+        chunks = chunks[self.queries.chunk_lens(chunks) > 0]
+        asked = Queries(self.queries.tokenizer, keys=self._keys(chunks))
+        return widen(self.searcher, index, asked, k, self._own_documents(chunks) if self.excludes else None)
 
     def search(
         self, chunks: Int64[np.ndarray, " q"], k: int, rows: Range

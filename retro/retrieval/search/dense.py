@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +83,19 @@ class Segment:
         return rows[~self.store.is_removed(rows)] if self._has_removed else rows
 
     def search(
-        self, queries: Float32[np.ndarray, "q d"], k: int
+        self, queries: Float32[np.ndarray, "q d"], k: int, widening: float = 1.0
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
         """The k nearest rows that are found and their squared distances.
 
-        More lists and rows are looked at by the share of removed rows. Where fewer are found than the segment has,
-        the search is widened, twofold each time, until it has seen all.
+        More lists and rows are looked at by `widening` and the share of removed rows. Where fewer are found than the
+        segment has, the search is widened, twofold each time, until it has seen all.
         """
         most = min(k, self.num_live)
         if not most or not len(queries):
             return no_hits(len(queries), k)
         further = lambda count: -(-count * self.num_rows // self.num_live)  # noqa: E731
-        effort = Effort(min(further(self.effort.lists), self.layout.lists), self.effort.candidates)
+        lists, candidates = ceil(further(self.effort.lists) * widening), ceil(self.effort.candidates * widening)
+        effort = Effort(min(lists, self.layout.lists), candidates)
         fetch = min(further(k) + 8 * self._has_removed, self.num_rows)
         rows, distances = self.attempt(queries, k, effort, fetch)
         while fetch < self.num_rows or effort.lists < self.layout.lists:

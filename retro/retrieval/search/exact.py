@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _OVER_SELECT = 16  # candidates kept beyond k, so that rounding of the matrix product cannot displace a true neighbor
 _BLOCK_SCORES = 1 << 24  # scores held at a time by exact search
-_PAIRS = 1 << 14  # keys gathered at a time
+_PAIRS = 1 << 11  # keys gathered at a time, so few that their memory is used again
 _CACHED_PAIRS = 1 << 8  # distances computed at a time, so few that they stay in cache
 
 Hits = tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"], Bool[np.ndarray, "q k"]]

@@ -72,7 +72,10 @@ class ApproximateIndex:
 
     recall: of the segments as they were tuned, weighted by their rows; exact search counts as 1.
     name: changes with what is searched, and how far.
+    widening: by how much more than its segments are tuned to it looks into.
     """
+
+    widening = 1.0
 
     def __init__(self, store: Store, kind: str, segments: list[Segment]) -> None:
         self.store, self.kind, self.segments = store, kind, segments
@@ -105,7 +108,7 @@ class ApproximateIndex:
     def _lists(self, queries: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and distances of each segment, then of each range that has none."""
         for segment in self.segments:
-            yield segment.search(queries, k)
+            yield segment.search(queries, k, self.widening)
         for part in self.exact_ranges:
             rows, scores, _ = exact_search(self.store, queries, k, rows=part)
             yield rows, -scores.astype(np.float64)

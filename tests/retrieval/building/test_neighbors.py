@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from retro.common.checksums import CheckedArray
 from retro.common.files import write_lock
+from retro.common.records import load_record, save_record
 from retro.retrieval import Store, build_neighbors, open_neighbors, remove_documents
 from retro.retrieval.building import join
+from retro.retrieval.building.sample import share_found
 from retro.retrieval.search import searchers as search_module
 from retro.retrieval.search.index import build_index, exact_search
 from tests.kills import count_calls, killed_at_call
@@ -127,6 +129,27 @@ def test_through_an_index_as_exact(store):
     assert exact.path != approximate.path
     np.testing.assert_allclose(approximate.distances, exact.distances, atol=1e-5)
     assert open_neighbors(store, k=3).path == exact.path
+
+
+def test_a_join_measures_its_recall_and_looks_further_where_it_is_low(tmp_path, tokenizer):
+    """As where the rows of the query's own document are all that is found in the lists for which it was tuned."""
+    pytest.importorskip("faiss")
+    store = make_store(tmp_path, [words(160, n % 12) + " " + words(160, n) for n in range(24)], tokenizer)
+    file = build_index(store, "faiss:ivf-flat").folders[0] / "index.json"
+    record = load_record(file)
+    save_record(file, record | {"recall": record["recall"] | {"lists_searched": 4}})
+    exact, table = build_neighbors(store, 4), build_neighbors(store, 4, index="faiss:ivf-flat")
+    shares = share_found(*(found.distances[:].astype(np.float64) for found in (table, exact)))
+    assert table.record["widening"] > 1 and table.record["sample"] == 512 < store.num_chunks
+    assert table.record["recall"] >= 0.95 and sum(sorted(table.record["recall_of_strata"])[:2]) >= 1.8
+    assert len(table.record["recall_of_strata"]) == 10 and abs(shares.mean() - table.record["recall"]) < 0.03
+    assert exact.record["recall"] == 1
+
+
+def test_the_share_found_counts_neighbors_that_there_are():
+    exact = np.array([[1, 2, 3], [1, 2, np.inf], [np.inf] * 3, [1, 1, 1]])
+    found = np.array([[1, 3, 4], [2, np.inf, np.inf], [np.inf] * 3, [1, 1, 1]])
+    np.testing.assert_allclose(share_found(found, exact), [2 / 3, 1 / 2, np.nan, 1])
 
 
 def test_of_another_store(store, tmp_path, tokenizer):
@@ -320,6 +343,7 @@ JOB = """
 import sys
 from retro.retrieval import Store, build_neighbors
 from retro.retrieval.building import join
+from retro.retrieval.building.sample import share_found
 from tests.kills import die_at_call
 join._TASK_QUERIES, join._TASK_PAIRS, join._TASKS = (16, 16), 512, 8
 store = Store.open(sys.argv[1])
