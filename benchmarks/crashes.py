@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from retro.cli import main
+from retro.common.records import SUMS_FILE
 
 TIMED = {"elapsed_seconds", "tokens_per_second"}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "cca_layers": [2, 3], "retrieved_len": 16}
@@ -90,10 +91,10 @@ def ended(pid: int, kill_after: float | None = None) -> int:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of all files, without what tells times."""
+    """Of all files, without what tells times, and what is summed over that."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.endswith("lock"):
+        if path.is_file() and not path.name.endswith("lock") and path.name != SUMS_FILE:
             data = path.read_bytes()
             if path.name in ("metrics.jsonl", "state.json"):
                 lines = data.splitlines() if path.suffix == ".jsonl" else [data]

@@ -155,6 +155,13 @@ def is_abandoned(path: Path) -> bool:
     return False
 
 
+def clear_abandoned(folder: Path, root: Path) -> None:
+    """Delete temporary files and folders in a folder below `root` whose writers were killed."""
+    for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        if is_abandoned(left):
+            delete(left, root)
+
+
 def sync(path: Path) -> None:
     """fsync one file or folder (folders cannot be opened on every platform; then this is a no-op)."""
     try:

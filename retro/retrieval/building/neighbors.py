@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.common.checksums import CheckedArray, open_array
-from retro.common.files import check_files, delete, stable_hash
+from retro.common.files import check_files, clear_abandoned, delete, stable_hash
 from retro.common.own import check_no_links
 from retro.common.records import FILES, load_record
 from retro.common.values import NumNeighbors
@@ -86,6 +86,7 @@ def build_neighbors(
     _check(store, queries, k, exclude, uses_keys=uses_keys(index))
     settings = {"k": k, "exclude": exclude, "index": index}
     folder = _folder(store, queries, settings)
+    clear_abandoned(folder, store.path)
     if (folder / "neighbors.json").is_file():
         try:
             table = _open(folder, k)

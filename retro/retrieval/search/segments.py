@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from retro.common.checksums import open_array
-from retro.common.files import TEMPORARY_PREFIX, delete, folder_record, folder_written_aside, is_abandoned, stable_hash
+from retro.common.files import clear_abandoned, delete, folder_record, folder_written_aside, stable_hash
 from retro.common.own import check_no_links
 from retro.common.records import FILES, load_record, save_record
 from retro.common.values import CountOrZero, check_record
@@ -214,9 +214,7 @@ def write_index(
     store.check_on_disk(numbers)
     check_no_links(store.path, "index")
     folder.parent.mkdir(exist_ok=True)
-    for left in folder.parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if is_abandoned(left):  # by a build that was killed
-            delete(left, store.path)
+    clear_abandoned(folder.parent, store.path)
     try:
         with folder_written_aside(folder) as aside:
             try:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retro.common.checksums import CheckedArray
-from retro.common.files import write_lock
+from retro.common.files import TEMPORARY_PREFIX, _machine, write_lock
 from retro.common.records import load_record, save_record
 from retro.retrieval import Store, build_neighbors, open_neighbors, remove_documents
 from retro.retrieval.building import join
@@ -428,3 +428,13 @@ def test_bytes_of_ranks(store):
     ]
     assert [rank.wait() for rank in ranks] == [0, 0, 0]
     assert table_bytes(open_neighbors(store, k=4)) == kept
+
+
+def test_what_a_killed_join_left_goes(store, tmp_path):
+    copy = Store.open(shutil.copytree(store.path, tmp_path / "copy"))
+    build_neighbors(copy, 2)
+    (record,) = copy.path.glob("neighbors/*/neighbors.json")
+    left = record.parent / f"{TEMPORARY_PREFIX}{2**22 + 1}.{_machine()}-0-job"  # no process has this number
+    left.mkdir()
+    build_neighbors(copy, 2)
+    assert not left.exists()
