@@ -71,9 +71,10 @@ class RetroCache(Cache):
     def begin(self, batch_size: int, length: int, attention_mask: Any = None, is_known: bool = False) -> CachedStep:
         """Where the next `length` tokens of each row stand.
 
-        attention_mask: [b, all columns so far], 0 only before a row's first real token; masks of other forms, which a
-            base's generate() makes for itself, say nothing new and are left alone.
-        is_known: Whether it goes on with 1s, here and in the step itself. Then a GPU is not asked for each token.
+        Arguments:
+            attention_mask: [b, all columns so far], 0 only before a row's first real token; masks of other forms, which
+                a base's generate() makes for itself, say nothing new and are left alone.
+            is_known: whether it goes on with 1s, here and in the step itself. Then a GPU is not asked for each token.
         """
         if not self.padding:
             self.padding, self.reading, self._furthest = ([0] * batch_size for _ in range(3))
