@@ -23,6 +23,7 @@ from retro.common.checksums import block_sums, open_checked
 from retro.common.own import check_inside, check_names
 
 TEMPORARY_PREFIX = ".tmp-"
+JOB_PREFIX = ".job-"
 LOCK_FILE = ".lock"
 READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS  # of OSErrors where nothing may be written
 _HEAD_BYTES = 4096
@@ -113,6 +114,15 @@ def write_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether somebody holds the lock of a folder."""
+    try:
+        with write_lock(folder):
+            return False
+    except ValueError:
+        return True
 
 
 def delete(path: Path, root: Path | None = None) -> None:

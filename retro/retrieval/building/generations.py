@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retro.common.files import TEMPORARY_PREFIX, delete, is_abandoned, write_lock
+from retro.common.files import JOB_PREFIX, TEMPORARY_PREFIX, delete, is_abandoned, is_locked, write_lock
 from retro.common.own import check_no_links
 from retro.common.records import load_record, save_record
 from retro.retrieval.building.job import PARTS
@@ -52,6 +52,7 @@ def clear_leftovers(store: Store, keep_work: bool = False, readers: bool = False
         stale += path.glob(f"{place}/{TEMPORARY_PREFIX}*")
     for place in ("index", "neighbors"):  # whoever searches may write here, without the lock
         stale += (left for left in path.glob(f"{place}/{TEMPORARY_PREFIX}*") if readers or is_abandoned(left))
+    stale += (job for job in path.glob(f"index/{JOB_PREFIX}*") if readers or not is_locked(job))
     if not keep_work:
         named = {record["name"] for record in store.shards}
         stale += (folder for folder in _numbered(path / "shards") if folder.name not in named)

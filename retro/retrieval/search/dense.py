@@ -113,7 +113,7 @@ class Segment:
         """The k nearest of what one search of an effort finds; `fetch` hits, then those of removed rows are dropped."""
         fetch = min(fetch or k, self.num_rows)
         considered = effort.considered(fetch, self.num_rows)
-        size, parts = max(_FOUND // considered, 1), []
+        size, parts = max(_FOUND // max(considered, effort.lists), 1), []
         for start, stop in blocks(0, len(queries), size):
             parts.append(_nearest(*self.scored(queries[start:stop], fetch, considered, effort.lists), k))
         return parts[0] if len(parts) == 1 else tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isqrt
@@ -22,9 +21,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from retro.common.devices import torch_threads
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, QuerySample, Segment, tune
 from retro.retrieval.search.engines import ENGINES, choose_layout, engine_of
+from retro.retrieval.search.engines.faiss import one_thread
 from retro.retrieval.search.engines.routed import ROWS_OF_A_LIST
 from retro.retrieval.search.exact import exact_search
 from retro.retrieval.search.segments import ShardRange
@@ -141,7 +140,7 @@ def measure(
     """
     held_out = np.ascontiguousarray(keys[-HELD_OUT:])
     sizes = nested_sizes(len(keys) - HELD_OUT)
-    with tempfile.TemporaryDirectory() as folder, _one_thread():
+    with tempfile.TemporaryDirectory() as folder, one_thread():
         store = KeySample(Path(folder), keys[:-HELD_OUT], sizes, key_dtype)
         for kind in kinds:
             candidates = None
@@ -239,20 +238,3 @@ def _cpu_ms(search: Any, queries: np.ndarray) -> float:
             search(queries[start : start + _BATCH])
         seconds.append(time.process_time() - started)
     return 1000 * median(seconds[1:]) / len(queries)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for torch, and for faiss where it is installed."""
-    with torch_threads(1):
-        try:
-            import faiss
-        except ImportError:
-            yield
-            return
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        try:
-            yield
-        finally:
-            faiss.omp_set_num_threads(threads)

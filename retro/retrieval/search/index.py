@@ -68,7 +68,7 @@ class Index(Protocol):
 
 
 class ApproximateIndex:
-    """Segments of consecutive shards, each served by ScaNN or faiss, and exact search over shards without one.
+    """Segments of consecutive shards, each served by an engine, and exact search over shards without one.
 
     recall: of the segments as they were tuned, weighted by their rows; exact search counts as 1.
     name: changes with what is searched, and how far.
@@ -129,9 +129,10 @@ def build_index(
             (nothing to build), "scann", "routed" or "faiss", or one of these with its codes, as in "faiss:ivf-pq".
         recall: of the 10 nearest, to which each segment is tuned; None keeps what is tuned, and tunes new segments to
             the same, or to 0.95 if there are none. One that is not reached is said in the log, with the best found.
-        settings: scann: leaves, leaves_to_search, soar; faiss: lists, probes; both: codes, candidates (for 10
-            neighbors, ordered by the stored keys), training_sample, max_segment_rows, seed. Each has a default by the
-            number of rows; an unknown name raises ValueError.
+        settings: scann: leaves, leaves_to_search, soar; faiss: lists, probes; routed: lists, probes (for a query as far
+            from its nearest centroid as rows are on average; others visit up to four times as many); all: codes,
+            candidates (for 10 neighbors, ordered by the stored keys), training_sample, max_segment_rows, seed. Each has
+            a default by the number of rows; an unknown name raises ValueError.
 
     Writes index/<hash>/{index.json, rows.npy, ...}, a folder a segment; see retro.retrieval.search.segments for
     which.
@@ -150,10 +151,9 @@ def build_index(
     segments = []
     most = chosen["max_segment_rows"]
     planned = plan_segments(store, there, most)
+    planned = [part for part in planned if part.folder or len(store.searchable_in(*row_range(store, part)))]
     extended = extensions(store, planned, most) if ENGINES[kind].extends else [(shards, None) for shards in planned]
     for shards, base in extended:
-        if shards.folder is None and not len(store.searchable_in(*row_range(store, shards))):
-            continue
         written = (
             shards if shards.folder else _write(store, shards, kind, chosen, target, Work(executor, workers), base)
         )
@@ -166,10 +166,10 @@ def build_index(
 
 
 def open_index(store: Store, kind: str = "auto") -> Index:
-    """Open an index that `build_index` wrote; "auto" takes ScaNN, else faiss, else exact search.
+    """Open an index that `build_index` wrote; "auto" takes any, and exact search where there is none.
 
-    Of several of a kind, the one that serves the most rows is opened, then the one of the highest recall; shards that
-    it does not serve are searched exactly.
+    Of several, the one that serves the most rows is opened, then the kind that "auto" would build, then the one of the
+    highest recall; shards that it does not serve are searched exactly.
     Raises ValueError if none of that kind is there for this state of the store, or a file of it is missing or damaged.
     """
     if not (shard_ranges := served_by(store, kind)):
@@ -184,10 +184,12 @@ def served_by(store: Store, kind: str = "auto") -> list[ShardRange]:
     if kind == "exact":
         return []
     engine, codes = _split(kind if kind == "auto" else resolve_kind(kind))
-    for name in ENGINES:
-        is_wanted = engine == name or (engine == "auto" and _importable(name))
-        if is_wanted and (families := _families(store, name, codes)):
-            return max(families, key=lambda shard_ranges: (_rows(store, shard_ranges), _recall(shard_ranges)))
+    best = resolve_kind("auto", store.num_searchable)
+    wanted = [name for name in ENGINES if engine == name or (engine == "auto" and _importable(name))]
+    wanted.sort(key=lambda name: name != best)  # of those that serve as many rows, the first
+    found = [(family, -order) for order, name in enumerate(wanted) for family in _families(store, name, codes)]
+    if found:
+        return max(found, key=lambda one: (_rows(store, one[0]), one[1], _recall(one[0])))[0]
     if kind == "auto":
         return []
     raise ValueError(

@@ -1,11 +1,15 @@
 """The routed index: small lists behind a router, built by tasks, extended by what is added."""
 
+import json
+
 import numpy as np
 import pytest
 
-from retro.common.files import folder_record, load_json
+from retro.common.files import folder_record
+from retro.common.records import load_record
 from retro.retrieval import Store, build_index, open_index
 from retro.retrieval.building.updates import add_documents, remove_documents
+from retro.retrieval.building.verify import verify_store
 from retro.retrieval.executors import tasks as executor_tasks
 from retro.retrieval.search.engines import routing
 from retro.retrieval.search.engines.routing import Lists, apportion
@@ -117,7 +121,7 @@ def test_lists_are_made_anew_where_they_no_longer_fit(store, tmp_path, monkeypat
     write_jsonl(tmp_path / "more.jsonl", [{"id": f"new-{n}", "text": words(40, 500 + n)} for n in range(count)])
     grown = add_documents(store.path, [str(tmp_path / "more.jsonl")], HashingEmbedder(), index=True)
     _, segment = files_of(open_index(grown, "routed"))
-    assert load_json(segment.folder / "trained.json")["rows"] == segment.num_rows == grown.num_searchable
+    assert load_record(segment.folder / "trained.json")["rows"] == segment.num_rows == grown.num_searchable
     assert segment.layout.lists == -(-segment.num_rows // 32)
 
 
@@ -132,7 +136,7 @@ def test_queries_among_few_rows_visit_more_lists(store):
 
     _, segment = files_of(build_index(store, "routed", workers=1))
     engine, queries = segment.engine, store.keys(store.searchable_rows[::100])
-    mean, lists = load_json(segment.folder / "trained.json")["mean_distance"], 4
+    mean, lists = load_record(segment.folder / "trained.json")["mean_distance"], 4
     visited = engine.route(queries, lists)
     distances, found = engine.visit(queries, visited, 30)
     nearest = engine._router.search(queries, 1, params=faiss.SearchParametersIVF(nprobe=100))[0][:, 0]
@@ -144,3 +148,51 @@ def test_queries_among_few_rows_visit_more_lists(store):
     for query, count, rows in zip(queries, counts.tolist(), found, strict=True):
         params = faiss.SearchParametersIVF(nprobe=count, quantizer_params=faiss.SearchParametersIVF(nprobe=100))
         np.testing.assert_array_equal(rows, engine._index.search(query[None], 30, params=params)[1][0])
+
+
+def test_a_store_with_routed_lists_is_sound_until_a_file_of_theirs_is_changed(store):
+    _, segment = files_of(build_index(store, "routed", workers=1))
+    verify_store(store, level="full")
+    told = json.loads((segment.folder / "trained.json").read_text())
+    (segment.folder / "trained.json").write_text(json.dumps(told | {"mean_distance": 2 * told["mean_distance"]}))
+    with pytest.raises(ValueError, match="trained.json"):
+        verify_store(store)
+
+
+def test_two_builds_at_once_and_jobs_that_nobody_does(store, tmp_path, monkeypatch):
+    refused = []
+
+    def build_again(folder, task, run=executor_tasks.run_task):
+        if not refused:
+            with pytest.raises(
+                ValueError, match="is being written by another process; wait until that is done"
+            ) as said:
+                build_index(Store.open(store.path), "routed", workers=1)
+            refused.append(said)
+        return run(folder, task)
+
+    left = store.path / "index" / ".job-0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "divide-000000000000.keys.npy").write_bytes(b"keys")
+    with monkeypatch.context() as patched:
+        patched.setattr(executor_tasks, "run_task", build_again)
+        build_index(store, "routed", workers=1)
+    assert refused and left.is_dir()
+    remove_documents(store.path, [store.document(3).id])
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("keys", ["large", "alike"])
+def test_keys_of_any_size(keys, tmp_path, tokenizer):
+    import faiss
+
+    class Keys(HashingEmbedder):
+        def embed(self, texts, is_query=False):
+            found = super().embed(texts)
+            return found * np.float32(1e5) if keys == "large" else np.ones_like(found)
+
+    store = make_store(tmp_path, [words(40, seed) for seed in range(120)], tokenizer, Keys(), min_chunk_len=2)
+    threads = faiss.omp_get_max_threads()
+    _, segment = files_of(build_index(store, "routed", workers=1))
+    assert segment.record["recall"]["reached"] and faiss.omp_get_max_threads() == threads
+    assert load_record(segment.folder / "trained.json")["mean_distance"] >= 0

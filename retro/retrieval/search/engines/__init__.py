@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 KEYS_IN_MEMORY = 1 << 31  # bytes of keys of a segment above which only codes stay in memory
-ENGINES: dict[str, EngineKind] = {"scann": ScannKind(), "routed": RoutedKind(), "faiss": FaissKind()}
+ENGINES: dict[str, EngineKind] = {"scann": ScannKind(), "faiss": FaissKind(), "routed": RoutedKind()}
 ROUTED_ROWS = 200_000  # from which "auto" is "routed"; below it is the first that is installed
 
 

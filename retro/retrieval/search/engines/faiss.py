@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from math import log2
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from retro.common.devices import find_device
+from retro.common.devices import find_device, torch_threads
 from retro.common.pretrained import first_line
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.store.store import Store
@@ -111,6 +113,23 @@ def faiss_gpus() -> list[int]:
     if device is None or device.type != "cuda":
         return []
     return list(range(count)) if device.index is None else [device.index]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch, and for faiss where it is installed."""
+    with torch_threads(1):
+        try:
+            import faiss
+        except ImportError:
+            yield
+            return
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            yield
+        finally:
+            faiss.omp_set_num_threads(threads)
 
 
 def read_index(file: Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from retro.common.files import load_json
+from retro.common.records import load_record
 from retro.retrieval.search.engines.faiss import read_index
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, TRAINED, write_lists
@@ -84,7 +84,7 @@ class RoutedKind(EngineKind):
         work: Work = HERE,
     ) -> bool:
         """See `EngineKind`: as long as there are at most twice the rows that the centroids were made of."""
-        if layout.codes == "flat" or len(rows) > _MOST_GROWTH * load_json(base / TRAINED)["rows"]:
+        if layout.codes == "flat" or len(rows) > _MOST_GROWTH * load_record(base / TRAINED)["rows"]:
             return False
         return write_lists(layout, store, rows, folder, 0, 0, work, (base, kept))
 
@@ -126,7 +126,7 @@ class RoutedEngine:
             import faiss
 
             self._router = faiss.downcast_index(index.quantizer)
-            self._mean_distance = load_json(folder / TRAINED)["mean_distance"]
+            self._mean_distance = load_record(folder / TRAINED)["mean_distance"]
 
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
@@ -149,7 +149,10 @@ class RoutedEngine:
         groups = faiss.SearchParametersIVF(nprobe=groups_visited(most, self.layout.lists))
         distances, visited = self._router.search(queries, most, params=groups)
         if lists < self.layout.lists:
-            visits = lists * (np.maximum(distances[:, :1], 0) / self._mean_distance) ** 3
+            nearest = np.maximum(distances[:, :1], 0)
+            ratio = np.full_like(nearest, 2)  # visits all of these; so do all queries where keys are alike
+            np.divide(nearest, self._mean_distance, out=ratio, where=nearest < 2 * self._mean_distance)
+            visits = lists * ratio**3
             visited[np.arange(most) >= np.maximum(visits, lists / _MOST_VISITS)] = -1
         return visited
 

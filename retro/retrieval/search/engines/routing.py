@@ -31,11 +31,12 @@ from weakref import WeakValueDictionary
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
-from retro.common.devices import find_device, torch_threads
-from retro.common.files import delete, file_record, load_json, open_npy, save_json, save_npy, stable_hash
+from retro.common.devices import find_device
+from retro.common.files import JOB_PREFIX, delete, file_record, open_npy, save_npy, stable_hash, write_lock
+from retro.common.records import load_record, save_record
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.tasks import Task
-from retro.retrieval.search.engines.faiss import faiss_gpus
+from retro.retrieval.search.engines.faiss import faiss_gpus, one_thread
 from retro.retrieval.search.engines.layout import IndexLayout, Work
 from retro.retrieval.search.exact import blocks
 from retro.retrieval.store.store import Store
@@ -77,17 +78,18 @@ def write_lists(
     spec |= {"sample": max(training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": seed}
     new = rows if base is None else rows[len(base[1]) :]
     spec |= {"rows": len(new), "block_rows": _BLOCK_ROWS, "base": base and str(base[0].resolve())}
-    job = store.path / "index" / f".job-{stable_hash([spec, new[:1].tolist(), new[-1:].tolist()])[:16]}"
+    job = store.path / "index" / f"{JOB_PREFIX}{stable_hash([spec, new[:1].tolist(), new[-1:].tolist()])[:16]}"
     job.mkdir(parents=True, exist_ok=True)
-    save_npy(job / "rows.npy", new)
-    tasks = _ListsJob(spec | {"job": str(job.resolve())})
-    open_executor(work.executor, work.workers).run(job, tasks.first(), tasks.after)
-    mean = sum(tasks.distances[name] for name in sorted(tasks.distances)) / max(len(new), 1)
-    trained = {"rows": len(rows), "mean_distance": mean} if base is None else load_json(base[0] / TRAINED)
-    if fits := base is None or mean <= _DRIFT * trained["mean_distance"]:
-        save_json(folder / TRAINED, trained)
-        _write_files(job, layout, folder, base)
-    delete(job, store.path)
+    with write_lock(job):
+        save_npy(job / "rows.npy", new)
+        tasks = _ListsJob(spec | {"job": str(job.resolve())})
+        open_executor(work.executor, work.workers).run(job, tasks.first(), tasks.after)
+        mean = sum(tasks.distances[name] for name in sorted(tasks.distances)) / max(len(new), 1)
+        trained = {"rows": len(rows), "mean_distance": mean} if base is None else load_record(base[0] / TRAINED)
+        if fits := base is None or mean <= _DRIFT * trained["mean_distance"]:
+            save_record(folder / TRAINED, trained)
+            _write_files(job, layout, folder, base)
+        delete(job, store.path)
     return fits
 
 
@@ -160,7 +162,7 @@ def apportion(counts: Int64[np.ndarray, " g"], total: int) -> Int64[np.ndarray, 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the centroids of the groups and the codebook."""
-    with torch_threads(1):
+    with one_thread():
         store, rows = _rows_of(spec)
         chosen = np.random.default_rng([spec["seed"], 0]).choice(
             len(rows), min(spec["sample"], len(rows)), replace=False
@@ -174,7 +176,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
 def divide(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the rows of a block that train centroids of lists, in the order of their groups."""
-    with torch_threads(1):
+    with one_thread():
         store, rows = _rows_of(spec)
         start, stop = spec["block"]
         share = min(_SAMPLE_OF_LIST * spec["layout"]["lists"] / spec["rows"], 1.0)
@@ -183,13 +185,14 @@ def divide(spec: dict[str, Any]) -> dict[str, Any]:
         groups, keys = open_npy(Path(spec["job"]) / "groups.npy"), store.keys(rows[start:stop][chosen])
         own = np.concatenate([_nearest(keys[a:b], groups, 1)[:, 0] for a, b in blocks(0, len(keys), _PART_ROWS)])
         counts = np.bincount(own, minlength=len(groups))
-        keys = keys[np.argsort(own, kind="stable")].astype(np.float16)
+        as_stored = np.float16 if store.manifest["key_dtype"] == "float16" else np.float32
+        keys = keys[np.argsort(own, kind="stable")].astype(as_stored)
         return _written(spec, keys=keys, counts=counts) | {"counts": counts.tolist()}
 
 
 def split(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the centroids of the lists of some groups, by k-means of each group's rows."""
-    with torch_threads(1):
+    with one_thread():
         first, stop = spec["groups"]
         names = [f"divide-{start:012d}" for start, _ in blocks(0, spec["rows"], spec["block_rows"])]
         parts = [open_npy(_file(spec, name, "keys")) for name in names]
@@ -204,7 +207,7 @@ def split(spec: dict[str, Any]) -> dict[str, Any]:
 
 def assign(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the two lists and the code of every row of a block."""
-    with torch_threads(1):
+    with one_thread():
         store, rows = _rows_of(spec)
         lists = Lists(Path(spec["base"] or spec["job"]))
         codec, found, distance = lists.codec(spec["layout"]), [], 0.0
@@ -236,7 +239,7 @@ class Lists:
         order = np.argsort(distances, axis=1, kind="stable")[:, :_CANDIDATE_LISTS]
         near, distances = np.take_along_axis(near, order, 1), np.take_along_axis(distances, order, 1)
         if near.shape[1] == 1:
-            return np.repeat(near, 2, axis=1).astype(np.int32), distances[:, 0]
+            return np.repeat(near, 2, axis=1).astype(np.int32), np.maximum(distances[:, 0], 0)
         residual = keys - self.centroids[near[:, 0]]
         length = np.maximum(np.linalg.norm(residual, axis=1), 1e-12)
         others = np.maximum(near[:, 1:], 0)
@@ -246,7 +249,7 @@ class Lists:
         loss = distances[:, 1:] + _SOAR * np.square(along / length[:, None])
         second = np.take_along_axis(near[:, 1:], loss.argmin(1)[:, None], 1)[:, 0]
         both = np.stack([near[:, 0], np.where(second < 0, near[:, 0], second)], 1)
-        return both.astype(np.int32), distances[:, 0]
+        return both.astype(np.int32), np.maximum(distances[:, 0], 0)
 
     def _candidates(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lists and squared distances [c, 2 of each group]; -1 and infinity where a group has fewer."""
@@ -289,7 +292,8 @@ def k_means(keys: Float32[np.ndarray, "c d"], count: int, rounds: int) -> Float3
     if count == 1:
         return keys.mean(0, keepdims=True)
     sizes = {"min_points_per_centroid": 1, "max_points_per_centroid": 1 << 30}
-    means = faiss.Kmeans(keys.shape[1], count, niter=rounds, seed=1, gpu=len(faiss_gpus()), **sizes)
+    count_gpus = len(gpus) if (gpus := faiss_gpus()) == list(range(len(gpus))) else 0  # it takes the first ones only
+    means = faiss.Kmeans(keys.shape[1], count, niter=rounds, seed=1, gpu=count_gpus, **sizes)
     means.train(np.ascontiguousarray(keys))
     return means.centroids
 
@@ -319,13 +323,10 @@ def _nearest_and_scores(keys: np.ndarray, centroids: np.ndarray, count: int) -> 
     """The nearest centroids [c, n] of each key, and key . centroid - |centroid|^2 / 2 of them, largest first."""
     import torch
 
-    from retro.common.products import fast_products
-
     device = find_device()
     device = device if device.type == "cuda" else torch.device("cpu")
     table, asked = (torch.from_numpy(np.array(array)).to(device) for array in (centroids, keys))
-    with fast_products():
-        scores = torch.addmm(-table.square().sum(1) / 2, asked, table.T)
+    scores = torch.addmm(-table.square().sum(1) / 2, asked, table.T)
     found = []
     for _ in range(min(count, len(table))):  # topk is slower for the few that are asked for
         top, places = scores.max(dim=1, keepdim=True)
@@ -339,9 +340,6 @@ def _nearest_and_scores(keys: np.ndarray, centroids: np.ndarray, count: int) -> 
 
 
 def _rows_of(spec: dict[str, Any]) -> tuple[Store, np.ndarray]:
-    import faiss
-
-    faiss.omp_set_num_threads(1)
     store = _given.get((spec["store"], spec["fingerprint"])) or _opened(spec["store"], spec["fingerprint"])
     return store, open_npy(Path(spec["job"]) / "rows.npy")
 
