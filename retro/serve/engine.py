@@ -86,7 +86,7 @@ class Engine:
     def _continue(self, rows: Sequence[Row], search: Callable[..., Any] | None) -> None:
         """Generate one batch to its end."""
         store, num_neighbors, scores_prompt = rows[0].group
-        found = None if search is None else FoundByChunk(search, self.stores[store].measure)
+        found = None if search is None else FoundByChunk(search, getattr(self.stores[store], "measure", "score"))
         m, padding = self.model.config.chunk_len, pad_token_id(self.tokenizer)
         running = [RunningRow(row, self.tokenizer, self.end_ids, m, found) for row in rows]
         ids, mask = pad_left([row.prompt_ids for row in rows], padding)
