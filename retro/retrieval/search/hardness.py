@@ -24,7 +24,7 @@ from jaxtyping import Float32
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, QuerySample, Segment, tune
 from retro.retrieval.search.engines import ENGINES, choose_layout, engine_of
 from retro.retrieval.search.engines.faiss import one_thread
-from retro.retrieval.search.engines.routed import ROWS_OF_A_LIST
+from retro.retrieval.search.engines.routed import FEWEST_GROUPS, ROWS_OF_A_LIST
 from retro.retrieval.search.exact import exact_search
 from retro.retrieval.search.segments import ShardRange
 from retro.retrieval.store.format import CHUNK_DTYPE, ShardArrays, narrow_keys
@@ -95,10 +95,12 @@ class Growth:
 
     def cpu_ms_at(self, rows: int, lists: int) -> float:
         """Milliseconds of a search of one index: what the sample takes, the rows that are compared beyond that, and
-        the centroids of groups, which are compared as keys are."""
+        the router: centroids of groups, compared as keys are, and those in the groups that are looked into, whose codes
+        are twice as long as those of rows."""
         further = self.rows_compared.at(rows) - self.rows_compared.at(self.largest.rows)
         groups = isqrt(lists) - isqrt(self.largest.rows // ROWS_OF_A_LIST)
-        return self.largest.cpu_ms + self.largest.ms_of_row * further + self.exact.ms_of_row * groups
+        of_group = self.exact.ms_of_row + 2 * FEWEST_GROUPS * self.largest.ms_of_row
+        return self.largest.cpu_ms + self.largest.ms_of_row * further + of_group * groups
 
 
 def measure_growth(keys: Float32[np.ndarray, "c d"], recall: float, key_dtype: str = "float16") -> Growth:

@@ -27,7 +27,7 @@ from retro.retrieval.store.store import Store
 
 ROWS_OF_A_LIST = 32  # by nearest centroid; the second copies make it twice as many, whole blocks of fast scan
 _ID_BYTES = 8
-_FEWEST_GROUPS = 16  # that a search looks into
+FEWEST_GROUPS = 16  # that a search looks into
 _MOST_GROWTH = 2
 _MOST_VISITS = 4  # times the usual number, and the least of it
 
@@ -207,4 +207,4 @@ def are_certain(distances: Float32[np.ndarray, "q c"], wanted: int) -> Bool[np.n
 def groups_visited(visited: int, lists: int) -> int:
     """Groups whose centroids are compared to visit so many lists: those that hold eight times as many."""
     groups = max(isqrt(lists), 1)
-    return min(max(-(-8 * visited * groups // lists), _FEWEST_GROUPS), groups)
+    return min(max(-(-8 * visited * groups // lists), FEWEST_GROUPS), groups)
