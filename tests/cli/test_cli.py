@@ -161,7 +161,7 @@ REFUSED = {
         ["generate", "{run}", "x", "--no-retrieval", "--top-p", "0.5"],
         "do_sample",
     ),
-    "a damaged model": (["generate", "{broken}", "x", "--no-retrieval"], "damaged"),
+    "a damaged model": (["generate", "{broken}", "x", "--no-retrieval"], "are recorded; restore it from a copy"),
     "a prompt without a store": (["generate", "{run}", "x"], "--store is missing"),
     "no such input": (["build", "{new}", "{new}.jsonl", "--tokenizer", "{tok}"], "{new}.jsonl"),
     "no such embedder": (["build", "{new}", "{docs}", "--tokenizer", "{tok}", "--embedder", "{new}"], "{new}"),

@@ -73,6 +73,7 @@ OPTION = {"num_neighbors": "--k", "window_len": "--window", "stop_strings": "--s
 def help_of(verb: str, capsys, monkeypatch) -> str:
     """A verb's help, on lines that are not wrapped."""
     monkeypatch.setenv("COLUMNS", "2000")
+    monkeypatch.setattr(verb_app(verb), "_fallback_console", None)  # it may know another width from a test before
     capsys.readouterr()
     assert main([*verb.split(), "--help"]) == 0
     return re.sub(r"[│╭╮╰╯─]", "", capsys.readouterr().out)
