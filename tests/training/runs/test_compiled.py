@@ -30,6 +30,12 @@ def test_the_recipes_model_compiled():
         torch.testing.assert_close(compiled(*given).logits, model(*given).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    """What the tests before have compiled does not count against the limit of recompilations."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("position", ["rotary", "relative"])
 def test_batches_share_one_graph(position, make_model, make_batch):
     """Neighbors missing here and there or everywhere, documents and padding that end elsewhere."""
