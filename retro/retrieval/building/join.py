@@ -317,7 +317,4 @@ def _open_stores(stores: tuple[tuple[str, str], ...], index: str, exclude: str, 
 
 
 def _reopened(path: str, fingerprint: str) -> Store:
-    store = Store.open(path)
-    if store.fingerprint != fingerprint:
-        raise ValueError(f"{path} was changed while its neighbors were computed; run the same command again")
-    return store
+    return Store.reopen(path, fingerprint, "its neighbors were computed")

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from retro.common.files import check_files, open_npy, save_npy
 from retro.common.records import save_record
 from retro.common.values import Count, CountOrZero, Probability, check_record
-from retro.retrieval.search.engines import HERE, CountedEngine, IndexEngine, IndexLayout, Work, choose_layout, engine_of
+from retro.retrieval.search.engines import CountedEngine, IndexEngine, IndexLayout, Work, choose_layout, engine_of
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.segments import ShardRange, row_range, write_segment
 from retro.retrieval.store.store import Store
@@ -170,7 +170,7 @@ def write_dense(
     kind: str,
     settings: dict[str, Any],
     target: float,
-    work: Work = HERE,
+    work: Work,
     base: ShardRange | None = None,
 ) -> ShardRange:
     """Write the segment of some shards, tuned to a recall, and return these with its folder and record.
@@ -190,8 +190,7 @@ def write_dense(
             is_written = engine_of(layout).extend(layout, base.folder, kept, store, store_rows, folder, work)
         if not is_written:
             layout = choose_layout(kind, settings, len(rows), store.key_dim)
-            given = settings["training_sample"], settings["seed"]
-            engine_of(layout).write(layout, store, store_rows, folder, *given, work)
+            engine_of(layout).write(layout, store, store_rows, folder, work)
         record = {"layout": asdict(layout), "settings": settings}
         segment = Segment(store, ShardRange(shards.first, shards.stop, folder, record))
         return {"layout": asdict(layout), "recall": tune(segment, target)}

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, QuerySample, Segment, tune
-from retro.retrieval.search.engines import ENGINES, choose_layout, engine_of
+from retro.retrieval.search.engines import ENGINES, Work, choose_layout, engine_of
 from retro.retrieval.search.engines.faiss import one_thread
 from retro.retrieval.search.engines.routed import FEWEST_GROUPS, ROWS_OF_A_LIST
 from retro.retrieval.search.exact import exact_search
@@ -194,7 +194,7 @@ def _through(
     layout = choose_layout(name, settings, rows, store.key_dim)
     shards.folder.mkdir()
     np.save(shards.folder / "rows.npy", np.arange(rows, dtype=np.uint32))
-    engine_of(layout).write(layout, store, np.arange(rows), shards.folder, 100_000, 0)
+    engine_of(layout).write(layout, store, np.arange(rows), shards.folder, Work(ENGINES[name].training_sample))
     record = {"layout": asdict(layout), "settings": settings}
     segment = Segment(store, ShardRange(0, shards.stop, shards.folder, record))
     sample = QuerySample(segment, held_out)

@@ -148,16 +148,17 @@ def build_index(
     check_searchable(store)
     there = _undamaged(store, kind, chosen)
     target = recall or _target(store, kind, chosen)
+    work = Work(chosen["training_sample"], chosen["seed"], executor, workers)
     segments = []
     most = chosen["max_segment_rows"]
     planned = plan_segments(store, there, most)
     planned = [part for part in planned if part.folder or len(store.searchable_in(*row_range(store, part)))]
     extended = extensions(store, planned, most) if ENGINES[kind].extends else [(shards, None) for shards in planned]
     for shards, base in extended:
-        written = (
-            shards if shards.folder else _write(store, shards, kind, chosen, target, Work(executor, workers), base)
-        )
-        segment = Segment(store, written)
+        if shards.folder is None:
+            shards = write_dense(store, shards, kind, chosen, target, work, base)
+            _say_recall(shards)
+        segment = Segment(store, shards)
         if recall and segment.record["recall"]["target"] != recall:
             retune(segment, recall)
             _say_recall(segment.shards)
@@ -281,14 +282,6 @@ def _refuse_unknown(given: dict[str, Any], known: dict[str, Any]) -> None:
 def _check_recall(recall: float | None) -> None:
     if recall is not None and not 0 < recall <= 1:
         raise ValueError(f"recall must be above 0 and at most 1, not {recall}")
-
-
-def _write(
-    store: Store, shards: ShardRange, kind: str, settings: dict[str, Any], target: float, *how: Any
-) -> ShardRange:
-    written = write_dense(store, shards, kind, settings, target, *how)
-    _say_recall(written)
-    return written
 
 
 def _say_recall(shards: ShardRange) -> None:

@@ -109,6 +109,17 @@ class Store(DocumentTables):
 
     # Identity
 
+    @classmethod
+    def reopen(cls, path: str | Path, fingerprint: str, meanwhile: str) -> Store:
+        """Open a store for a task of a job that began with this state; ValueError if it was changed since.
+
+        meanwhile: what the job does, for that sentence.
+        """
+        store = cls.open(path)
+        if store.fingerprint != fingerprint:
+            raise ValueError(f"{path} was changed while {meanwhile}; run the same command again")
+        return store
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what the store holds: chunks, documents, keys, tokenizer and embedder."""

@@ -398,7 +398,7 @@ class SortedKind(EngineKind):
     def layout(self, settings, rows, width, keys_fit):
         return IndexLayout("numpy", "plain")
 
-    def write(self, layout, store, rows, folder, training_sample, seed, work):
+    def write(self, layout, store, rows, folder, work):
         np.save(folder / "keys.npy", store.keys(rows))
 
     def open(self, layout, folder):

@@ -18,14 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 from retro.retrieval.search.engines.faiss import FAISS_FLAT_ROWS, FaissKind
-from retro.retrieval.search.engines.layout import HERE, CountedEngine, EngineKind, IndexEngine, IndexLayout, Work
+from retro.retrieval.search.engines.layout import CountedEngine, EngineKind, IndexEngine, IndexLayout, Work
 from retro.retrieval.search.engines.routed import RoutedKind
 from retro.retrieval.search.engines.scann import ScannKind
 
 __all__ = [
     "ENGINES",
     "FAISS_FLAT_ROWS",
-    "HERE",
     "ROUTED_ROWS",
     "CountedEngine",
     "EngineKind",

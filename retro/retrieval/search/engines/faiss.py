@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int64
 
 from retro.common.devices import find_device, torch_threads
 from retro.common.pretrained import first_line
-from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
+from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.store.store import Store
 
 FAISS_FLAT_ROWS = 100_000
@@ -48,23 +48,14 @@ class FaissKind(EngineKind):
         bits = int(min(max(log2(sample / 39), 1), 8))  # faiss wants 39 rows for each of the 2^bits centroids
         return IndexLayout("faiss", codes, lists, block, bits)
 
-    def write(
-        self,
-        layout: IndexLayout,
-        store: Store,
-        rows: np.ndarray,
-        folder: Path,
-        training_sample: int,
-        seed: int,
-        work: Work = HERE,
-    ) -> None:
+    def write(self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, work: Work) -> None:
         """See `EngineKind`."""
         import faiss
 
         index = faiss.index_factory(store.key_dim, _factory(layout, store.key_dim))
         if layout.codes != "flat":
-            size = min(max(training_sample, 40 * layout.lists), len(rows))
-            sample = np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False))
+            size = min(max(work.training_sample, 40 * layout.lists), len(rows))
+            sample = np.sort(np.random.default_rng(work.seed).choice(len(rows), size, replace=False))
             if layout.lists and (gpus := faiss_gpus()):  # the coarse k-means is what takes long
                 faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_gpus_list(
                     faiss.IndexFlatL2(store.key_dim), gpus=gpus

@@ -37,13 +37,13 @@ class IndexLayout:
 
 @dataclass(frozen=True)
 class Work:
-    """Who does the tasks of a build; see `retro.retrieval.executors.opening.open_executor`."""
+    """How the codes of a segment are made: trained on a uniform sample of so many rows, drawn by a seed; and who does
+    what can be shared out, see `retro.retrieval.executors.opening.open_executor`."""
 
+    training_sample: int
+    seed: int = 0
     executor: str = "local"
-    workers: int | None = None
-
-
-HERE = Work(workers=1)
+    workers: int | None = 1
 
 
 @runtime_checkable
@@ -93,19 +93,8 @@ class EngineKind:
         choice. keys_fit: whether whole keys may stay in memory."""
         raise NotImplementedError
 
-    def write(
-        self,
-        layout: IndexLayout,
-        store: Store,
-        rows: Int64[np.ndarray, " c"],
-        folder: Path,
-        training_sample: int,
-        seed: int,
-        work: Work = HERE,
-    ) -> None:
-        """Write the codes of the keys of some store rows into a folder, trained on a uniform sample of them.
-
-        work: who does it, where it can be shared out; else this process does."""
+    def write(self, layout: IndexLayout, store: Store, rows: Int64[np.ndarray, " c"], folder: Path, work: Work) -> None:
+        """Write the codes of the keys of some store rows into a folder."""
         raise NotImplementedError
 
     def extend(
@@ -116,7 +105,7 @@ class EngineKind:
         store: Store,
         rows: Int64[np.ndarray, " c"],
         folder: Path,
-        work: Work = HERE,
+        work: Work,
     ) -> bool:
         """Write the codes of a segment with more rows than that in `base`, whose `kept` rows come first; False, with
         nothing written, where the engine cannot, or should not."""

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from retro.common.records import load_record
 from retro.retrieval.search.engines.faiss import read_index
-from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
+from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, TRAINED, write_lists
 from retro.retrieval.store.store import Store
 
@@ -52,16 +52,7 @@ class RoutedKind(EngineKind):
         lists = min(settings["lists"] or -(-rows // ROWS_OF_A_LIST), rows)
         return IndexLayout("routed", "pq4", lists, block, 4, soar=True)
 
-    def write(
-        self,
-        layout: IndexLayout,
-        store: Store,
-        rows: np.ndarray,
-        folder: Path,
-        training_sample: int,
-        seed: int,
-        work: Work = HERE,
-    ) -> None:
+    def write(self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, work: Work) -> None:
         """See `EngineKind`; the work is a job of tasks, taken up again after a kill."""
         import faiss
 
@@ -71,7 +62,7 @@ class RoutedKind(EngineKind):
                 index.add(keys)
             faiss.write_index(index, str(folder / FAISS_FILE))
         else:
-            write_lists(layout, store, rows, folder, training_sample, seed, work)
+            write_lists(layout, store, rows, folder, work)
 
     def extend(
         self,
@@ -81,12 +72,12 @@ class RoutedKind(EngineKind):
         store: Store,
         rows: np.ndarray,
         folder: Path,
-        work: Work = HERE,
+        work: Work,
     ) -> bool:
         """See `EngineKind`: as long as there are at most twice the rows that the centroids were made of."""
         if layout.codes == "flat" or len(rows) > _MOST_GROWTH * load_record(base / TRAINED)["rows"]:
             return False
-        return write_lists(layout, store, rows, folder, 0, 0, work, (base, kept))
+        return write_lists(layout, store, rows, folder, work, (base, kept))
 
     def open(self, layout: IndexLayout, folder: Path) -> RoutedEngine:
         """See `EngineKind`."""

@@ -63,8 +63,6 @@ def write_lists(
     store: Store,
     rows: Int64[np.ndarray, " c"],
     folder: Path,
-    training_sample: int,
-    seed: int,
     work: Work,
     base: tuple[Path, Int64[np.ndarray, " k"]] | None = None,
 ) -> bool:
@@ -75,7 +73,7 @@ def write_lists(
     """
     spec = {"store": str(store.path.resolve()), "fingerprint": store.fingerprint, "layout": asdict(layout)}
     _given[spec["store"], store.fingerprint] = store
-    spec |= {"sample": max(training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": seed}
+    spec |= {"sample": max(work.training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": work.seed}
     new = rows if base is None else rows[len(base[1]) :]
     spec |= {"rows": len(new), "block_rows": _BLOCK_ROWS, "base": base and str(base[0].resolve())}
     job = store.path / "index" / f"{JOB_PREFIX}{stable_hash([spec, new[:1].tolist(), new[-1:].tolist()])[:16]}"
@@ -346,10 +344,7 @@ def _rows_of(spec: dict[str, Any]) -> tuple[Store, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _opened(path: str, fingerprint: str) -> Store:
-    store = Store.open(path)
-    if store.fingerprint != fingerprint:
-        raise ValueError(f"{path} was changed while its index was built; run the same command again")
-    return store
+    return Store.reopen(path, fingerprint, "its index was built")
 
 
 def _file(spec: dict[str, Any], task: str, name: str) -> Path:
@@ -384,21 +379,14 @@ def _write_files(job: Path, layout: IndexLayout, folder: Path, base: tuple[Path,
     for kind in ("lists", "codes"):
         kept = [open_npy(base[0] / f"{kind}.npy")[base[1]]] if base else []
         save_npy(folder / f"{kind}.npy", np.concatenate([*kept, *(open_npy(job / f"{n}.{kind}.npy") for n in names)]))
-    index, held = faiss_index(folder, layout)
-    faiss.write_index(index, str(folder / FAISS_FILE))
-    lengths = np.bincount(open_npy(folder / "lists.npy").reshape(-1), minlength=layout.lists)
-    save_npy(folder / LENGTHS_FILE, lengths.astype(np.int32))
-    del held
-
-
-def faiss_index(folder: Path, layout: IndexLayout) -> tuple[Any, Any]:
-    """Lists of codes in the order of fast scan, with the router as their quantizer, and what must be held as long."""
     lists, of_rows, codes = Lists(folder), open_npy(folder / "lists.npy").reshape(-1), open_npy(folder / "codes.npy")
-    router, held = _fast(lists.groups, lists.sizes, *_router_codes(lists), np.arange(len(lists.centroids)))
-    sizes = np.bincount(of_rows, minlength=len(lists.centroids))
+    lengths = np.bincount(of_rows, minlength=layout.lists)
+    save_npy(folder / LENGTHS_FILE, lengths.astype(np.int32))
+    router, held = _fast(lists.groups, lists.sizes, *_router_codes(lists), np.arange(layout.lists))
     ids = np.argsort(of_rows, kind="stable") // NUM_LISTS_OF_A_ROW
-    index, also_held = _fast(router, sizes, lists.codec(asdict(layout)), np.asarray(codes), ids)
-    return index, (held, router, also_held)
+    index, also_held = _fast(router, lengths, lists.codec(asdict(layout)), np.asarray(codes), ids)
+    faiss.write_index(index, str(folder / FAISS_FILE))
+    del held, also_held
 
 
 def _router_codes(lists: Lists) -> tuple[Any, UInt8[np.ndarray, "lists bytes"]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, HERE, EngineKind, IndexLayout, Work, key_blocks
+from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.store.store import Store
 
 BRUTE_ROWS, TREE_ROWS, SOAR_ROWS = 20_000, 100_000, 5_000_000
@@ -39,16 +39,7 @@ class ScannKind(EngineKind):
         soar = rows >= SOAR_ROWS if settings["soar"] is None else settings["soar"]
         return IndexLayout("scann", codes, min(leaves, rows), block, soar=bool(leaves and soar))
 
-    def write(
-        self,
-        layout: IndexLayout,
-        store: Store,
-        rows: np.ndarray,
-        folder: Path,
-        training_sample: int,
-        seed: int,
-        work: Work = HERE,
-    ) -> None:
+    def write(self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, work: Work) -> None:
         """ScaNN draws its own uniform sample, by a fixed seed of its own."""
         import scann
         from scann.scann_ops.py.scann_builder import ReorderType
@@ -57,7 +48,7 @@ class ScannKind(EngineKind):
         for part, keys in key_blocks(store, rows):
             data[part, :-1] = keys
             data[part, -1] = -np.square(keys).sum(1) / 2
-        sample = min(training_sample, len(rows))
+        sample = min(work.training_sample, len(rows))
         builder = scann.scann_ops_pybind.builder(data, min(100, len(rows)), "dot_product").set_n_training_threads(0)
         if layout.lists:
             soar = {"soar_lambda": 1.5} if layout.soar else {}
