@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 _BROKEN = "\ufffd"  # what decoders give for bytes that are no whole character
@@ -47,6 +49,22 @@ class IncrementalDetokenizer:
         self._num_given = len(self._ids)
         return new
 
+    def named(self, token_id: int) -> tuple[str, bytes | None]:
+        """What a token would add as the next one, and its own bytes; one that completes no text goes by its spelling,
+        or by its bytes, as OpenAI writes them, and special tokens have none."""
+        before = self._ids, self._num_given
+        pending = not set(self._ids[self._num_given :]) <= set(self.tokenizer.all_special_ids)
+        self._ids = list(self._ids)
+        text = self.add(token_id)
+        self._ids, self._num_given = before
+        if text and not pending:
+            return text, text.encode()
+        spelled = str(self.tokenizer.convert_ids_to_tokens(token_id))
+        if token_id in self.tokenizer.all_special_ids:
+            return spelled, None
+        own = _own_bytes(spelled)
+        return text or ("bytes:" + "".join(f"\\x{byte:02x}" for byte in own) if own else spelled), own
+
     def _new(self) -> str:
         before, both = self._decoded(self._ids[: self._num_given]), self._decoded(self._ids)
         if both.startswith(before):
@@ -55,6 +73,22 @@ class IncrementalDetokenizer:
 
     def _decoded(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _own_bytes(spelled: str) -> bytes | None:
+    """The bytes of a token of a byte-level vocabulary, or of one that falls back to bytes; None for another."""
+    if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", spelled):
+        return bytes.fromhex(fallback[1])
+    letters = _byte_letters()
+    return bytes(letters[letter] for letter in spelled) if letters.keys() >= set(spelled) else None
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The letters by which byte-level vocabularies spell bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:

@@ -55,10 +55,7 @@ def _openai_routes(engine: Engine, name: str) -> APIRouter:
     @routes.post("/completions", responses=_WRITTEN)
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         _check_model(asked.model, name)
-        rows, prompts = maker.of_completion(asked)
-        return await _answer(
-            request, asked, Answer(False, name, rows, asked.n or 1, prompts, maker.token_texts), engine
-        )
+        return await _answer(request, asked, Answer(False, name, maker.of_completion(asked), asked.n or 1), engine)
 
     @routes.post("/chat/completions", responses=_WRITTEN)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:

@@ -97,7 +97,7 @@ class Engine:
             self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
-                max_new_tokens=max(row.max_new_tokens for row in rows),
+                max_new_tokens=max(1, *(row.max_new_tokens for row in rows)),
                 do_sample=False,
                 pad_token_id=padding,
                 logits_processor=LogitsProcessorList([SampleRows(running, prompt_logits)]),

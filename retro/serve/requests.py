@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from retro.sampling import filled_up, prompt_tokens, token_texts
+from retro.sampling import filled_up, prompt_tokens
 from retro.serve.engine import Engine
 from retro.serve.rows import Row
 from retro.web.errors import HALF, ApiError, shown
@@ -36,7 +35,6 @@ _NEUTRAL_CHAT = _NEUTRAL | {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (_ANYTHING,),  # there are no tools
@@ -46,7 +44,6 @@ _NEUTRAL_CHAT = _NEUTRAL | {
     "store": (False,),
     "tool_choice": ("auto", "none"),
     "tools": ([],),
-    "top_logprobs": (),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -102,7 +99,6 @@ class RetroOptions(_Strict):
 
 class _Sampling(_Strict):
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, description="default 1; 0 takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1)
@@ -126,14 +122,13 @@ class _Sampling(_Strict):
 class CompletionRequest(_Sampling):
     neutral = _NEUTRAL_COMPLETION
     prompt: _Text | list[_Text] | list[_TokenId] | list[list[_TokenId]]
+    max_tokens: int | None = Field(None, ge=0, description="0 writes nothing: echo and logprobs then tell of prompts")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5, description="how many likeliest tokens to tell of each place")
 
-    @model_validator(mode="after")
-    def _logprobs_come_whole(self) -> CompletionRequest:
-        if self.logprobs is not None and self.stream:
-            raise bad("logprobs is given with stream, which does not tell them; leave one of both out.", "logprobs")
-        return self
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(_Strict):
@@ -155,7 +150,10 @@ class Message(_Strict):
 class ChatRequest(_Sampling):
     neutral = _NEUTRAL_CHAT
     messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="how many likeliest tokens to tell of each place")
 
     @model_validator(mode="after")
     def _one_length(self) -> ChatRequest:
@@ -163,6 +161,16 @@ class ChatRequest(_Sampling):
             raise bad("max_tokens and max_completion_tokens differ; give one of them.", "max_tokens")
         self.max_tokens = self.max_tokens or self.max_completion_tokens
         return self
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad("top_logprobs is given without logprobs; set logprobs to true.", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class RowMaker:
@@ -186,18 +194,17 @@ class RowMaker:
     def max_neighbors(self, store: str) -> int:
         return min(self.engine.stores[store].index.num_rows, self.engine.limits.max_neighbors)
 
-    def of_completion(self, request: CompletionRequest) -> tuple[list[Row], list[str]]:
-        """n rows for each prompt, and the text of each row's prompt."""
+    def of_completion(self, request: CompletionRequest) -> list[Row]:
+        """n rows for each prompt."""
         prompts = request.prompt
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        texts = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in prompts] if request.echo else []
-        return self._rows(request, ids, 16, "prompt"), [text for text in texts for _ in range(request.n or 1)]
-
-    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """See `retro.sampling.token_texts`."""
-        return token_texts(self._tokenizer, token_ids)
+        rows = self._rows(request, ids, 16, "prompt")
+        for number, row in enumerate(rows if request.echo else []):
+            prompt = prompts[number // (request.n or 1)]
+            row.echo = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        return rows
 
     def of_chat(self, request: ChatRequest) -> list[Row]:
         """n rows for the messages as the model's chat template writes them."""
@@ -219,7 +226,9 @@ class RowMaker:
             raise bad(f"{wrong[0]} is no token; they are 0 to {len(self._tokenizer) - 1}.", "prompt")
         return prompt
 
-    def _rows(self, request: _Sampling, prompts: list[list[int]], default_tokens: int, param: str) -> list[Row]:
+    def _rows(
+        self, request: CompletionRequest | ChatRequest, prompts: list[list[int]], default_tokens: int, param: str
+    ) -> list[Row]:
         n, max_batch = request.n or 1, self.engine.limits.max_batch
         if not 1 <= n * len(prompts) <= max_batch:
             raise bad(
@@ -239,8 +248,7 @@ class RowMaker:
             "temperature": 1.0 if request.temperature is None else request.temperature,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "stops": request.stops,
-            "num_logprobs": getattr(request, "logprobs", None),
-            "echo": bool(getattr(request, "echo", False)),
+            "num_logprobs": request.num_logprobs,
         }
         return [
             Row(prompts[i // n], lengths[i // n], seed=seed + i, store=store, num_neighbors=k, **sampling)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
 from retro.serve.engine import Engine
 from retro.serve.lanes import QueueFull
-from retro.serve.rows import Row, RowCancelled
+from retro.serve.rows import NamedToken, Row, RowCancelled, ToldToken
 from retro.web.errors import ApiError
 
 Event = tuple[int, str, Any]  # number of the row, kind and value as in `Row.send`
@@ -29,8 +28,6 @@ class Answer:
     model: str
     rows: Sequence[Row]
     num_choices: int  # of each prompt
-    prompts: Sequence[str] = ()  # of each row, for echo
-    token_texts: Callable[[Sequence[int]], list[str]] | None = None  # for log-probabilities
     id: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -46,16 +43,19 @@ class Answer:
         options = {"retrieval": row.store is not None, "store": row.store, "num_neighbors": row.num_neighbors}
         return {**options, "seed": row.seed, "sources": list(sources)}
 
-    def echo(self, index: int) -> str:
-        return self.prompts[index] if self.prompts else ""
-
-    def whole(self, texts: Sequence[str], reasons: Sequence[str], sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def whole(
+        self,
+        texts: Sequence[str],
+        told: Sequence[list[ToldToken]],
+        reasons: Sequence[str],
+        sources: Sequence[dict[str, Any]],
+    ) -> dict[str, Any]:
         """The answer at once."""
         choices = [
             {
                 "index": index,
-                **self._content(self.echo(index) + text),
-                "logprobs": self._logprobs(self.rows[index]),
+                **self._content(text),
+                "logprobs": self._logprobs(told[index]) if self._tells else None,
                 "finish_reason": reason,
             }
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
@@ -63,25 +63,39 @@ class Answer:
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage, "retro": self.retro(sources)}
 
-    def _logprobs(self, row: Row) -> dict[str, list[Any]] | None:
-        """Of each token of the text: itself, log p, the likeliest in its place, and where its text begins."""
-        if row.num_logprobs is None:
-            return None
-        texts = self.token_texts([scored.token for scored in row.logprobs])
-        name = lambda token: self.token_texts([token])[0]  # noqa: E731
-        tops = [{name(token): value for token, value in scored.top.items()} or None for scored in row.logprobs]
+    @property
+    def _tells(self) -> bool:
+        return self.rows[0].num_logprobs is not None
+
+    def _logprobs(self, told: Sequence[ToldToken]) -> dict[str, list[Any]]:
+        """Of each token: itself, log p, the likeliest in its place, and in a completion where its text begins."""
+        if self.chat:  # whose content is text, which special tokens are none of
+            given = [token for token in told if token.token.bytes is not None]
+            tops = [token.top[: self.rows[0].num_logprobs] for token in given]
+            named = [
+                _named(t.token) | {"top_logprobs": [*map(_named, top)]} for t, top in zip(given, tops, strict=True)
+            ]
+            return {"content": named, "refusal": None}
         return {
-            "tokens": texts,
-            "token_logprobs": [scored.log_prob for scored in row.logprobs],
-            "top_logprobs": tops,
-            "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)),
+            "tokens": [token.token.name for token in told],
+            "token_logprobs": [token.token.log_prob for token in told],
+            "top_logprobs": [_by_name(token.top) or None for token in told],
+            "text_offset": [token.start for token in told],
         }
 
-    def part(self, index: int, text: str = "", reason: str | None = None, first: bool = False) -> dict[str, Any]:
+    def part(
+        self,
+        index: int,
+        text: str = "",
+        reason: str | None = None,
+        told: Sequence[ToldToken] = (),
+        first: bool = False,
+    ) -> dict[str, Any]:
         """A piece of one row."""
         delta = {"role": "assistant", "content": text} if first else {"content": text} if text else {}
         content = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
+        choice = {"index": index, **content, "logprobs": self._logprobs(told) if told else None}
+        choice["finish_reason"] = reason
         return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [choice]}
 
     def last(self) -> dict[str, Any]:
@@ -149,15 +163,18 @@ def _failure(error: Exception) -> ApiError:
 async def gather(answer: Answer, events: AsyncGenerator[Event, None]) -> dict[str, Any]:
     """The whole answer, when all rows have ended."""
     texts, reasons, sources = [""] * len(answer.rows), [""] * len(answer.rows), {}
+    told: list[list[ToldToken]] = [[] for _ in answer.rows]
     async with aclosing(events):
         async for index, kind, value in events:
             if kind == "text":
                 texts[index] += value
             elif kind == "end":
                 reasons[index] = value
+            elif kind == "logprobs":
+                told[index] += value
             else:
                 sources |= {(index, chunk["chunk"]): {"choice": index, **chunk} for chunk in value}
-    return answer.whole(texts, reasons, [sources[place] for place in sorted(sources)])
+    return answer.whole(texts, told, reasons, [sources[place] for place in sorted(sources)])
 
 
 async def stream(
@@ -165,14 +182,16 @@ async def stream(
 ) -> AsyncGenerator[str, None]:
     """The answer as server-sent events; an error that comes later is the last one but [DONE]."""
     usage = {"usage": None} if include_usage else {}
+    told: dict[int, list[ToldToken]] = {}  # of each row, until its next piece
     async with aclosing(events):
-        for index in range(len(answer.rows)):
-            if answer.chat or answer.prompts:
-                yield _sse(answer.part(index, answer.echo(index), first=True) | usage)
+        for index in range(len(answer.rows) if answer.chat else 0):
+            yield _sse(answer.part(index, first=True) | usage)
         try:
-            yield _sse(_part(answer, first) | usage)
-            async for event in events:
-                yield _sse(_part(answer, event) | usage)
+            async for index, kind, value in _chained(first, events):
+                if kind == "logprobs":
+                    told[index] = value
+                else:
+                    yield _sse(_part(answer, (index, kind, value), told) | usage)
             if include_usage:
                 yield _sse(answer.last())
         except ApiError as error:
@@ -180,11 +199,28 @@ async def stream(
     yield "data: [DONE]\n\n"
 
 
-def _part(answer: Answer, event: Event) -> dict[str, Any]:
+async def _chained(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    yield first
+    async for event in events:
+        yield event
+
+
+def _part(answer: Answer, event: Event, told: dict[int, list[ToldToken]]) -> dict[str, Any]:
     index, kind, value = event
     if kind == "sources":
         return answer.part(index) | {"retro": answer.retro([{"choice": index, **chunk} for chunk in value])}
-    return answer.part(index, value) if kind == "text" else answer.part(index, reason=value)
+    text, reason = (value, None) if kind == "text" else ("", value)
+    return answer.part(index, text, reason, told.pop(index, ()))
+
+
+def _by_name(tokens: Sequence[NamedToken]) -> dict[str, float | None]:
+    """Of those of one name, which bytes alone do not tell apart, the first."""
+    return {token.name: token.log_prob for token in tokens} | {t.name: t.log_prob for t in reversed(tokens)}
+
+
+def _named(token: NamedToken) -> dict[str, Any]:
+    own = None if token.bytes is None else list(token.bytes)
+    return {"token": token.name, "bytes": own, "logprob": token.log_prob}
 
 
 def _sse(value: dict[str, Any]) -> str:

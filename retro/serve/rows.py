@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from retro.retrieval import Neighbors
 
 _SLICE_TOKENS = 128  # whose softmax is taken at a time
+_LEAST = -9999.0  # log p where it is lower, -inf included, which JSON cannot spell; as OpenAI says it
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
 
 
@@ -67,6 +68,22 @@ class RowCancelled(Exception):
     """A row was no longer wanted, or the engine shuts down."""
 
 
+class NamedToken(NamedTuple):
+    """A token as `IncrementalDetokenizer.named` calls it, and its log p in nats; None of a text's first."""
+
+    name: str
+    bytes: bytes | None
+    log_prob: float | None
+
+
+class ToldToken(NamedTuple):
+    """A token of a text, the likeliest ones in its place, and the character of the text where it begins."""
+
+    token: NamedToken
+    top: list[NamedToken]
+    start: int
+
+
 class TokenLogprob(NamedTuple):
     """log p of a token in nats, None of a text's first, and of the likeliest tokens in its place, itself included."""
 
@@ -96,11 +113,11 @@ class Row:
     Attributes:
         store, num_neighbors: where to retrieve and how many; both None for RETRO[OFF].
         seed: of this row's own generator, so that neighbors in the batch change nothing.
-        send: takes ("text", str), ("sources", chunks as `chunks_json` gives them; a later one replaces an earlier one
-            of its number), and once ("end", "stop" | "length") or ("error", Exception). Called from the model's thread.
+        send: takes ("text", str), before it ("logprobs", list[ToldToken]) of the tokens that begin in it, ("sources",
+            chunks as `chunks_json` gives them; a later one replaces an earlier one of its number), and once ("end",
+            "stop" | "length") or ("error", Exception). Called from the model's thread.
         num_logprobs: how many likeliest tokens to tell in the place of each; None: tell no log-probabilities.
-        echo: tell them of the prompt's tokens, too.
-        logprobs: of the tokens so far, those of the prompt first.
+        echo: what to send before what is written, the prompt's text; its tokens are told of then, too.
         cancelled: set by whoever no longer wants the row.
     """
 
@@ -113,12 +130,11 @@ class Row:
     store: str | None = None
     num_neighbors: int | None = None
     num_logprobs: int | None = None
-    echo: bool = False
+    echo: str = ""
     send: Callable[[str, Any], None] = lambda kind, value: None
     cancelled: bool = False
     finished: bool = False
     new_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
     came_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -128,7 +144,7 @@ class Row:
 
     @property
     def scores_prompt(self) -> bool:
-        return self.echo and self.num_logprobs is not None
+        return bool(self.echo) and self.num_logprobs is not None
 
     def end(self, kind: str, value: Any) -> None:
         """Say the last word, once."""
@@ -148,12 +164,15 @@ class RunningRow:
         self._generator = torch.Generator().manual_seed(row.seed)
         self._found, self._read = found, {}
         self._first = len(row.prompt_ids) // chunk_len  # the chunk that the first new token is in
+        self._scored: list[TokenLogprob] = []  # of the token that was drawn
+        self._told: list[ToldToken] = []  # whose text was not yet sent
+        self._added = self._sent = 0  # characters: of all tokens, and of what was sent
 
     def draw(self, logits: Float[Tensor, " v"]) -> int:
         """The next token: the likeliest at temperature 0, else one of those that hold the mass top_p."""
         token = self._drawn(logits)
         if self.row.num_logprobs is not None and not self.row.finished:
-            self.row.logprobs += token_logprobs(logits[None], [token], self.row.num_logprobs)
+            self._scored = token_logprobs(logits[None], [token], self.row.num_logprobs)
         return token
 
     def score_prompt(self, logits: Float[Tensor, "n v"]) -> None:
@@ -161,7 +180,11 @@ class RunningRow:
         ids = self.row.prompt_ids
         first = TokenLogprob(ids[0], None, {})
         scored = token_logprobs(logits[len(logits) - len(ids) : -1], ids[1:], self.row.num_logprobs)
-        self.row.logprobs = [first, *scored]
+        detokenizer, told, start = IncrementalDetokenizer(self._tokenizer), [], 0
+        for token in (first, *scored):
+            told.append(_told(detokenizer, token, start))
+            start += len(detokenizer.add(token.token))
+        self.row.send("logprobs", told)
 
     def _drawn(self, logits: Float[Tensor, " v"]) -> int:
         if self.row.finished or self.row.temperature == 0:
@@ -180,11 +203,19 @@ class RunningRow:
             row.end("error", RowCancelled())
         if row.finished:
             return
+        if row.echo and not row.new_ids:
+            row.send("text", row.echo)
+        if row.max_new_tokens == 0:
+            return row.end("end", "length")
         row.new_ids.append(token)
         self._send_new_sources()
+        start = len(row.echo) + self._added
+        self._told += [_told(self._detokenizer, scored, start) for scored in self._scored]
         if token in self._end_ids:
             return self._end("stop", "")
-        text, stopped = self._stops.push(self._detokenizer.add(token))
+        text = self._detokenizer.add(token)
+        self._added += len(text)
+        text, stopped = self._stops.push(text)
         if stopped:
             return self._last_words("stop", text)
         if len(row.new_ids) == row.max_new_tokens:
@@ -194,15 +225,22 @@ class RunningRow:
     def _end(self, reason: str, text: str) -> None:
         """End with what was held back, which may still hold a stop string; a character that was cut is left out."""
         rest, stopped = self._stops.push(self._detokenizer.rest().rstrip(_BROKEN))
-        self._last_words("stop" if stopped else reason, text + rest + ("" if stopped else self._stops.flush()))
+        rest += "" if stopped else self._stops.flush()
+        self._last_words("stop" if stopped else reason, text + rest, whole=not stopped)
 
-    def _last_words(self, reason: str, text: str) -> None:
-        self._send_text(text)
+    def _last_words(self, reason: str, text: str, whole: bool = False) -> None:
+        """whole: no token is left out of the text."""
+        self._send_text(text, whole)
         if self._found is not None:
             self.row.send("sources", self._chunks(self._first))
         self.row.end("end", reason)
 
-    def _send_text(self, text: str) -> None:
+    def _send_text(self, text: str, whole: bool = False) -> None:
+        self._sent += len(text)
+        begun = [told for told in self._told if whole or told.start < len(self.row.echo) + self._sent]
+        if begun:
+            self._told = self._told[len(begun) :]
+            self.row.send("logprobs", begun)
         if text:
             self.row.send("text", text)
 
@@ -220,6 +258,13 @@ class RunningRow:
         ids = self.row.prompt_ids + self.row.new_ids
         given = len(self.row.prompt_ids), self._read, self._chunk_len, first, self._found.measure
         return chunks_json(self._tokenizer, ids, *given)
+
+
+def _told(detokenizer: IncrementalDetokenizer, scored: TokenLogprob, start: int) -> ToldToken:
+    def named(token: int, log_prob: float | None) -> NamedToken:
+        return NamedToken(*detokenizer.named(token), None if log_prob is None else max(log_prob, _LEAST))
+
+    return ToldToken(named(scored.token, scored.log_prob), [named(*item) for item in scored.top.items()], start)
 
 
 def chunks_json(

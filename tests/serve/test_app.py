@@ -3,12 +3,9 @@
 import json
 import math
 
-import numpy as np
 import pytest
-import torch
 
 from retro.retrieval.remote.server import create_retrieval_app
-from retro.retrofit import retrofit
 from retro.serve.app import create_app
 from retro.serve.engine import Engine
 from retro.serve.lanes import QueueFull
@@ -71,58 +68,6 @@ def test_several_prompts_and_choices(ask):
     assert {chunk["choice"] for chunk in answer["retro"]["sources"] if chunk["neighbors"]} == {2, 3}
     assert ask(COMPLETIONS, body).json()["choices"] == answer["choices"]
     assert ask(COMPLETIONS, body | {"seed": 6}).json()["choices"] != answer["choices"]
-
-
-def make_fit(vocab_size):
-    """A fit that shows what it reads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, eos_token_id=1, initializer_range=0.3, **sizes)).eval()
-    fitted = retrofit(base, chunk_len=8, retrieved_len=16).eval()
-    with torch.no_grad():
-        for name, weight in fitted.form.named_parameters():
-            if name.endswith(("gate", "opening")):
-                weight.fill_(1.0)
-    return fitted
-
-
-@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
-@pytest.mark.parametrize("fitted", [False, True], ids=["a RETRO", "a fit"])
-def test_log_probabilities_of_prompt_and_text(fitted, on, model, tokenizer, stores):
-    """As a forward pass over all of it gives them; prompts of other lengths, and other requests, change nothing."""
-    if fitted:
-        model = make_fit(len(tokenizer))
-    prompts = [list(range(5, 25)), list(range(7, 16))]
-    asked = {"prompt": prompts, "max_tokens": 3, "temperature": 0, "logprobs": 2, "echo": True}
-    asked |= {} if on else {"retro": {"retrieval": False}}
-    both = [(COMPLETIONS, asked), (COMPLETIONS, asked | {"echo": False})]
-    echoed, plain = (r.json()["choices"] for r in ask_all(Engine(model, tokenizer, stores), both))
-    for prompt, choice, short in zip(prompts, echoed, plain, strict=True):
-        told = choice["logprobs"]
-        found = stores["main"](np.array(prompt[: len(prompt) // 8 * 8]).reshape(-1, 8), num_neighbors=2)
-        pairs = (("ids", found.tokens), ("mask", found.mask))
-        neighbors = {f"neighbor_{name}": torch.from_numpy(x)[None] for name, x in pairs} if on else {}
-        with torch.no_grad():
-            log_p = model(torch.tensor([prompt]), **neighbors).logits[0].log_softmax(-1)
-        expected = [None, *(log_p[i, token].item() for i, token in enumerate(prompt[1:])), log_p[-1].max().item()]
-        assert told["token_logprobs"][1 : len(expected)] == pytest.approx(expected[1:], abs=1e-4)
-        assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
-        for i, (own, top) in enumerate(zip(told["token_logprobs"], told["top_logprobs"], strict=True)):
-            assert i == 0 or own in top.values()
-            assert i in (0, *range(len(expected), 99)) or max(top.values()) == pytest.approx(
-                log_p[i - 1].max().item(), abs=1e-4
-            )
-        assert "".join(told["tokens"]) == choice["text"]
-        assert told["text_offset"] == [len("".join(told["tokens"][:i])) for i in range(len(told["tokens"]))]
-        assert short["logprobs"]["token_logprobs"] == pytest.approx(told["token_logprobs"][len(prompt) :], abs=1e-4)
-
-
-def test_a_prompt_of_one_token_is_echoed_without_a_probability(ask):
-    asked = {"prompt": "w1", "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
-    told = ask(COMPLETIONS, asked).json()["choices"][0]["logprobs"]["token_logprobs"]
-    assert told[0] is None and len(told) == 2
 
 
 def test_prompts_as_tokens(ask, tokenizer):
@@ -226,14 +171,13 @@ REFUSED = {
     "an unknown field": ({"temprature": 1}, "temprature", "temprature is no field"),
     "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty is 0.5"),
     "logprobs of too many": ({"logprobs": 6}, "logprobs", "logprobs is 6"),
-    "logprobs of a stream": ({"logprobs": 1, "stream": True}, "logprobs", "leave one of both out"),
     "a bias": ({"logit_bias": {"5": 100}}, "logit_bias", 'logit_bias is {"5": 100}'),
     "a suffix": ({"suffix": "w1"}, "suffix", 'suffix is "w1"'),
     "another model's name": ({"model": "gpt-4"}, "model", "its model is tiny"),
     "a temperature of letters": ({"temperature": "hot"}, "temperature", 'temperature is "hot"'),
     "a temperature above 2": ({"temperature": 2.5}, "temperature", "temperature is 2.5"),
     "a top_p below 0": ({"top_p": -0.1}, "top_p", "top_p is -0.1"),
-    "no tokens": ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
+    "fewer than no tokens": ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
     "too many tokens": ({"max_tokens": 5000}, "max_tokens", "max_tokens is 5000; at most 1024"),
     "true as a number": ({"max_tokens": True}, "max_tokens", "max_tokens is true"),
     "too many texts": ({"n": 9}, "n", "make 9 texts; ask for 1 to 8"),
@@ -282,7 +226,9 @@ REFUSED_CHATS = {
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     "tools": ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools is"),
     "JSON mode": ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format is"),
-    "log probabilities": ({"messages": HELLO, "logprobs": True}, "logprobs is true"),
+    "likeliest tokens alone": ({"messages": HELLO, "top_logprobs": 2}, "set logprobs to true"),
+    "too many likeliest tokens": ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs is 21"),
+    "no tokens": ({"messages": HELLO, "max_tokens": 0}, "max_tokens is 0"),
     "what the template refuses": ({"messages": [{"role": "tool", "content": "x"}]}, "no tools here"),
     "two lengths": ({"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 6}, "differ"),
     "a prompt": ({"messages": HELLO, "prompt": "w1"}, "prompt is no field"),
