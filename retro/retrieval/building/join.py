@@ -25,12 +25,13 @@ from retro.common.files import (
     written_aside,
 )
 from retro.common.records import load_record, save_record
-from retro.retrieval.building.sample import SAMPLE, widen
+from retro.retrieval.building.sample import SAMPLE, fit_scale
 from retro.retrieval.embedding.embedder import Embedder, embed_chunks, keys_are_queries
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.ranks import await_leader
 from retro.retrieval.executors.tasks import Task, finished
 from retro.retrieval.search import lexical
+from retro.retrieval.search.dense import Scale
 from retro.retrieval.search.exact import check_queries, exact_search, merge, no_hits
 from retro.retrieval.search.index import ApproximateIndex
 from retro.retrieval.search.queries import Queries
@@ -185,8 +186,8 @@ def prepare_index(spec: dict[str, Any]) -> dict[str, Any]:
 def search_block(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the hits of one block of queries in one range of rows, nearest first, into a file."""
     join, (start, stop) = _stores_of(spec), spec["queries"]
-    if (widening := spec.get("measured", {}).get("widening")) is not None:
-        join.searcher.index.widening = widening
+    if scale := spec.get("measured", {}).get("scale"):
+        join.searcher.index.scale = Scale(**scale)
     hits = np.empty((stop - start, spec["k"]), _HITS)
     hits["row"], hits["distance"] = join.search(np.arange(start, stop), spec["k"], tuple(spec["rows"]))
     path = Path(spec["job"]) / spec["file"]
@@ -239,6 +240,7 @@ class _Stores:
     def __init__(self, store: Store, queries: Store, index: str, exclude: str, embedder: Embedder | None) -> None:
         self.store, self.queries, self.index = store, queries, index
         self.excludes = exclude == "same_document"
+        self._reads_tokens = ">" in index or any(part in lexical.KINDS for part in index.split("+"))
         self.given = embedder
 
     @cached_property
@@ -253,8 +255,7 @@ class _Stores:
         count = self.queries.num_chunks
         chunks = np.sort(np.random.default_rng(_SEED).choice(count, min(SAMPLE, count), replace=False))
         chunks = chunks[self.queries.chunk_lens(chunks) > 0]
-        asked = Queries(self.queries.tokenizer, keys=self._keys(chunks))
-        return widen(self.searcher, index, asked, k, self._own_documents(chunks) if self.excludes else None)
+        return fit_scale(index, self._keys(chunks), k, self._excluded(chunks))
 
     def search(
         self, chunks: Int64[np.ndarray, " q"], k: int, rows: Range
@@ -273,23 +274,26 @@ class _Stores:
         return found, distances
 
     def _search(self, chunks: np.ndarray, k: int, rows: Range) -> Any:
-        documents = self._own_documents(chunks) if self.excludes else None
+        table = self._excluded(chunks)
         keys = self._keys(chunks) if uses_keys(self.index) else None
         if self.index == "exact":
-            return exact_search(self.store, keys, k, documents, rows=rows)
-        excluded = None if documents is None else [{row} - {-1} for row in documents.tolist()]
-        asked = Queries(self.queries.tokenizer, None, self.queries.token_lists(chunks), keys)
+            return exact_search(self.store, keys, k, table, rows=rows)
+        excluded = None if table is None else [set(documents) - {-1} for documents in table.tolist()]
+        tokens = self.queries.token_lists(chunks) if self._reads_tokens else None
+        asked = Queries(self.queries.tokenizer, None, tokens, keys)
         return self.searcher.search(asked, k, excluded)
 
-    def _own_documents(self, chunks: np.ndarray) -> Int64[np.ndarray, " q"]:
-        """For each chunk the document row of `store` that holds its own document, or -1."""
-        own = self.queries.document_rows(chunks)
+    def _excluded(self, chunks: np.ndarray) -> Int64[np.ndarray, "q 1"] | None:
+        """For each chunk the document row of `store` that holds its own document, or -1; None: all may be found."""
+        if not self.excludes:
+            return None
+        own = self.queries.document_rows(chunks)[:, None]
         if self.queries.fingerprint == self.store.fingerprint:
             return own
         unique, place = np.unique(own, return_inverse=True)
         names = [self.queries.document(row).id for row in unique.tolist()]
         row_of = self.store.find_documents(names)
-        return np.asarray([row_of.get(name, -1) for name in names], np.int64)[place]
+        return np.asarray([row_of.get(name, -1) for name in names], np.int64)[place.reshape(own.shape)]
 
     @cached_property
     def _embedder(self) -> Embedder | None:

@@ -1,54 +1,76 @@
-"""The recall of a join through an approximate index, measured on a sample of its queries against exact search."""
+"""How far a join looks through an approximate index, fitted on a sample of its queries against exact search."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
+from retro.retrieval.search.dense import Scale
 from retro.retrieval.search.engines import engine_of
 from retro.retrieval.search.exact import exact_search
 from retro.retrieval.search.index import ApproximateIndex
-from retro.retrieval.search.queries import Queries
-from retro.retrieval.search.searchers import DenseSearcher
 
-SAMPLE = 512  # queries
+SAMPLE = 1024  # queries
 _STRATA = 10
 _WORST = 2  # of the strata, that count together: of one alone the sample says too little
 _BELOW = 0.05  # how far these may lie below the recall to which the index was tuned
-_WIDENINGS = [2 ** (step / 2) for step in range(7)]
+_FURTHER = [2 ** (step / 2) for step in range(1, 7)]
+_LESS = [2 ** (-step / 2) for step in range(1, 7)]
 
 
-def widen(
-    searcher: DenseSearcher,
+def fit_scale(
     index: ApproximateIndex,
-    queries: Queries,
+    queries: Float32[np.ndarray, "q d"],
     k: int,
-    documents: Int64[np.ndarray, " q"] | None,
+    excluded: Int64[np.ndarray, "q w"] | None,
 ) -> dict[str, Any]:
-    """Widen the index of a searcher until it finds, of the exact k nearest of these queries, the share that it was
-    tuned to, and hardly less in the two worst strata: tenths of the queries, by the distance of their k-th neighbor.
+    """Fit the scale of an index to what a join needs: the least with which it finds, of the exact k nearest of these
+    queries, the share that it was tuned to, and hardly less in the two worst strata: tenths of the queries, by the
+    distance of their k-th neighbor.
 
     What settings fix (leaves_to_search, probes, candidates) is left at that. Returns the recall, that of each stratum
-    (nearest first), the number of queries and how much further than tuned the index looks.
+    (nearest first), the number of queries and the scale.
     """
-    exact = -exact_search(index.store, queries.keys, k, documents)[1].astype(np.float64)
-    excluded = None if documents is None else [{row} - {-1} for row in documents.tolist()]
+    exact = -exact_search(index.store, queries, k, excluded)[1].astype(np.float64)
     target = max((segment.record["recall"]["target"] for segment in index.segments), default=1.0)
-    found: dict[str, Any] = {"recall": 1.0, "recall_of_strata": [], "sample": len(queries), "widening": 1.0}
-    for widening in _WIDENINGS[: 1 if not index.segments or _is_fixed(index) else None]:
-        index.widening = widening
-        shares = share_found(-searcher.search(queries, k, excluded)[1].astype(np.float64), exact)
-        order = np.argsort(exact[:, -1], kind="stable")
-        order = order[~np.isnan(shares[order])]
-        if not len(order):
-            break
-        strata = [float(shares[part].mean()) for part in np.array_split(order, min(_STRATA, len(order)))]
-        found |= {"recall": float(shares[order].mean()), "recall_of_strata": strata, "widening": widening}
-        if found["recall"] >= target and np.mean(sorted(strata)[:_WORST]) >= target - _BELOW:
-            break
-    return found
+    measured: dict[Scale, tuple[float, list[float]]] = {}
+
+    def is_enough(scale: Scale) -> bool:
+        index.scale = scale
+        recall, strata = measured[scale] = _recall(-index.search(queries, k, excluded)[1].astype(np.float64), exact)
+        worst = sorted(strata)[:_WORST]
+        return recall >= target and sum(worst) >= len(worst) * (target - _BELOW)
+
+    fitted = Scale()
+    if is_enough(fitted) and index.segments and not _is_fixed(index):
+        fitted = _last(is_enough, fitted, [Scale(share) for share in _LESS])
+        fitted = _last(is_enough, fitted, [Scale(fitted.lists, share) for share in _LESS])
+    elif index.segments and not _is_fixed(index):
+        wider = [Scale(share, share) for share in _FURTHER]
+        fitted = next(filter(is_enough, wider), wider[-1])
+    index.scale, (recall, strata) = fitted, measured[fitted]
+    return {"recall": recall, "recall_of_strata": strata, "sample": len(queries), "scale": asdict(fitted)}
+
+
+def _last(is_enough: Callable[[Scale], bool], first: Scale, further: list[Scale]) -> Scale:
+    """The last scale before the first that is not enough."""
+    return [first, *takewhile(is_enough, further)][-1]
+
+
+def _recall(found: Float64[np.ndarray, "q k"], exact: Float64[np.ndarray, "q k"]) -> tuple[float, list[float]]:
+    """The mean share found, and that of each stratum; 1 where no query has a neighbor."""
+    shares = share_found(found, exact)
+    order = np.argsort(exact[:, -1], kind="stable")
+    order = order[~np.isnan(shares[order])]
+    if not len(order):
+        return 1.0, []
+    strata = [float(shares[part].mean()) for part in np.array_split(order, min(_STRATA, len(order)))]
+    return float(shares[order].mean()), strata
 
 
 def _is_fixed(index: ApproximateIndex) -> bool:

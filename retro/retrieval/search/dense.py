@@ -33,6 +33,7 @@ _FIELDS = {
 }
 _CANDIDATES = 640  # for 10 neighbors; eight times as many where these do not reach a recall
 _FOUND = 1 << 20  # candidates held at a time
+_FEW = 4  # a search looks further where it compares fewer than one in so many of its candidates
 _KEY_READ = 4  # what a byte of a stored key costs against a byte of a code that is scanned
 
 
@@ -50,6 +51,14 @@ class Effort:
         """Candidates for k neighbors."""
         wanted = min(-(-self.candidates * k // TUNED_NEIGHBORS), 4 * k)
         return min(max(wanted, self.candidates, k), num_rows)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How far a search goes, as shares of the effort to which segments are tuned."""
+
+    lists: float = 1.0
+    candidates: float = 1.0
 
 
 class Segment:
@@ -83,35 +92,50 @@ class Segment:
         return rows[~self.store.is_removed(rows)] if self._has_removed else rows
 
     def search(
-        self, queries: Float32[np.ndarray, "q d"], k: int, widening: float = 1.0
+        self,
+        queries: Float32[np.ndarray, "q d"],
+        k: int,
+        excluded: Int64[np.ndarray, "q w"] | None = None,
+        scale: Scale | None = None,
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
-        """The k nearest rows that are found and their squared distances.
+        """The k nearest rows outside a query's excluded documents that are found, and their squared distances.
 
-        More lists and rows are looked at by `widening` and the share of removed rows. Where fewer are found than the
-        segment has, the search is widened, twofold each time, until it has seen all.
+        What is looked at grows with the share of removed rows. Queries that find fewer rows than the segment has, or
+        few candidates outside their excluded documents, look twice as far, until they have seen all.
         """
-        most = min(k, self.num_live)
-        if not most or not len(queries):
-            return no_hits(len(queries), k)
-        further = lambda count: -(-count * self.num_rows // self.num_live)  # noqa: E731
-        lists, candidates = ceil(further(self.effort.lists) * widening), ceil(self.effort.candidates * widening)
-        effort = Effort(min(lists, self.layout.lists), candidates)
-        fetch = min(further(k) + 8 * self._has_removed, self.num_rows)
-        rows, distances = self.attempt(queries, k, effort, fetch)
-        while fetch < self.num_rows or effort.lists < self.layout.lists:
-            waiting = np.flatnonzero(rows[:, most - 1] < 0)  # what is missing comes last
-            if not len(waiting):
+        rows, distances = no_hits(len(queries), k)
+        most, waiting = min(k, self.num_live), np.arange(len(queries) if self.num_live else 0)
+        spans = None if excluded is None else self.store.row_ranges(excluded)
+        scale, wider, least = scale or Scale(), self.num_rows / max(self.num_live, 1), 0
+        while len(waiting):
+            effort = Effort(
+                min(ceil(self.effort.lists * scale.lists * wider), self.layout.lists),
+                ceil(self.effort.candidates * scale.candidates * wider),
+            )
+            fetch = min(ceil(k * wider), self.num_rows)
+            considered = effort.considered(fetch, self.num_rows)
+            if self._has_removed or spans is not None:
+                fetch = considered  # of which some are dropped
+            if spans is not None:
+                least = least or considered // (_FEW * (1 + self.layout.soar))
+            size, left = max(_FOUND // max(considered, effort.lists), 1), []
+            for start, stop in blocks(0, len(waiting), size):
+                part = waiting[start:stop]
+                of_part = None if spans is None else spans[part]
+                found, apart = self.scored(queries[part], fetch, considered, effort.lists, of_part)
+                rows[part], distances[part] = _nearest(found, apart, k)
+                missing = rows[part, most - 1] < 0  # it comes last
+                left.append(part[missing | ((found >= 0).sum(1) < least)])
+            if considered == self.num_rows and effort.lists == self.layout.lists:
                 break
-            fetch = min(fetch * 2, self.num_rows)
-            effort = Effort(min(effort.lists * 2, self.layout.lists), effort.candidates)
-            rows[waiting], distances[waiting] = self.attempt(queries[waiting], k, effort, fetch)
+            waiting, wider = np.concatenate(left), wider * 2
         return rows, distances
 
     def attempt(
-        self, queries: Float32[np.ndarray, "q d"], k: int, effort: Effort, fetch: int | None = None
+        self, queries: Float32[np.ndarray, "q d"], k: int, effort: Effort
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
-        """The k nearest of what one search of an effort finds; `fetch` hits, then those of removed rows are dropped."""
-        fetch = min(fetch or k, self.num_rows)
+        """The k nearest of what one search of an effort finds."""
+        fetch = min(k, self.num_rows)
         considered = effort.considered(fetch, self.num_rows)
         size, parts = max(_FOUND // max(considered, effort.lists), 1), []
         for start, stop in blocks(0, len(queries), size):
@@ -126,13 +150,20 @@ class Segment:
         return self.num_rows * share * (2 if self.layout.soar else 1)
 
     def scored(
-        self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
+        self,
+        queries: Float32[np.ndarray, "q d"],
+        wanted: int,
+        considered: int,
+        lists: int,
+        spans: Int64[np.ndarray, "q w 2"] | None = None,
     ) -> tuple[Int64[np.ndarray, "q c"], Float64[np.ndarray, "q c"]]:
-        """The candidates of one search, each once, in any order (-1: none), and their squared distances."""
+        """The candidates of one search outside the spans of a query, each once, in any order (-1: none), and their
+        squared distances."""
         found = self.store_rows(self.engine.candidates(queries, wanted, considered, lists))
         if self.layout.soar:
             found = np.sort(found, axis=1)
             found[:, 1:][found[:, 1:] == found[:, :-1]] = -1
+        drop(found, spans)
         return found, rescore(self.store, queries, found)
 
     def store_rows(self, local: Int64[np.ndarray, "q c"]) -> Int64[np.ndarray, "q c"]:
@@ -142,6 +173,12 @@ class Segment:
         if self._has_removed:
             found[self.store.is_removed(found)] = -1
         return found
+
+
+def drop(rows: Int64[np.ndarray, "q c"], spans: Int64[np.ndarray, "q w 2"] | None) -> None:
+    """Put -1 for the rows within the spans of a query."""
+    for span in () if spans is None else np.moveaxis(spans, 1, 0)[..., None]:
+        rows[(rows >= span[:, 0]) & (rows < span[:, 1])] = -1
 
 
 def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

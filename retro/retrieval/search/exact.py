@@ -36,9 +36,11 @@ class ExactIndex:
         self.store = store
         self.num_rows = store.num_searchable
 
-    def search(self, queries: Float[np.ndarray, "q d"], k: int) -> Hits:
-        """The k nearest rows of each query."""
-        return exact_search(self.store, check_queries(queries, self.store), k)
+    def search(
+        self, queries: Float[np.ndarray, "q d"], k: int, excluded: Int64[np.ndarray, "q w"] | None = None
+    ) -> Hits:
+        """The k nearest rows of each query outside its excluded documents."""
+        return exact_search(self.store, check_queries(queries, self.store), k, excluded)
 
 
 def check_queries(queries: Any, store: Store) -> Float32[np.ndarray, "q d"]:
@@ -61,7 +63,7 @@ def exact_search(
     store: Store,
     queries: Float32[np.ndarray, "q d"],
     k: int,
-    query_documents: Int64[np.ndarray, " q"] | None = None,
+    excluded: Int64[np.ndarray, "q w"] | None = None,
     rows: tuple[int, int] | None = None,
     device: str | None = None,
 ) -> Hits:
@@ -71,7 +73,7 @@ def exact_search(
     of the whole.
 
     Arguments:
-        query_documents: rows of this document row are left out for the query (-1: nothing is).
+        excluded: document rows whose chunks are left out for the query (-1: nothing is).
         rows: search start .. stop - 1 only; None is the whole store.
         device: where the products are computed, see retro.retrieval.search.on_device; None is the
             environment's RETRO_DEVICE, else the first GPU. Accelerators other than CUDA's leave it to the CPU.
@@ -84,7 +86,7 @@ def exact_search(
     if where.type == "cuda":
         from retro.retrieval.search.on_device import keys_on
 
-        return search_on_device(keys_on(store, where), queries, k, query_documents, (first, last))
+        return search_on_device(keys_on(store, where), queries, k, excluded, (first, last))
     num_queries = min(len(queries), 1024) or 1
     block = max(_BLOCK_SCORES // num_queries, 1024)
     best, distances = no_hits(len(queries), k)
@@ -92,7 +94,7 @@ def exact_search(
         found = _KeyBlock(store, start, stop, torch)
         for low in range(0, len(queries), num_queries):
             part = slice(low, low + num_queries)
-            documents = None if query_documents is None else query_documents[part]
+            documents = None if excluded is None else excluded[part]
             new_rows, new_distances = found.nearest(queries[part], k, documents, distances[part, -1])
             best[part], distances[part] = merge(best[part], distances[part], new_rows, new_distances, k)
     return as_hits(best, distances)
@@ -102,11 +104,11 @@ def search_on_device(
     keys: DeviceKeys,
     queries: Float32[np.ndarray, "q d"],
     k: int,
-    query_documents: Int64[np.ndarray, " q"] | None,
+    excluded: Int64[np.ndarray, "q w"] | None,
     rows: tuple[int, int],
 ) -> Hits:
     """As `exact_search`: a device proposes candidates; queries with more near the k-th than these are searched here."""
-    found, top, scale = keys.candidates(queries, k + _OVER_SELECT, query_documents, *rows)
+    found, top, scale = keys.candidates(queries, k + _OVER_SELECT, excluded, *rows)
     norms = np.square(queries, dtype=np.float64).sum(1)
     tolerance = _tolerance(scale, norms)
     needed = np.isfinite(top) & (top >= (top[:, k - 1] - 2 * tolerance)[:, None])
@@ -114,7 +116,7 @@ def search_on_device(
     best, distances = merge(*no_hits(len(queries), k), found, distances, k)
     unsure = np.flatnonzero(needed[:, -1])
     if len(unsure):
-        documents = None if query_documents is None else query_documents[unsure]
+        documents = None if excluded is None else excluded[unsure]
         best[unsure], scores, _ = exact_search(keys.store, queries[unsure], k, documents, rows, device="cpu")
         distances[unsure] = -scores
     return as_hits(best, distances)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from retro.retrieval.search.dense import Segment, check_segment
+from retro.retrieval.search.dense import Segment, check_segment, drop
 from retro.retrieval.search.engines.partial import open_lists
 from retro.retrieval.search.engines.routed import are_certain
 from retro.retrieval.search.exact import Hits, as_hits, check_queries, merge, no_hits
 from retro.retrieval.search.placement import Plan, is_divided
 from retro.retrieval.search.queries import Queries
-from retro.retrieval.search.searchers import search_excluding
+from retro.retrieval.search.searchers import excluded_table
 from retro.retrieval.search.segments import ShardRange
 from retro.retrieval.store.store import Store
 
@@ -77,35 +77,21 @@ class KeyShards:
         self.call, self.kind, self.store = call, name, call.searcher.store
         self.num_rows, self.recall = call.searcher.num_rows, call.searcher.recall
         self._parts = {number: call.searcher.plan[number][name] for number in call.holders(name)}
-        self._is_exact = not any(part.segments or part.lists for part in self._parts.values())
         self._divided = [segment.asking(call) for segment in call.searcher.divided[name]]
 
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
         """See `DenseSearcher.search`."""
         keys = queries.embedded(self.call.searcher.embedder) if queries.keys is None else queries.keys
         keys = check_queries(keys, self.store)
-        if self._is_exact and excluded is not None and all(len(rows) <= 1 for rows in excluded):
-            return self._nearest(keys, k, np.asarray([next(iter(rows), -1) for rows in excluded], np.int64))
-        return search_excluding(_KeyIndex(self), self.store, keys, k, excluded)
-
-    def _nearest(
-        self, keys: Float32[np.ndarray, "q d"], k: int, documents: Int64[np.ndarray, " q"] | None = None
-    ) -> Hits:
+        table = excluded_table(excluded)
         rows, distances = no_hits(len(keys), k)
         whole = [number for number, part in self._parts.items() if part.segments or part.ranges]
         if whole:
-            given = (self.kind, self.call.searcher.share(keys), k, documents)
+            given = (self.kind, self.call.searcher.share(keys), k, table)
             rows, distances = _merged(self.call.ask("search_keys", dict.fromkeys(whole, given)), len(keys), k)
         for segment in self._divided:
-            rows, distances = merge(rows, distances, *segment.search(keys, k), k)
+            rows, distances = merge(rows, distances, *segment.search(keys, k, table), k)
         return as_hits(rows, distances)
-
-
-class _KeyIndex:
-    """`KeyShards` as an `Index`."""
-
-    def __init__(self, shards: KeyShards) -> None:
-        self.search, self.kind, self.num_rows = shards._nearest, shards.kind, shards.num_rows
 
 
 class ScoreShards:
@@ -165,7 +151,12 @@ class DividedSegment(Segment):
         return asking
 
     def scored(
-        self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
+        self,
+        queries: Float32[np.ndarray, "q d"],
+        wanted: int,
+        considered: int,
+        lists: int,
+        spans: Int64[np.ndarray, "q w 2"] | None = None,
     ) -> tuple[Int64[np.ndarray, "q c"], Float64[np.ndarray, "q c"]]:
         """See `Segment.scored`: the candidates that all lists in one place would have given."""
         visited = self.engine.route(queries, lists)
@@ -180,10 +171,11 @@ class DividedSegment(Segment):
         for number, new in sorted(self._call.ask("visit", asked).items()):
             found = _nearest_codes(found, new, at[number])
         codes, rows, distances = found
-        rows = np.where(are_certain(codes, wanted), rows, -1)
+        rows = np.where(are_certain(codes, wanted, considered), rows, -1)
         order = np.argsort(rows, axis=1)
         rows, distances = np.take_along_axis(rows, order, 1), np.take_along_axis(distances, order, 1)
         rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
+        drop(rows, spans)
         return rows, np.where(rows < 0, np.inf, distances)
 
 

@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from retro.common.files import check_files, delete, stable_hash
-from retro.retrieval.search.dense import TUNED_NEIGHBORS, Segment, open_segment, retune, write_dense
+from retro.retrieval.search.dense import TUNED_NEIGHBORS, Scale, Segment, open_segment, retune, write_dense
 from retro.retrieval.search.engines import ENGINES, FAISS_FLAT_ROWS, ROUTED_ROWS, Work
 from retro.retrieval.search.exact import (
     ExactIndex,
@@ -59,12 +59,17 @@ RECALL = 0.95  # tuned to, where nobody names another
 
 @runtime_checkable
 class Index(Protocol):
-    """search [q, d], k -> store rows [q, k] (-1 where missing), scores (-squared L2; -inf where missing), mask."""
+    """search [q, d], k -> store rows [q, k] (-1 where missing), scores (-squared L2; -inf where missing), mask.
+
+    excluded: document rows whose chunks are left out for the query, filled up with -1.
+    """
 
     kind: str
     num_rows: int
 
-    def search(self, queries: Float[np.ndarray, "q d"], k: int) -> Hits: ...
+    def search(
+        self, queries: Float[np.ndarray, "q d"], k: int, excluded: Int64[np.ndarray, "q w"] | None = None
+    ) -> Hits: ...
 
 
 class ApproximateIndex:
@@ -72,10 +77,10 @@ class ApproximateIndex:
 
     recall: of the segments as they were tuned, weighted by their rows; exact search counts as 1.
     name: changes with what is searched, and how far.
-    widening: by how much more than its segments are tuned to it looks into.
+    scale: how far it looks, against what its segments are tuned to.
     """
 
-    widening = 1.0
+    scale = Scale()
 
     def __init__(self, store: Store, kind: str, segments: list[Segment]) -> None:
         self.store, self.kind, self.segments = store, kind, segments
@@ -95,22 +100,26 @@ class ApproximateIndex:
                 self.num_rows - served, self.num_rows, store.path, kind, kind,
             )  # fmt: skip
 
-    def search(self, queries: Float[np.ndarray, "q d"], k: int) -> Hits:
-        """The k nearest rows of each query that the engines find, merged by score."""
+    def search(
+        self, queries: Float[np.ndarray, "q d"], k: int, excluded: Int64[np.ndarray, "q w"] | None = None
+    ) -> Hits:
+        """The k nearest rows of each query outside its excluded documents that the engines find, merged by score."""
         check_k(k)
         queries = check_queries(queries, self.store)
-        lists = self._lists(queries, k) if len(queries) else iter(())
+        lists = self._lists(queries, k, excluded) if len(queries) else iter(())
         found = next(lists, None) or no_hits(len(queries), k)
         for further in lists:
             found = merge(*found, *further, k)
         return as_hits(*found)
 
-    def _lists(self, queries: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _lists(
+        self, queries: np.ndarray, k: int, excluded: np.ndarray | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and distances of each segment, then of each range that has none."""
         for segment in self.segments:
-            yield segment.search(queries, k, self.widening)
+            yield segment.search(queries, k, excluded, self.scale)
         for part in self.exact_ranges:
-            rows, scores, _ = exact_search(self.store, queries, k, rows=part)
+            rows, scores, _ = exact_search(self.store, queries, k, excluded, rows=part)
             yield rows, -scores.astype(np.float64)
 
 

@@ -115,11 +115,15 @@ def keys_on(store: Store, device: torch.device) -> DeviceKeys:
     return by_device[device]
 
 
-def own_rows(documents: np.ndarray, of_rows: np.ndarray) -> list[tuple[slice, slice]]:
-    """Runs of queries of one document, each with the rows that belong to it, where there are any; both are ordered."""
-    first = np.flatnonzero(np.diff(documents, prepend=-2))
-    last = np.append(first[1:], len(documents))
-    low, high = (np.searchsorted(of_rows, documents[first], side) for side in ("left", "right"))
-    found = low < high
-    borders = zip(*(borders[found].tolist() for borders in (first, last, low, high)), strict=True)
-    return [(slice(a, b), slice(c, d)) for a, b, c, d in borders]
+def own_rows(documents: Int[np.ndarray, "q w"], of_rows: Int[np.ndarray, " c"]) -> list[tuple[slice, slice]]:
+    """Runs of queries that leave out one document, each with the rows, in ascending order of their documents, that
+    belong to it, where there are any."""
+    runs = []
+    for column in documents.T:
+        first = np.flatnonzero(np.diff(column, prepend=-2))
+        last = np.append(first[1:], len(column))
+        low, high = (np.searchsorted(of_rows, column[first], side) for side in ("left", "right"))
+        found = low < high
+        borders = zip(*(borders[found].tolist() for borders in (first, last, low, high)), strict=True)
+        runs += [(slice(a, b), slice(c, d)) for a, b, c, d in borders]
+    return runs

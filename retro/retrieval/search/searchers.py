@@ -21,17 +21,7 @@ from jaxtyping import Float32, Int64
 from retro.retrieval.embedding.embedder import NO_EMBEDDER, Embedder, embedder_from, load_embedder
 from retro.retrieval.search import continuation, lexical
 from retro.retrieval.search.engines import ENGINES
-from retro.retrieval.search.index import (
-    ExactIndex,
-    Hits,
-    Index,
-    build_index,
-    check_k,
-    check_queries,
-    exact_search,
-    open_index,
-    resolve_kind,
-)
+from retro.retrieval.search.index import Hits, Index, build_index, check_k, open_index, resolve_kind
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.store.store import Store
 
@@ -40,7 +30,6 @@ _FUSED_DEPTH = 100
 _COSINE = "cosine"  # of keys of length 1, whose -squared L2 is 2 cosine - 2
 _MEASURES = {kind: {"tfidf": "TF-IDF", "bm25": "BM25"}[kind.removesuffix(lexical.EXACT)] for kind in lexical.KINDS}
 _LOADED: WeakValueDictionary[str, Embedder] = WeakValueDictionary()  # by fingerprint
-_FETCHED_HITS = 1 << 20  # hits held at a time while the over-fetch grows
 
 
 @runtime_checkable
@@ -201,10 +190,7 @@ class DenseSearcher:
     def search(self, queries: Queries, k: int, excluded: list[set[int]] | None = None) -> Hits:
         """The k nearest rows of each query outside its excluded document rows."""
         keys = queries.embedded(self.embedder) if queries.keys is None else queries.keys
-        if isinstance(self.index, ExactIndex) and excluded is not None and all(len(rows) <= 1 for rows in excluded):
-            documents = np.asarray([next(iter(rows), -1) for rows in excluded], np.int64)
-            return exact_search(self.store, check_queries(keys, self.store), k, documents)
-        return search_excluding(self.index, self.store, keys, k, excluded)
+        return self.index.search(keys, k, excluded_table(excluded))
 
 
 class FusedSearcher:
@@ -287,46 +273,14 @@ class EmbedderReranker:
         return -np.square(asked[:, None] - keys[place.reshape(rows.shape)]).sum(2)
 
 
-def search_excluding(
-    engine: Index, store: Store, keys: Float32[np.ndarray, "q d"], k: int, excluded: list[set[int]] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k nearest rows of each query outside its excluded document rows: rows, scores and mask [q, k].
-
-    The over-fetch doubles, for the queries that need it, until k rows survive or the index has no more to give.
-    """
+def excluded_table(excluded: list[set[int]] | None) -> Int64[np.ndarray, "q w"] | None:
+    """The excluded document rows of each query as an index takes them: filled up with -1, None where there are none."""
     if excluded is None or not any(excluded):
-        return engine.search(keys, k)
-    rows = np.full((len(keys), k), -1, np.int64)
-    scores = np.full((len(keys), k), -np.inf, np.float32)
-    waiting, fetch = np.arange(len(keys)), k + 8
-    while len(waiting):
-        fetch = max(min(fetch, engine.num_rows), 1)
-        size, short = max(_FETCHED_HITS // fetch, 1), []
-        for start in range(0, len(waiting), size):
-            group = waiting[start : start + size]
-            found, found_scores, mask = engine.search(keys[group], fetch)
-            kept = mask & ~_in_documents(store, found, [excluded[q] for q in group])
-            order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
-            kept, width = np.take_along_axis(kept, order, 1), order.shape[1]
-            rows[group, :width] = np.where(kept, np.take_along_axis(found, order, 1), -1)
-            scores[group, :width] = np.where(kept, np.take_along_axis(found_scores, order, 1), -np.inf)
-            short.append(group[(kept.sum(1) < k) & mask[:, -1]])  # a masked hit: the engine found no more than that
-        if fetch >= engine.num_rows:
-            break
-        waiting, fetch = np.concatenate(short), fetch * 2
-    return rows, scores, rows >= 0
-
-
-def _in_documents(store: Store, rows: np.ndarray, excluded: list[set[int]]) -> np.ndarray:
-    """Which rows [q, c] belong to one of their query's excluded documents."""
-    documents = store.document_rows(np.maximum(rows, 0))
-    width = max(map(len, excluded))
-    table = np.full((len(excluded), width), -1, np.int64)
-    for q, blocked in enumerate(excluded):
-        table[q, : len(blocked)] = sorted(blocked)
-    if width == 1:
-        return documents == table
-    return np.stack([np.isin(found, blocked) for found, blocked in zip(documents, table, strict=True)])
+        return None
+    table = np.full((len(excluded), max(map(len, excluded))), -1, np.int64)
+    for line, documents in zip(table, excluded, strict=True):
+        line[: len(documents)] = sorted(documents)
+    return table
 
 
 def embedder_of(store: Store, embedder: Embedder | None = None) -> Embedder:

@@ -52,10 +52,10 @@ class ShardActor:
         return self._parts[name].search(self._queries(asked), k, excluded)[:2]
 
     def search_keys(
-        self, name: str, keys: Float32[np.ndarray, "q d"], k: int, documents: Int64[np.ndarray, " q"] | None
+        self, name: str, keys: Float32[np.ndarray, "q d"], k: int, excluded: Int64[np.ndarray, "q w"] | None
     ) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
-        """Rows and scores of the k nearest of its whole segments and its ranges; `documents`: see `exact_search`."""
-        return self._parts[name].search(keys, k, documents)[:2]
+        """Rows and scores of the k nearest of its whole segments and its ranges; `excluded`: see `Index`."""
+        return self._parts[name].search(keys, k, excluded)[:2]
 
     def visit(
         self, name: str, folder: str, keys: np.ndarray, lists: Int64[np.ndarray, "q l"], considered: int
@@ -85,13 +85,13 @@ class PartIndex:
         engine = open_lists(shards.folder, shards.record, self.store.key_dim, groups)
         return Segment(self.store, shards, engine)
 
-    def search(self, queries: Float32[np.ndarray, "q d"], k: int, documents: np.ndarray | None = None) -> Hits:
-        """The k nearest rows of the ranges and whole segments; `documents`: see `exact_search`, of ranges only."""
+    def search(self, queries: Float32[np.ndarray, "q d"], k: int, excluded: np.ndarray | None = None) -> Hits:
+        """The k nearest rows of the ranges and whole segments; `excluded`: see `Index`."""
         rows, distances = no_hits(len(queries), k)
         for segment in self.segments:
-            rows, distances = merge(rows, distances, *segment.search(queries, k), k)
+            rows, distances = merge(rows, distances, *segment.search(queries, k, excluded), k)
         for part in self.ranges:
-            found, scores, _ = exact_search(self.store, queries, k, documents, rows=part)
+            found, scores, _ = exact_search(self.store, queries, k, excluded, rows=part)
             rows, distances = merge(rows, distances, found, -scores.astype(np.float64), k)
         return as_hits(rows, distances)
 

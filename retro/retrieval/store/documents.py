@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from retro.retrieval.store.format import TABLE_NUMBERS, TABLE_TEXTS, ShardArrays
 
 _KEPT_BYTES = 256 << 20  # of document tables that an open store keeps in memory
 _KEPT_GROUPS = 256  # shards
+_KEPT_BORDERS = 64  # shards
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,28 @@ class DocumentTables:
     @cached_property
     def document_spans(self) -> Int64[np.ndarray, "documents 2"]:
         """First row and number of chunks of every document, by document row; a removed one has 0 chunks."""
-        columns = [
-            self.document_table(number, ["num_chunks"]).column(0).to_numpy() for number in range(len(self._shards))
-        ]
-        counts = np.concatenate([np.zeros(0, np.int64), *columns])
-        spans = np.stack([np.cumsum(counts) - counts, counts], axis=1)
-        spans[self.removed_documents, 1] = 0
-        return spans
+        borders = [self._borders_of(number) for number in range(len(self._shards))]
+        firsts = np.concatenate([np.zeros(0, np.int64), *(of_shard[:-1] for of_shard in borders)])
+        counts = np.concatenate([np.zeros(0, np.int64), *map(np.diff, borders)])
+        counts[self.removed_documents] = 0
+        return np.stack([firsts, counts], axis=1)
+
+    def row_ranges(self, documents: Int[np.ndarray, "*documents"]) -> Int64[np.ndarray, "*documents 2"]:
+        """The first row of each document row and the first behind it, removed or not; 0 and 0 for -1."""
+        ranges = np.zeros((*np.shape(documents), 2), np.int64)
+        shards = np.searchsorted(self._first_documents, documents, side="right") - 1
+        for number in np.unique(shards[shards >= 0]).tolist():
+            there, borders = shards == number, self._borders_of(number)
+            local = documents[there] - self._first_documents[number]
+            ranges[there] = np.stack([borders[local], borders[local + 1]], axis=-1)
+        return ranges
+
+    @cached_property
+    def _borders_of(self) -> Callable[[int], Int64[np.ndarray, " borders"]]:
+        """The first row of every document of a shard, and the first behind the last, by the number of the shard."""
+
+        def read(number: int) -> np.ndarray:
+            counts = self.document_table(number, ["num_chunks"]).column(0).to_numpy()
+            return self.shards[number]["first_row"] + np.append(0, np.cumsum(counts, dtype=np.int64))
+
+        return lru_cache(_KEPT_BORDERS)(read)

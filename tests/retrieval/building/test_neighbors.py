@@ -17,8 +17,7 @@ from retro.common.records import load_record, save_record
 from retro.retrieval import Store, build_neighbors, open_neighbors, remove_documents
 from retro.retrieval.building import join
 from retro.retrieval.building.sample import share_found
-from retro.retrieval.search import searchers as search_module
-from retro.retrieval.search.index import build_index, exact_search
+from retro.retrieval.search.index import build_index
 from tests.kills import count_calls, killed_at_call
 from tests.stand_ins import HashingEmbedder, make_store, words
 
@@ -77,41 +76,8 @@ def test_a_long_book_loses_no_neighbors(tmp_path, tokenizer, index):
         rows = build_neighbors(store, 2).rows[[0, 5_000, 10_000]]
     else:
         engine = build_index(store, index)
-        rows = search_module.search_excluding(engine, store, keys, 2, [{0}] * 3)[0]
+        rows = engine.search(keys, 2, np.zeros((3, 1), np.int64))[0]
     assert np.sort(rows, axis=1).tolist() == [[10_001, 10_002]] * 3
-
-
-class Engine:
-    """Exact search that finds only the rows below `seen`, and notes what it was asked."""
-
-    kind = "exact"
-
-    def __init__(self, store, seen):
-        self.store, self.seen, self.num_rows, self.asked = store, seen, store.num_chunks, []
-
-    def search(self, queries, k):
-        self.asked.append((len(queries), k))
-        rows, scores, mask = exact_search(self.store, queries, self.num_rows)
-        order = np.argsort(~(mask & (rows < self.seen)), axis=1, kind="stable")[:, :k]
-        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
-        mask = (rows >= 0) & (rows < self.seen)
-        return np.where(mask, rows, -1), np.where(mask, scores, -np.inf), mask
-
-
-def test_over_fetch_is_bounded(store, monkeypatch):
-    """It stops when the engine has no more to give, and holds few hits at a time; the answers stay the same."""
-    rows = np.arange(store.num_chunks)
-    keys, own = store.keys(rows), [{row} for row in store.document_rows(rows).tolist()]
-    poor = Engine(store, 15)
-    found, _, mask = search_module.search_excluding(poor, store, keys, 10, own)
-    assert (found < 15).all() and not mask.all() and max(k for _, k in poor.asked) == 18
-    expected = search_module.search_excluding(Engine(store, 10**6), store, keys, 60, own)
-    monkeypatch.setattr(search_module, "_FETCHED_HITS", 500)
-    engine = Engine(store, 10**6)
-    found = search_module.search_excluding(engine, store, keys, 60, own)
-    assert all(q * k <= 500 for q, k in engine.asked) and len({k for _, k in engine.asked}) > 1
-    for mine, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(mine, other)
 
 
 def test_missing_neighbors_are_masked(tmp_path, tokenizer):
@@ -140,10 +106,21 @@ def test_a_join_measures_its_recall_and_looks_further_where_it_is_low(tmp_path, 
     save_record(file, record | {"recall": record["recall"] | {"lists_searched": 4}})
     exact, table = build_neighbors(store, 4), build_neighbors(store, 4, index="faiss:ivf-flat")
     shares = share_found(*(found.distances[:].astype(np.float64) for found in (table, exact)))
-    assert table.record["widening"] > 1 and table.record["sample"] == 512 < store.num_chunks
+    assert table.record["scale"]["lists"] > 1 and table.record["sample"] == 1024 < store.num_chunks
     assert table.record["recall"] >= 0.95 and sum(sorted(table.record["recall_of_strata"])[:2]) >= 1.8
     assert len(table.record["recall_of_strata"]) == 10 and abs(shares.mean() - table.record["recall"]) < 0.03
     assert exact.record["recall"] == 1
+
+
+def test_a_join_looks_no_further_than_it_needs(tmp_path, tokenizer):
+    """As where an index is tuned to all lists, or for more neighbors than are asked for."""
+    pytest.importorskip("faiss")
+    store = make_store(tmp_path, [words(160, n) for n in range(24)], tokenizer)
+    file = build_index(store, "faiss:ivf-flat", lists=32).folders[0] / "index.json"
+    record = load_record(file)
+    save_record(file, record | {"recall": record["recall"] | {"lists_searched": 32, "candidates": 40}})
+    table = build_neighbors(store, 2, index="faiss:ivf-flat")
+    assert table.record["scale"]["lists"] < 1 and 0.95 <= table.record["recall"] <= 1
 
 
 def test_the_share_found_counts_neighbors_that_there_are():

@@ -11,7 +11,7 @@ from benchmarks.synthetic import write_synthetic_store
 from retro.common.files import TEMPORARY_PREFIX, _machine
 from retro.planning import index_plan
 from retro.retrieval import Store, build_index, open_index
-from retro.retrieval.search import exact
+from retro.retrieval.search import dense, exact
 from retro.retrieval.search import index as index_module
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, Segment, tune
 from retro.retrieval.search.engines import ENGINES, EngineKind, IndexLayout, choose_layout
@@ -54,7 +54,7 @@ def oracle(store, queries, k, excluded=None, rows=None):
     for q, query in enumerate(queries.astype(np.float64)):
         distances = np.square(store.array.astype(np.float32) - query.astype(np.float32)).sum(1, dtype=np.float64)
         distances = distances.astype(np.float32)  # as scores are
-        allowed = [r for r in store.searchable_rows if excluded is None or store.documents[r] != excluded[q]]
+        allowed = [r for r in store.searchable_rows if excluded is None or store.documents[r] not in excluded[q]]
         order = sorted((r for r in allowed if start <= r < stop), key=lambda r: (distances[r], r))[:k]
         found[q, : len(order)] = order
     return found
@@ -70,7 +70,7 @@ def test_exact_search_against_the_oracle(monkeypatch, copies, block):
     keys = keys[rng.permutation(len(keys))]
     store = Keys(keys, np.arange(len(keys)) // 7, np.flatnonzero(np.arange(len(keys)) % 10 != 3))
     queries = np.concatenate([keys[:15], rng.normal(size=(4, 12)), 300 + rng.normal(size=(1, 12))]).astype(np.float32)
-    excluded = np.array([*np.arange(15) // 7, -1, -1, 4, 5, 6])
+    excluded = np.array([*np.arange(15) // 7, -1, -1, 4, 5, 6])[:, None] + np.array([0, 3])
     for k in (1, 5):
         np.testing.assert_array_equal(exact_search(store, queries, k)[0], oracle(store, queries, k))
         found = exact_search(store, queries, k, excluded, rows=(100, 1700))
@@ -88,7 +88,7 @@ def test_keys_on_a_device_give_what_exact_search_gives(copies, kept):
     on_device = DeviceKeys(store, torch.device("cpu"), kept * 300 * 12 * 4, cell_rows=300)
     store.key_block = lambda start, stop: read.append(start) or keys[start:stop]
     queries = np.concatenate([keys[:90:6], 300 + rng.normal(size=(1, 12))]).astype(np.float32)
-    excluded = np.arange(len(queries)) - 1
+    excluded = np.arange(len(queries))[:, None] - np.array([1, 3])
     for documents, rows in ((None, (0, 2000)), (excluded, (100, 1700)), (None, (5, 17)), (None, (40, 40))):
         found = exact.search_on_device(on_device, queries, 5, documents, rows)
         for one, other in zip(found, exact_search(store, queries, 5, documents, rows), strict=True):
@@ -113,7 +113,7 @@ def test_exact_search_of_ranges_merged_by_score_is_that_of_the_whole():
 
 def test_exact_search_runs_out():
     store = Keys(np.eye(3, dtype=np.float32), np.array([0, 0, 1]), np.arange(3))
-    rows, scores, mask = exact_search(store, np.eye(3, dtype=np.float32)[:1], 3, np.array([0]))
+    rows, scores, mask = exact_search(store, np.eye(3, dtype=np.float32)[:1], 3, np.array([[0]]))
     assert rows.tolist() == [[2, -1, -1]] and mask.tolist() == [[True, False, False]]
     assert scores[0, 0] == -2 and (scores[0, 1:] == -np.inf).all()
 
@@ -157,6 +157,27 @@ def test_engines_against_exact_search(copy, kind, settings):
     assert recall["k"] == TUNED_NEIGHBORS and recall["reached"]
     assert open_index(copy, kind).name == index.name and index.kind == kind
     assert len(index.segments) == (3 if "max_segment_rows" in settings else 1)
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_excluded_documents_are_left_out_and_nothing_else(copy, kind, monkeypatch):
+    """One, several or no documents of a query, also where they are nearest and few hits are held at a time."""
+    index, queries = build_index(copy, kind, recall=1.0), copy.keys(np.arange(0, copy.num_chunks, 7))
+    excluded = copy.document_rows(np.arange(0, copy.num_chunks, 7))[:, None] + np.array([0, 1, 5])
+    excluded[excluded >= copy.num_documents] = -1
+    excluded[3] = -1
+    for table in (excluded, excluded[:, :1], excluded[:, :0]):
+        found, true = index.search(queries, 10, table), exact_search(copy, queries, 10, table)
+        documents = copy.document_rows(found[0])
+        assert found[2].all() and not (documents[:, :, None] == table[:, None]).any()
+        assert share_found(found, true) > 0.97
+    few = [np.array([[row for row in range(copy.num_documents) if row not in (3, q)]]) for q in (4, 5)]
+    table, found = np.concatenate(few), index.search(queries[:2], 100, np.concatenate(few))
+    for mine, other in zip(found, exact_search(copy, queries[:2], 100, table), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    monkeypatch.setattr(dense, "_FOUND", 500)
+    for mine, other in zip(index.search(queries[:2], 100, table), found, strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 @pytest.mark.parametrize("kind", APPROXIMATE)

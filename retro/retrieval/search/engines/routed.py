@@ -126,7 +126,7 @@ class RoutedEngine:
         if self.layout.codes == "flat":
             return self._index.search(queries, wanted)[1]
         distances, rows = self.visit(queries, self.route(queries, lists), considered)
-        return np.where(are_certain(distances, wanted), rows, -1)
+        return np.where(are_certain(distances, wanted, considered), rows, -1)
 
     def route(self, queries: Float32[np.ndarray, "q d"], lists: int) -> Int64[np.ndarray, "q l"]:
         """The lists that each query visits, the nearest first; -1 where it visits fewer.
@@ -188,11 +188,11 @@ class RoutedEngine:
         return table.reconstruct_n(0, table.ntotal)
 
 
-def are_certain(distances: Float32[np.ndarray, "q c"], wanted: int) -> Bool[np.ndarray, "q c"]:
+def are_certain(distances: Float32[np.ndarray, "q c"], wanted: int, considered: int) -> Bool[np.ndarray, "q c"]:
     """Which of the candidates of least distance are found in whatever order lists are searched: those nearer than the
-    last, unless they are fewer than wanted; of rows as far as the last others may have been left out."""
+    last, unless they are fewer than wanted or half; of rows as far as the last others may have been left out."""
     nearer = distances < distances.max(1, keepdims=True)
-    return nearer | (nearer.sum(1, keepdims=True) < wanted)
+    return nearer | (nearer.sum(1, keepdims=True) < min(wanted, considered // 2))
 
 
 def groups_visited(visited: int, lists: int) -> int:
