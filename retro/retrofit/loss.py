@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from retro.common.modes import evaluating, hooked
 from retro.modules.loss import SLICE_TOKENS
 from retro.retrofit.anatomy import probe_tokens
 from retro.retrofit.forms import Mixture
 
+logger = logging.get_logger(__name__)
 SLICE_LOGITS = 2**25  # that live at a time: 128 tokens of a vocabulary of 262,144
 
 
@@ -63,6 +66,17 @@ def mixed_loss(
         log_p = mixture.log_likelihood(logits_of(slice(start, start + step)), part.clamp(min=0), start).to(part.device)
         totals.append((log_p * (part != -100)).sum())
     return -sum(totals) / (targets != -100).sum().clamp(min=1)
+
+
+def with_gradient(outputs: ModelOutput, form: nn.Module, has_neighbors: bool) -> ModelOutput:
+    """In training, a loss that no new weight had a part in gets gradients of 0, as a batch among others needs them."""
+    if form.training and torch.is_grad_enabled() and outputs.loss is not None and not outputs.loss.requires_grad:
+        if not has_neighbors:
+            logger.warning_once(
+                "training without neighbor_ids: the loss is the frozen base's, and no new weight learns"
+            )
+        outputs.loss = outputs.loss + 0 * sum(p.sum() for p in form.parameters())
+    return outputs
 
 
 def refuse_fused_head(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.forms import Mixture, form_class
 from retro.retrofit.generation import RetrofitGeneration
 from retro.retrofit.hooks import HookPoint, RetrofitContext, active, add_hooks, bind_checkpoints, stream_at
-from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head
+from retro.retrofit.loss import head_inputs, head_is_plain, mixed_loss, plain_loss, refuse_fused_head, with_gradient
 from retro.retrofit.matching import check_neighbor_mask, neighbor_features
 from retro.retrofit.outputs import last_logits, output_of
 from retro.retrofit.packing import is_packed, packed_inputs, packing_way
@@ -165,10 +165,11 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             if shift_labels is not None:  # which not every base knows
                 outputs = self.base(**inputs, **caching)
                 outputs.loss = of_items(plain_loss(outputs.logits, shift_labels), shift_labels, num_items_in_batch)
-                return outputs
-            if labels is not None and num_items_in_batch is not None:
-                caching["num_items_in_batch"] = num_items_in_batch
-            return self.base(**inputs, **caching, labels=labels)
+            else:
+                if labels is not None and num_items_in_batch is not None:
+                    caching["num_items_in_batch"] = num_items_in_batch
+                outputs = self.base(**inputs, **caching, labels=labels)
+            return with_gradient(outputs, self.form, has_neighbors=False)
         self._join()
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len, with_prefix=False)
         rows = Alignment(attention_mask if cache is None else None)
@@ -182,9 +183,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             outputs = self._forward_whole(inputs, rows, document_ids, *given)
         if targets is not None:
             outputs.loss = of_items(outputs.loss, targets, num_items_in_batch)
-            if neighbor_ids is not None and self.training and not outputs.loss.requires_grad:
-                outputs.loss = outputs.loss + 0 * sum(p.sum() for p in self.form.parameters())  # no whole chunk
-        return outputs
+        return with_gradient(outputs, self.form, has_neighbors=neighbor_ids is not None)
 
     def _checked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments for the base, with what the configuration asks for; ValueError for one that it would swallow."""

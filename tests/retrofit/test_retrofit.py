@@ -409,6 +409,19 @@ def test_short_rows_and_missing_neighbors_are_the_base(form, make_fitted, make_n
             torch.testing.assert_close(model(IDS, none, use_cache=use_cache).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("given", [{"labels": IDS}, {"shift_labels": IDS}], ids=["labels", "shift_labels"])
+def test_a_batch_without_neighbors_trains_nothing_and_says_so(given, make_fitted, monkeypatch):
+    """As one among others must: torch knows of no gradient otherwise."""
+    from retro.retrofit import loss
+
+    model, told = make_fitted().train(), []
+    monkeypatch.setattr(loss.logger, "warning_once", told.append)
+    out = model(IDS, **given)
+    out.loss.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.form.parameters())
+    assert torch.equal(out.loss, model.eval()(IDS, **given).loss) and len(told) == 1 and "neighbor_ids" in told[0]
+
+
 @pytest.mark.slow
 def test_smollm2_from_its_package():
     pytest.importorskip("gguf")
