@@ -10,8 +10,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +41,9 @@ def read_documents(
 
     Arguments:
         inputs: files (.jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .rst, each also .gz, .bz2, .xz or .zst; .parquet,
-            .arrow, .feather), folders of those, "package:NAME" for an installed package's documentation, and
-            `datasets`: names, saved folders or objects (see `retro.text.hugging_face`). A .json file may be one array.
+            .arrow, .feather), folders of those, patterns such as docs/**/*.md, "package:NAME" for an installed
+            package's documentation, and `datasets`: names, saved folders or objects (see `retro.text.hugging_face`).
+            A .json file may hold arrays, and objects over several lines.
         on_bad: "error" raises ValueError at the first bad record, naming file and line; "reject" yields it as a
             `Reject`.
         text_field: the field or column that holds the text.
@@ -60,8 +62,15 @@ def read_documents(
 
 def as_list(inputs: Inputs) -> list[Any]:
     """One input, or several, as a list of names and of objects of `datasets`."""
-    several = not isinstance(inputs, (str, os.PathLike)) and not is_dataset(inputs)
-    return [one if is_dataset(one) else os.fspath(one) for one in (inputs if several else [inputs])]
+    several = isinstance(inputs, Iterable) and not isinstance(inputs, (str, os.PathLike)) and not is_dataset(inputs)
+    return [one if is_dataset(one) else _as_name(one) for one in (inputs if several else [inputs])]
+
+
+def _as_name(given: Any) -> str:
+    if not isinstance(given, (str, os.PathLike)):
+        kind = type(given).__name__
+        raise ValueError(f"an input is a {kind}; name a file, or give what datasets.Dataset.from_list makes of records")
+    return os.fspath(given)
 
 
 def expand_inputs(inputs: Inputs) -> list[Input]:
@@ -109,6 +118,11 @@ def _expand_one(given: str) -> list[Input]:
         return [Input(given, "package", given.removeprefix("package:"))]
     if not given or "\0" in given:
         raise ValueError(f"the input {given!r} is no name; name a file, folder, dataset or package:NAME")
+    if re.search("[*?]", given) and not os.path.lexists(given):  # [ is in splits of datasets, too
+        paths = sorted(glob(given, recursive=True))
+        if not paths:
+            raise FileNotFoundError(f"no file is named as in {given}")
+        return [item for path in paths for item in _expand_one(path)]
     check_regular(given)
     if os.path.isfile(given):
         kind = _kind_of_file(given)

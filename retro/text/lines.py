@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from retro.text.compression import DAMAGE, ending_of, open_bytes
 from retro.text.documents import Document, Input, InputPartition, Reject
@@ -15,6 +17,7 @@ from retro.text.partitions import Mark, Scan, ended, file_digest, scan_whole
 from retro.text.records import document_of
 
 _BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 1 << 22  # in which the first of several objects is looked for
 _MOST_PARTITIONS = 64  # of a compressed file, every one of which is decompressed from the file's beginning
 
 
@@ -114,45 +117,45 @@ def _record_of_line(raw: bytes, place: tuple[str, int], text_field: str) -> Docu
     return Reject(found.file, found.line, found.reason, shown) if isinstance(found, Reject) else found
 
 
-# JSON: one array of records, or one record over several lines
+# JSON: arrays of records, or records over several lines
 
 
 def is_whole_json(path: str) -> bool:
-    """Whether a file of JSON is to be read as a whole: an array of objects, or one object over several lines."""
+    """Whether a file of JSON is to be read as a whole: its first value is an array of objects (in a file that is not
+    named as JSON Lines any array), or an object over several lines."""
     try:
         with open_bytes(path) as handle:
-            first = next((line for raw in handle if (line := raw.removeprefix(_BOM).strip())), b"")
-            if first[:1] not in (b"[", b"{"):
-                return False
-            try:
-                value = json.loads(first)
-            except (ValueError, RecursionError):
-                return (first[:1] == b"[" and ".json" in Path(path).suffixes) or _parses(first + handle.read())
+            head = handle.read(_HEAD_BYTES).removeprefix(_BOM).decode("utf-8", "replace").lstrip()
     except DAMAGE:
         return False
-    return isinstance(value, list) and any(isinstance(one, dict) for one in value)
-
-
-def _parses(raw: bytes) -> bool:
+    if not head.startswith("{"):
+        return head.startswith("[") and (".json" in Path(path.lower()).suffixes or bool(re.match(r"\[\s*{", head)))
     try:
-        json.loads(raw)
+        return "\n" in head[: json.JSONDecoder().raw_decode(head)[1]]
     except (ValueError, RecursionError):
         return False
-    return True
+
+
+def _records(text: str) -> Iterator[Any]:
+    """What stands in arrays, and between them, one after the other."""
+    decoder, space, at = json.JSONDecoder(), re.compile(r"\s*"), 0
+    while (at := space.match(text, at).end()) < len(text):
+        value, at = decoder.raw_decode(text, at)
+        yield from value if isinstance(value, list) else [value]
 
 
 def read_json(partition: InputPartition, text_field: str) -> Iterator[Document | Reject]:
     item = partition.item
     try:
         with open_bytes(item.path) as handle:
-            value = json.loads(handle.read().removeprefix(_BOM))
+            raw = handle.read().removeprefix(_BOM)
     except DAMAGE as error:
         raise _damaged(item, 1, error) from None
+    try:
+        for number, record in enumerate(_records(raw.decode("utf-8")), start=1):
+            yield document_of(record, (item.name, number), text_field)
     except (ValueError, RecursionError) as error:
-        yield Reject(item.name, getattr(error, "lineno", 1), f"the file is no JSON array, nor one object ({error})")
-        return
-    for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
-        yield document_of(record, (item.name, number), text_field)
+        yield Reject(item.name, getattr(error, "lineno", 1), f"the file is no JSON array, nor objects ({error})")
 
 
 # CSV and TSV
@@ -216,6 +219,10 @@ def read_csv(partition: InputPartition, text_field: str) -> Iterator[Document | 
     _, columns = next(_rows(_Counted(read_lines(InputPartition(item))), delimiter), (1, []))
     if isinstance(columns, csv.Error):
         raise ValueError(f"{name}:1: the line does not name columns ({columns}); write their names there")
+    columns = [column.strip() for column in columns]
+    twice = next((column for column in columns if column and columns.count(column) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{name}:1: the line names two columns {twice!r}; give each a name of its own")
     for line, row in _rows(_Counted(read_lines(partition), partition.first), delimiter):
         if line == 1:
             continue

@@ -16,11 +16,8 @@ def document_of(record: Any, place: tuple[str, int], text_field: str = "text") -
             file, line, f"the record is a {type(record).__name__}, not an object with the field {text_field!r}"
         )
     if text_field not in record:
-        return Reject(
-            file,
-            line,
-            f"the record has no field {text_field!r} (it has {', '.join(map(str, sorted(record))) or 'none'})",
-        )
+        named = ", ".join(map(str, sorted(record))) or "none"
+        return Reject(file, line, f"the record has no field {text_field!r} (it has {named}; text_field chooses one)")
     text = record[text_field]
     if not isinstance(text, str):
         return Reject(file, line, f"the field {text_field!r} is a {type(text).__name__}, not a string")

@@ -141,6 +141,9 @@ FILES = {
     **{f"x.jsonl.{ending}": lambda pack=pack: pack(JSONL) for ending, pack in PACKED.items()},
     **{f"x.tsv.{ending}": lambda pack=pack: pack(table("\t")) for ending, pack in PACKED.items()},
     "x.json.zst": lambda: zstd(json.dumps(ROWS, indent=1).encode()),
+    "objects.jsonl": lambda: "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
+    "arrays.json": lambda: "\n".join(json.dumps([row]) for row in ROWS).encode(),
+    "spaced.csv": lambda: b" id , title, text\n" + table(",").partition(b"\n")[2],
 }
 
 
@@ -172,13 +175,16 @@ def test_rows_that_are_none_name_their_line(tmp_path):
         bad, [(4, "1 fields"), (6, "no CSV"), (8, "UTF-8"), (9, "no CSV")], strict=True
     ):
         assert line == expected[0] and expected[1] in reason
-    with pytest.raises(ValueError, match=r"x\.csv:2: the record has no field 'text' \(it has id, passage\)"):
+    with pytest.raises(ValueError, match=r"x\.csv:2: the record has no field 'text' \(it has id, passage; text_field"):
         list(read_documents([write(tmp_path / "x.csv", "id,passage\n1,a\n")]))
+    with pytest.raises(ValueError, match=r"x\.csv:1: the line names two columns 'text'"):
+        list(read_documents([write(tmp_path / "x.csv", "id,text,text\n1,a,b\n")]))
 
 
 def test_json_that_is_no_list_of_records(tmp_path):
     assert [d.text for d in read_documents([write(tmp_path / "one.json", '{\n"text": "a"}')])] == ["a"]
-    for content, said in (("[1, 2]", "record is a list"), ('[{"text": "a"},', "no JSON array"), ("[\n3]", "is a int")):
+    cut = '[{"text": "a"},', '{\n"text": "a"}\n{"text"'
+    for content, said in (("[1, 2]", "is a int"), ("[]\n3", "is a int"), *((one, "no JSON array") for one in cut)):
         with pytest.raises(ValueError, match=said):
             list(read_documents([write(tmp_path / "x.json", content)]))
 
@@ -230,6 +236,7 @@ def test_folder_of_many_kinds_is_sorted_and_relative(tmp_path):
     records = list(read_documents([str(tmp_path / "in")], on_bad="reject"))
     assert [record.text for record in records if isinstance(record, Document)] == ["arrow", "json", "plain\n\ttext"]
     assert [item.name for item in expand_inputs([str(tmp_path / "in")])] == ["a.parquet", "b.jsonl", "sub/c.txt"]
+    assert [item.name for item in expand_inputs([str(tmp_path / "**" / "?.[jt]*")])] == ["b.jsonl", "sub/c.txt"]
     assert records[-1].id == "sub/c.txt" and records[1].line == 2
 
 
@@ -298,6 +305,10 @@ def test_missing_inputs(tmp_path):
         list(read_documents([f"{tmp_path / 'none'}:train"]))
     with pytest.raises(ValueError, match="no input was given"):
         list(read_documents([]))
+    with pytest.raises(ValueError, match="an input is a dict; name a file"):
+        list(read_documents([{"text": "x"}]))
+    with pytest.raises(FileNotFoundError, match="no file is named as in"):
+        list(read_documents([str(tmp_path / "*.jsonl")]))
     twice = write(tmp_path / "x.txt", "x")
     with pytest.raises(ValueError, match="given twice"):
         list(read_documents([twice, twice]))

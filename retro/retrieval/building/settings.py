@@ -99,8 +99,9 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
     Arguments:
         store: Folder of the datastore.
         inputs: Documents: .jsonl, .json, .csv, .tsv, .txt, .md or .rst files, also compressed (.gz, .bz2, .xz, .zst);
-            .parquet or .arrow files; folders of those; `datasets` as NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT, with
-            stream: in front without a copy on disk, or a saved folder; package:NAME, the documentation of a package.
+            .parquet or .arrow files; folders of those; patterns such as "docs/**/*.md"; `datasets` as NAME, NAME:SPLIT
+            or NAME:CONFIGURATION:SPLIT, with stream: in front without a copy on disk, or a saved folder; package:NAME,
+            the documentation of a package.
         tokenizer: Hugging Face name or folder, a GGUF file, or package:NAME for the GGUF file of an installed package.
         min_chunk_len: Tokens of the shortest chunk that a search may return; shorter ones keep their row.
         on_bad: What to do at a record that is no document, or has another's id: "error" stops, "reject" lists it in
