@@ -6,6 +6,7 @@
     join       chunks a second of the neighbor table by the index it is searched through
     size       bytes a chunk, time to open, resident memory of a store with made-up keys
     growth     time to build an index and to search it over stores of growing size, drawn if --plot is given
+    shards     how many shards of a distributed search a query asks
     text       CPU ms and rows compared of a search among keys of text, those of --store or made-up ones (hardness.py)
 
 Keys are made up, clustered and of length 1 (synthetic.py), the same for the same --seed. The
@@ -33,6 +34,7 @@ import numpy as np
 from hardness import text
 from machine import machine
 from made_stores import K, built, in_turns, made_store, queries_of, recall, show, timed
+from shards import shards
 from synthetic import MadeUpEmbedder
 
 from retro.evaluation.plots import OTHER_LOOKS, picture, short
@@ -53,7 +55,8 @@ def main() -> None:
     parser.add_argument("--key-dtype", default="float16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--join-kinds", nargs="+", default=["exact", "scann", "faiss", "routed"])
     parser.add_argument("--growth-kinds", nargs="+", default=["exact", "scann"])
-    parser.add_argument("--store", help="whose keys are searched by text; default: made-up ones")
+    parser.add_argument("--store", help="whose keys are searched by text and shards; default: made-up ones")
+    parser.add_argument("--shards", type=int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--text-rows", type=int, default=150_000)
     parser.add_argument("--text-kinds", nargs="+", default=["exact", "scann", "faiss", "routed"])
     parser.add_argument("--text-plot", type=Path, help="draw text (.png, .svg, .pdf)")
@@ -410,6 +413,7 @@ PARTS = {
     "join": join,
     "size": size,
     "growth": growth,
+    "shards": shards,
     "text": text,
 }
 

@@ -1,4 +1,4 @@
-"""The benchmark of search among keys of text, at a size that measures nothing."""
+"""Parts of the benchmark of the datastore, at sizes that measure nothing."""
 
 import argparse
 import sys
@@ -10,18 +10,19 @@ from retro.retrieval.search import hardness as measured
 
 
 @pytest.fixture
-def hardness(monkeypatch):
+def benchmarks(monkeypatch):
+    """Where modules of benchmarks/ are imported by their own names; they are forgotten afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    yield
+    for name in {"hardness", "made_stores", "shards", "synthetic"} - before:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_text_says_costs_exponents_and_the_worst_tenths(monkeypatch, capsys, tmp_path):
     import hardness
 
-    yield hardness
-    for name in ("hardness", "made_stores", "synthetic"):
-        if name not in before:
-            sys.modules.pop(name, None)
-
-
-def test_text_says_costs_exponents_and_the_worst_tenths(hardness, monkeypatch, capsys, tmp_path):
     pytest.importorskip("faiss")
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(measured, "_HALF_OCTAVES", 1)
@@ -35,3 +36,16 @@ def test_text_says_costs_exponents_and_the_worst_tenths(hardness, monkeypatch, c
     assert routed["rows_compared"] < 1476 and routed["recall"] >= 0.95
     assert 0 < routed["groups"] <= routed["recall"] and 0 < routed["sparse"] <= 1
     assert "1,476 keys of text" in capsys.readouterr().out and (tmp_path / "text.svg").is_file()
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_shards_says_how_many_a_query_asks(capsys, tmp_path):
+    pytest.importorskip("faiss")
+    import shards
+
+    given = {"store": None, "work": tmp_path, "rows": 3000, "queries": 20, "shards": [1, 3]}
+    result = shards.shards(argparse.Namespace(**given, dim=8, seed=0, key_dtype="float16"))
+    one, three = result["points"]
+    assert one["placed"] == one["random"] == one["most"] == 1 and sum(one["groups_of_shards"]) > 3
+    assert 1 <= three["placed"] <= three["most"] <= 3 and len(three["groups_of_shards"]) == 3
+    assert "placed at random" in capsys.readouterr().out
