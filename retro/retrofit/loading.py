@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from retro.common.files import load_json
@@ -21,6 +23,7 @@ from retro.retrofit.config import RetrofitConfig
 from retro.retrofit.fingerprint import adapter_prefixes, differing_kind, fingerprint
 from retro.retrofit.saving import BASE_PREFIX, quantization_of
 
+logger = logging.getLogger(__name__)
 AUTO_OPTIONS = ("_from_auto", "_commit_hash", "adapter_kwargs", "torch_dtype")  # what AutoModel adds
 
 
@@ -118,6 +121,11 @@ def check_base(config: RetrofitConfig, base: nn.Module) -> None:
                 f"base has {name} {getattr(given, name, None)}, the one that was fitted {getattr(mine, name, None)}; "
                 f"{remedy}"
             )
+    for name, value in _computing(given).items():
+        if value != (fitted := _computing(mine).get(name, value)):
+            logger.warning(
+                "base has %s %s, the one that was fitted %s; unless that is meant, %s", name, value, fitted, remedy
+            )
     if config.base_fingerprint is None:
         return
     quantized = is_quantized(config.base_config) or is_quantized(base.config)
@@ -129,6 +137,13 @@ def check_base(config: RetrofitConfig, base: nn.Module) -> None:
             f"base {getattr(base, 'name_or_path', '') or type(base).__name__} has other weights ({kind}) than the one "
             f"that was fitted, though its sizes are the same; {remedy}"
         )
+
+
+def _computing(config: PreTrainedConfig) -> dict[str, Any]:
+    """What may change what a base computes, its weights apart."""
+    beside = {*PreTrainedConfig().to_dict(), "initializer_range", "quantization_config", "use_cache"}
+    fields = config.to_dict().items()
+    return {name: x for name, x in fields if name not in beside and not re.search("_dropout|dropout_|_token_id$", name)}
 
 
 def _add_adapter(config: RetrofitConfig, base: Any, weights: dict[str, Tensor]) -> nn.Module:

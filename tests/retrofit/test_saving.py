@@ -1,6 +1,7 @@
 """What a fitted folder holds: nothing that was changed is lost, and another base is not taken for the one of before."""
 
 import copy
+import json
 import logging
 import shutil
 
@@ -213,6 +214,17 @@ def test_another_base_under_the_same_name_is_refused(dtype, place, make_fitted, 
         RetrofitForCausalLM.from_pretrained(tmp_path / "fitted", dtype=dtype)
     with pytest.raises(ValueError, match="has other weights"):
         RetrofitForCausalLM.from_pretrained(tmp_path / "fitted", base=make_base(seed=5))
+
+
+def test_a_base_whose_configuration_was_changed_is_told(place, make_fitted, tmp_path, caplog):
+    base = place()
+    make_fitted(base=base).save_pretrained(tmp_path / "fitted")
+    file = base / "config.json"
+    for changes, told in (({"use_cache": False, "eos_token_id": 5}, 0), ({"rms_norm_eps": 0.5}, 1)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        RetrofitForCausalLM.from_pretrained(tmp_path / "fitted")
+        assert [record.name for record in caplog.records].count("retro.retrofit.loading") == told
+    assert "base has rms_norm_eps 0.5, the one that was fitted 1e-06; unless that is meant, give that" in caplog.text
 
 
 def test_what_was_moved_together_is_found(place, make_fitted, words_tokenizer, tmp_path):
