@@ -100,6 +100,24 @@ def test_an_assistant_changes_no_text(model):
         assert torch.equal(target.generate(assistant_model=assistant, **given), target.generate(**given))
 
 
+@every
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": True, "neighbor_ids": torch.zeros(1, 0, 2, 8, dtype=torch.long)}]
+)
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), r"the prompts have shape \[1, 0\]; give a tensor of token ids"),
+        (torch.zeros(9, dtype=torch.long), r"have shape \[9\]"),
+        ([[3, 4]], "are a list"),
+        ({"input_ids": IDS}, "are a dict"),
+    ],
+)
+def test_prompts_that_are_none(prompts, words, options, model):
+    with pytest.raises(ValueError, match=words):
+        model.generate(prompts, max_new_tokens=2, **options)
+
+
 def test_positions_of_ones_own_are_refused(make_model):
     model = make_model()
     counted = torch.arange(10)[None]

@@ -377,7 +377,7 @@ def retro_cache(past_key_values: Cache, chunk_len: int, with_prefix: bool = True
     if not isinstance(past_key_values, RetroCache):
         if not isinstance(past_key_values, Cache) or not (with_prefix or past_key_values.get_seq_length() == 0):
             kind = type(past_key_values).__name__
-            raise ValueError(f"past_key_values is a {kind}; give what use_cache=True returned, or a new RetroCache.")
+            raise ValueError(f"past_key_values is a {kind}; give what a run with neighbors gave, or a new RetroCache.")
         return RetroCache(chunk_len, past_key_values)
     if past_key_values.chunk_len != chunk_len:
         raise ValueError(

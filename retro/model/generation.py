@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retro.model.cache import RetroCache
 from retro.model.fixed import FixedStep
+from retro.model.padding import check_prompts
 from retro.model.step import CachedStep, CompletedChunk
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class RetrievalGeneration:
 
     def generate(
         self,
-        inputs: Tensor | None = None,
+        inputs: Any = None,
         generation_config: GenerationConfig | None = None,
         *args,
         retriever: Callable[..., Neighbors] | None = None,
@@ -279,6 +280,7 @@ class RetrievalGeneration:
 
         Raises ValueError for options that do not go together.
         """
+        check_prompts(inputs, kwargs)
         options = dict(num_neighbors=num_neighbors, lookahead=lookahead, on_retrieval_error=on_retrieval_error)
         source = self._neighbor_source(retriever, neighbor_ids, neighbor_mask, **options)
         if source is None:

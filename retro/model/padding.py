@@ -25,6 +25,16 @@ def pad_left(
 _HOLES = "is 0 between real tokens; chunks are counted in tokens that follow each other, so leave these out of the row."
 
 
+def check_prompts(inputs: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for what generate() takes no prompts from: all but tensors [b, n] of at least one token."""
+    prompts = kwargs.get("input_ids") if inputs is None else inputs
+    if prompts is None or kwargs.get("inputs_embeds") is not None:
+        return
+    found = f"have shape {list(prompts.shape)}" if isinstance(prompts, Tensor) else f"are a {type(prompts).__name__}"
+    if not isinstance(prompts, Tensor) or prompts.ndim != 2 or 0 in prompts.shape:
+        raise ValueError(f"the prompts {found}; give a tensor of token ids [b, n] with n above 0, as input_ids.")
+
+
 class Alignment:
     """Left-padded rows, turned for as long as a model runs: chunks and positions start at each row's first real token.
 

@@ -13,6 +13,7 @@ from retro.model import RetroCache
 from retro.model.cache import retro_cache
 from retro.model.fixed import FixedStep
 from retro.model.generation import OPTIONS, RetrievalGeneration, refuse_assisted
+from retro.model.padding import check_prompts
 from retro.model.step import CachedStep, on_device
 from retro.retrofit.caching import positions_of
 from retro.retrofit.hooks import active
@@ -21,7 +22,7 @@ from retro.retrofit.hooks import active
 class RetrofitGeneration(RetrievalGeneration):
     """Mixed into a causal LM that has a `base` and takes neighbor_ids, neighbor_mask and a RetroCache."""
 
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+    def generate(self, inputs: Any = None, *args, **kwargs):
         """Hugging Face's generate(), with retrieval at the end of every chunk; without neighbors the base's own.
 
         Args: see RetrievalGeneration.generate.
@@ -32,6 +33,7 @@ class RetrofitGeneration(RetrievalGeneration):
         asked = any(type(own[name]) is not type(default) or own[name] != default for name, default in OPTIONS.items())
         if asked or isinstance(kwargs.get("past_key_values"), RetroCache) or self._has_prompt_of_its_own():
             return super().generate(inputs, *args, **own, **kwargs)
+        check_prompts(inputs, kwargs)
         return self.base.generate(inputs, *args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):

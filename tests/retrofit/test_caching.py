@@ -217,7 +217,7 @@ def test_what_a_cached_run_refuses(make_fitted, make_neighbors):
     model, neighbors = make_fitted(), make_neighbors(2, 3)
     ids = text(14, b=2)["input_ids"]
     with pytest.raises(
-        ValueError, match="past_key_values is a DynamicCache; give what use_cache=True returned, or a new"
+        ValueError, match="past_key_values is a DynamicCache; give what a run with neighbors gave, or a new"
     ):
         model(ids, **neighbors, past_key_values=model(ids, use_cache=True).past_key_values)
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
