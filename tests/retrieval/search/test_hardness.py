@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from retro.retrieval.search import hardness
+from retro.retrieval.search.engines.routed import ROWS_OF_A_LIST
 from retro.retrieval.search.exact import exact_search
 from retro.retrieval.search.hardness import (
     HELD_OUT,
@@ -68,9 +69,9 @@ def test_milliseconds_are_carried_on_by_what_is_compared():
     growth = Growth(
         Cost("routed", 8000, 0.95, 200.0, 0.5, 0.001), Cost("exact", 8000, 1.0, 8e3, 8.0, 0.002), power, power
     )
-    assert growth.cpu_ms_at(8000, 8000 // 32) == pytest.approx(0.5)
-    assert growth.cpu_ms_at(64000, 8000 // 32) == pytest.approx(0.5 + 0.001 * 200)
-    assert growth.cpu_ms_at(8000, 40 * 40) == pytest.approx(0.5 + (0.002 + 2 * 16 * 0.001) * (40 - 15))
+    assert growth.cpu_ms_at(8000, 8000 // ROWS_OF_A_LIST) == pytest.approx(0.5)
+    assert growth.cpu_ms_at(64000, 8000 // ROWS_OF_A_LIST) == pytest.approx(0.5 + 0.001 * 200)
+    assert growth.cpu_ms_at(8000, 40 * 40) == pytest.approx(0.5 + (0.002 + 2 * 16 * 0.001) * (40 - 7))
 
 
 def test_keys_of_a_tree_are_the_same_in_any_order():

@@ -12,6 +12,7 @@ from retro.retrieval.building.updates import add_documents, remove_documents
 from retro.retrieval.building.verify import verify_store
 from retro.retrieval.executors import tasks as executor_tasks
 from retro.retrieval.search.engines import routing
+from retro.retrieval.search.engines.routed import ROWS_OF_A_LIST
 from retro.retrieval.search.engines.routing import Lists, apportion
 from retro.retrieval.search.index import exact_search
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
@@ -122,7 +123,7 @@ def test_lists_are_made_anew_where_they_no_longer_fit(store, tmp_path, monkeypat
     grown = add_documents(store.path, [str(tmp_path / "more.jsonl")], HashingEmbedder(), index=True)
     _, segment = files_of(open_index(grown, "routed"))
     assert load_record(segment.folder / "trained.json")["rows"] == segment.num_rows == grown.num_searchable
-    assert segment.layout.lists == -(-segment.num_rows // 32)
+    assert segment.layout.lists == -(-segment.num_rows // ROWS_OF_A_LIST)
 
 
 def test_lists_are_shared_out_by_rows():
@@ -139,7 +140,7 @@ def test_queries_among_few_rows_visit_more_lists(store):
     mean, lists = load_record(segment.folder / "trained.json")["mean_distance"], 4
     visited = engine.route(queries, lists)
     distances, found = engine.visit(queries, visited, 30)
-    nearest = engine._router.search(queries, 1, params=faiss.SearchParametersIVF(nprobe=100))[0][:, 0]
+    nearest = engine._router.search(queries, 4 * lists, params=faiss.SearchParametersIVF(nprobe=100))[0][:, 0]
     counts = (visited >= 0).sum(1)
     np.testing.assert_array_equal(counts, np.ceil(np.clip(lists * (np.maximum(nearest, 0) / mean) ** 3, 1, 16)))
     assert len(set(counts)) > 1

@@ -2,7 +2,7 @@
 
     router    sqrt(lists) groups of centroids      whole, compared with every query
               the centroids of the lists           codes, of the nearest groups
-    lists     one for every 32 rows                codes of 4 bits for every 4 dimensions, in registers (fast scan)
+    lists     one for every 128 rows               codes of 4 bits for every 4 dimensions, in registers (fast scan)
 
 Every row is in two lists: that of its nearest centroid, and one whose residual points elsewhere, so that a query which
 misses one finds it in the other (source: Sun et al. 2023, SOAR). Centroids come from k-means in two levels, of which
@@ -25,7 +25,7 @@ from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineK
 from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, TRAINED, write_lists
 from retro.retrieval.store.store import Store
 
-ROWS_OF_A_LIST = 32  # by nearest centroid; the second copies make it twice as many, whole blocks of fast scan
+ROWS_OF_A_LIST = 128  # by nearest centroid, and as many second copies: to visit a list costs as much as 100 of its rows
 _ID_BYTES = 8
 FEWEST_GROUPS = 16  # that a search looks into
 _MOST_GROWTH = 2
