@@ -135,7 +135,7 @@ def test_queries_among_few_rows_visit_more_lists(store):
     """By the cube of the distance to the nearest centroid; as faiss's own search of so many lists."""
     import faiss
 
-    _, segment = files_of(build_index(store, "routed", workers=1))
+    _, segment = files_of(build_index(store, "routed", workers=1, lists=40))
     engine, queries = segment.engine, store.keys(store.searchable_rows[::100])
     mean, lists = load_record(segment.folder / "trained.json")["mean_distance"], 4
     visited = engine.route(queries, lists)
