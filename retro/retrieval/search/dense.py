@@ -17,12 +17,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from retro.common.files import check_files, open_npy, save_npy
+from retro.common.files import check_files, open_npy
 from retro.common.records import save_record
 from retro.common.values import Count, CountOrZero, Probability, check_record
-from retro.retrieval.search.engines import CountedEngine, IndexEngine, IndexLayout, Work, choose_layout, engine_of
+from retro.retrieval.search.engines import (
+    CountedEngine,
+    IndexEngine,
+    IndexLayout,
+    Work,
+    choose_layout,
+    engine_of,
+)
 from retro.retrieval.search.exact import Hits, blocks, exact_search, merge, no_hits, rescore
-from retro.retrieval.search.segments import ShardRange, row_range, write_segment
+from retro.retrieval.search.segments import ShardRange, StoreRows, row_range, write_segment
 from retro.retrieval.store.store import Store
 
 TUNED_NEIGHBORS = 10  # k of the recall that is tuned and stored
@@ -73,7 +80,7 @@ class Segment:
         self.record: dict[str, Any] = shards.record
         self.layout = IndexLayout(**shards.record["layout"])
         self.first_row, _ = row_range(store, shards)
-        self._rows = np.asarray(open_npy(shards.folder / "rows.npy"))
+        self._rows = StoreRows(self.first_row, open_npy(shards.folder / "rows.npy"))
         self._has_removed = len(store.removed_documents) > 0
         self.num_rows = len(self._rows)
         self.num_live = self.num_rows
@@ -88,7 +95,7 @@ class Segment:
 
     def live_rows(self, start: int, stop: int) -> Int64[np.ndarray, " c"]:
         """Store rows of a range of the segment's own, without those that were removed."""
-        rows = self.first_row + np.asarray(self._rows[start:stop], np.int64)
+        rows = self._rows[start:stop]
         return rows[~self.store.is_removed(rows)] if self._has_removed else rows
 
     def search(
@@ -168,7 +175,7 @@ class Segment:
 
     def store_rows(self, local: Int64[np.ndarray, "q c"]) -> Int64[np.ndarray, "q c"]:
         """Store rows of the segment's own, -1 for what is missing or removed."""
-        found = self.first_row + self._rows[local].astype(np.int64)
+        found = self._rows[local]
         found[local < 0] = -1
         if self._has_removed:
             found[self.store.is_removed(found)] = -1
@@ -218,13 +225,10 @@ def write_dense(
     """
 
     def write(folder: Path, rows: np.ndarray) -> dict[str, Any]:
-        start, _ = row_range(store, shards)
-        save_npy(folder / "rows.npy", rows)
-        store_rows, is_written = start + rows.astype(np.int64), False
+        store_rows, is_written = StoreRows(row_range(store, shards)[0], rows), False
         if base is not None:
-            kept = np.flatnonzero(np.isin(open_npy(base.folder / "rows.npy"), rows))
             layout = IndexLayout(**base.record["layout"])
-            is_written = engine_of(layout).extend(layout, base.folder, kept, store, store_rows, folder, work)
+            is_written = engine_of(layout).extend(layout, base.folder, store, store_rows, folder, work)
         if not is_written:
             layout = choose_layout(kind, settings, len(rows), store.key_dim)
             engine_of(layout).write(layout, store, store_rows, folder, work)

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from retro.retrieval.search.dense import Segment, check_segment, drop
-from retro.retrieval.search.engines.partial import open_lists
-from retro.retrieval.search.engines.routed import are_certain
+from retro.retrieval.search.engines.routed import are_certain, open_groups
 from retro.retrieval.search.exact import Hits, as_hits, check_queries, merge, no_hits
 from retro.retrieval.search.placement import Plan, is_divided
 from retro.retrieval.search.queries import Queries
@@ -134,7 +133,7 @@ class DividedSegment(Segment):
 
     def __init__(self, store: Store, shards: ShardRange, kind: str, plan: Plan) -> None:
         check_segment(shards, checksums=False)
-        router = open_lists(shards.folder, shards.record, store.key_dim, [])
+        router = open_groups(shards.folder, shards.record, [])
         super().__init__(store, shards, router)
         self._kind, self._call = kind, None
         of_group = np.full(len(router.groups), -1, np.int64)

@@ -26,7 +26,7 @@ from retro.retrieval.search.engines import ENGINES, Work, choose_layout, engine_
 from retro.retrieval.search.engines.faiss import one_thread
 from retro.retrieval.search.engines.routed import FEWEST_GROUPS, ROWS_OF_A_LIST
 from retro.retrieval.search.exact import exact_search
-from retro.retrieval.search.segments import ShardRange
+from retro.retrieval.search.segments import ShardRange, StoreRows
 from retro.retrieval.store.format import CHUNK_DTYPE, ShardArrays, narrow_keys
 from retro.retrieval.store.store import Store
 
@@ -193,8 +193,9 @@ def _through(
     settings = {**dict.fromkeys(ENGINES[name].settings), "codes": codes or None, "seed": 0} | given
     layout = choose_layout(name, settings, rows, store.key_dim)
     shards.folder.mkdir()
-    np.save(shards.folder / "rows.npy", np.arange(rows, dtype=np.uint32))
-    engine_of(layout).write(layout, store, np.arange(rows), shards.folder, Work(ENGINES[name].training_sample))
+    own = np.arange(rows, dtype=np.uint32)
+    np.save(shards.folder / "rows.npy", own)
+    engine_of(layout).write(layout, store, StoreRows(0, own), shards.folder, Work(ENGINES[name].training_sample))
     record = {"layout": asdict(layout), "settings": settings}
     segment = Segment(store, ShardRange(0, shards.stop, shards.folder, record))
     sample = QuerySample(segment, held_out)

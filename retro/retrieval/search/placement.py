@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int64
 
 from retro.retrieval.search import continuation, lexical
 from retro.retrieval.search.engines import IndexLayout
-from retro.retrieval.search.engines.partial import list_lengths, open_lists
+from retro.retrieval.search.engines.routed import open_groups
 from retro.retrieval.search.engines.routing import NUM_LISTS_OF_A_ROW
 from retro.retrieval.search.index import served_by
 from retro.retrieval.search.searchers import is_keyless, parse_kind, scored_by_words
@@ -146,9 +146,9 @@ def _place_groups(
     """The rows that each shard gets, and where the groups of each segment go; those of all are placed together."""
     centroids, rows = [np.zeros((0, store.key_dim), np.float32)], [np.zeros(0, np.int64)]
     for shards in segments:
-        router = open_lists(shards.folder, shards.record, store.key_dim, [])
+        router = open_groups(shards.folder, shards.record, [])
         centroids.append(router.groups)
-        rows.append(np.bincount(router.group_of_list, list_lengths(shards.folder, shards.record)).astype(np.int64))
+        rows.append(np.bincount(router.group_of_list, router.lengths).astype(np.int64))
     placed = place_by_similarity(np.concatenate(centroids), np.concatenate(rows), num_shards)
     loads = np.bincount(placed, np.concatenate(rows), num_shards).astype(np.int64) // NUM_LISTS_OF_A_ROW
     return loads, np.split(placed, np.cumsum([len(of) for of in rows])[:-1])[1:]

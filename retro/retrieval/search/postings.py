@@ -148,7 +148,6 @@ def write_postings(store: Store, shards: ShardRange, kind: str, rows: UInt32[np.
     save_npy(folder / "starts.npy", starts)
     terms.save(folder, used)
     _place(folder, parts, used, places, starts, len(rows))
-    save_npy(folder / "rows.npy", rows)
     if kind == "bm25":
         save_npy(folder / "lengths.npy", np.concatenate(lengths))
 

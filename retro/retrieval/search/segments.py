@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Int64, UInt32
 
 from retro.common.checksums import open_array
-from retro.common.files import clear_abandoned, delete, folder_record, folder_written_aside, stable_hash
+from retro.common.files import clear_abandoned, delete, folder_record, folder_written_aside, new_npy, stable_hash
 from retro.common.own import check_no_links
 from retro.common.records import FILES, load_record, save_record
 from retro.common.values import CountOrZero, check_record
@@ -44,6 +44,25 @@ class ShardRange:
     stop: int
     folder: Path | None = None
     record: dict[str, Any] | None = None
+
+
+class StoreRows:
+    """The store rows of a segment, ascending; its own are counted from the first row of its shards and may lie in a
+    file, memory-mapped."""
+
+    def __init__(self, first: int, own: UInt32[np.ndarray, " rows"]) -> None:
+        self.first, self._own = first, np.asarray(own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __getitem__(self, chosen: Any) -> Int64[np.ndarray, "*chosen"]:
+        """Those at some places of the segment."""
+        return self.first + self._own[chosen].astype(np.int64)
+
+    def count_to(self, own: int) -> int:
+        """How many are not above one of its own rows."""
+        return int(np.searchsorted(self._own, own, "right"))
 
 
 def row_range(store: Store, shards: ShardRange) -> tuple[int, int]:
@@ -108,11 +127,18 @@ def searchable_block(store: Store, first: int, part: tuple[int, int]) -> UInt32[
     return (store.searchable_in(*part) - first).astype(np.uint32)
 
 
-def segment_rows(store: Store, shards: ShardRange) -> UInt32[np.ndarray, " c"]:
-    """The searchable rows of the shards, counted from their first."""
+def write_rows(store: Store, shards: ShardRange, file: Path) -> UInt32[np.ndarray, " c"]:
+    """Write the searchable rows of the shards, counted from their first, and return them memory-mapped."""
     first, last = row_range(store, shards)
-    found = [searchable_block(store, first, part) for part in blocks(first, last, _BLOCK_ROWS)]
-    return np.concatenate([np.zeros(0, np.uint32), *found])
+    parts = list(blocks(first, last, _BLOCK_ROWS))
+    count, at = sum(len(store.searchable_in(*part)) for part in parts), 0
+    rows = new_npy(file, np.uint32, (count,))
+    for part in parts:
+        found = searchable_block(store, first, part)
+        rows[at : at + len(found)] = found
+        at += len(found)
+    rows.flush()
+    return rows
 
 
 def cover(store: Store, found: Iterable[ShardRange]) -> list[ShardRange]:
@@ -183,7 +209,7 @@ def _split(store: Store, shards: ShardRange, max_rows: int) -> list[ShardRange]:
 
 
 def write_segment(store: Store, shards: ShardRange, record: dict[str, Any], write: Any) -> ShardRange:
-    """Write the segment of some shards through write(folder, rows) -> further fields of its record.
+    """Write the segment of some shards through write(folder, rows) -> further fields of its record; rows.npy is there.
 
     record: kind and settings. Returns the shards with its folder and record.
     """
@@ -195,7 +221,7 @@ def write_segment(store: Store, shards: ShardRange, record: dict[str, Any], writ
     folder = store.path / "index" / stable_hash(record)[:16]
 
     def write_record(aside: Path) -> dict[str, Any]:
-        rows = segment_rows(store, shards)
+        rows = write_rows(store, shards, aside / "rows.npy")
         return record | {"rows": len(rows)} | write(aside, rows)
 
     return ShardRange(

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Float64, Int64
 from retro.common.records import load_record
 from retro.retrieval.search import lexical
 from retro.retrieval.search.dense import Segment, check_segment, open_segment
-from retro.retrieval.search.engines.partial import open_lists
+from retro.retrieval.search.engines.routed import open_groups
 from retro.retrieval.search.exact import Hits, as_hits, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.placement import ShardAssignment
 from retro.retrieval.search.queries import Queries
@@ -82,7 +82,7 @@ class PartIndex:
     def _open_lists(self, groups: list[int], *named: Any) -> Segment:
         shards = _recorded(self.store, *named)
         check_segment(shards, checksums=False)
-        engine = open_lists(shards.folder, shards.record, self.store.key_dim, groups)
+        engine = open_groups(shards.folder, shards.record, groups)
         return Segment(self.store, shards, engine)
 
     def search(self, queries: Float32[np.ndarray, "q d"], k: int, excluded: np.ndarray | None = None) -> Hits:

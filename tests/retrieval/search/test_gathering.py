@@ -11,7 +11,7 @@ from retro.common.files import file_record
 from retro.common.records import load_record
 from retro.retrieval import Store, build_index, open_sharded, remove_documents
 from retro.retrieval.search import lexical, searchers
-from retro.retrieval.search.engines.partial import open_lists
+from retro.retrieval.search.engines.routed import open_groups
 from retro.retrieval.search.gathering import MissingShards
 from retro.retrieval.search.placement import place_by_similarity, plan_shards
 from retro.retrieval.search.queries import Queries
@@ -135,7 +135,7 @@ def lists_of(segment):
     """The rows of the lists that a segment holds."""
     import faiss
 
-    held = faiss.downcast_InvertedLists(segment.engine._index.invlists)
+    held = segment.engine._index.invlists
     sizes = {number: held.list_size(number) for number in range(held.nlist)}
     return {n: faiss.rev_swig_ptr(held.get_ids(n), size).tolist() for n, size in sizes.items() if size}
 
@@ -193,21 +193,23 @@ def test_a_shard_reads_and_checks_its_own_lists_alone(routed, tmp_path):
     store = Store.open(shutil.copytree(routed.path, tmp_path / "store"))
     sharded = InProcess(store, "routed", 2)
     first, stop, name, groups = sharded.plan[0]["routed"].lists[0]
-    file = store.path / "index" / name / "faiss.index"
+    file = store.path / "index" / name / "lists.codes"
     held = bytearray(file.read_bytes())
-    kept = open_lists(file.parent, load_record(file.parent / "index.json"), store.key_dim, groups)
     record = load_record(file.parent / "index.json")
+    kept = open_groups(file.parent, record, groups)
     assert sorted(groups) == sorted(set(kept.group_of_list[list(lists_of(SimpleNamespace(engine=kept)))].tolist()))
     file.write_bytes(held[:-1])
-    with pytest.raises(ValueError, match="faiss.index has .* bytes, but .* are recorded"):
+    with pytest.raises(ValueError, match="lists.codes has .* bytes, but .* are recorded"):
         InProcess(store, "routed", 2)
     held[len(held) // 3] ^= 1
     file.write_bytes(held)
-    with pytest.raises(ValueError, match="faiss.index is damaged: its checksum"):
+    with pytest.raises(ValueError, match="lists.codes is damaged: its checksum"):
         InProcess(store, "routed", 2)
-    record["files"]["faiss.index"] = file_record(file)
-    with pytest.raises(ValueError, match="not laid out as this version of faiss"):
-        open_lists(file.parent, record, 2 * store.key_dim, groups)
+    held[len(held) // 3] ^= 1
+    file.write_bytes(bytes(held) + bytes(512))
+    record["files"]["lists.codes"] = file_record(file)
+    with pytest.raises(ValueError, match="lists.codes has .* bytes, but its lists take"):
+        open_groups(file.parent, record, groups)
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "tfidf:exact", "bm25", "bm25:exact", "exact+tfidf"])

@@ -420,7 +420,7 @@ class SortedKind(EngineKind):
         return IndexLayout("numpy", "plain")
 
     def write(self, layout, store, rows, folder, work):
-        np.save(folder / "keys.npy", store.keys(rows))
+        np.save(folder / "keys.npy", store.keys(rows[:]))
 
     def open(self, layout, folder):
         return SortedEngine(np.load(folder / "keys.npy"))

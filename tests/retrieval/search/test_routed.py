@@ -12,6 +12,8 @@ from retro.retrieval.building.updates import add_documents, remove_documents
 from retro.retrieval.building.verify import verify_store
 from retro.retrieval.executors import tasks as executor_tasks
 from retro.retrieval.search.engines import routing
+from retro.retrieval.search.engines.files import read_lists
+from retro.retrieval.search.engines.packing import list_borders, open_lists, pack, unpack
 from retro.retrieval.search.engines.routed import ROWS_OF_A_LIST
 from retro.retrieval.search.engines.routing import Lists, apportion
 from retro.retrieval.search.index import exact_search
@@ -30,6 +32,7 @@ def store(tmp_path, tokenizer):
 def small_blocks(monkeypatch):
     monkeypatch.setattr(routing, "_BLOCK_ROWS", 200)
     monkeypatch.setattr(routing, "_SPLIT_ROWS", 100)
+    monkeypatch.setattr(routing, "_PART_BYTES", 1 << 14)
 
 
 def files_of(index):
@@ -39,12 +42,61 @@ def files_of(index):
     return files, segment
 
 
+def lists_of_rows(segment):
+    """The two lists of every row, the nearer one first, and its code."""
+    lists, rows, codes = read_lists(segment.folder, segment.layout, 0, segment.layout.lists)
+    order = np.argsort(rows, kind="stable")
+    assert (rows[order] == np.repeat(np.arange(segment.num_rows), 2)).all()
+    np.testing.assert_array_equal(codes[order][::2], codes[order][1::2])
+    centroids, of_rows = np.load(segment.folder / "centroids.npy"), lists[order].reshape(-1, 2)
+    keys = segment.store.keys(segment._rows[:])
+    distances = np.square(keys[:, None] - centroids[of_rows]).sum(-1)
+    return np.take_along_axis(of_rows, distances.argsort(axis=1, kind="stable"), 1), codes[order][::2]
+
+
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_lists_in_a_file_are_those_of_faiss(width, tmp_path):
+    """Its own fast scan over lists in memory, some of them empty, gives the same rows and distances."""
+    import faiss
+
+    draw = np.random.default_rng(width)
+    keys, centroids = (draw.normal(size=(count, width)).astype(np.float32) for count in (900, 30))
+    table = faiss.IndexFlatL2(width)
+    table.add(centroids)
+    memory = faiss.IndexIVFPQFastScan(table, width, 30, width, 4)
+    memory.train(keys)
+    memory.by_residual = False
+    memory.nprobe = 3
+    numbers = draw.permutation(900)
+    memory.add_with_ids(keys, numbers)
+    own = table.search(keys, 1)[1][:, 0]
+    codes, order, lengths = memory.pq.compute_codes(keys), np.argsort(own, kind="stable"), np.bincount(own, minlength=30)
+    packed = pack(lengths, numbers[order], codes[order])
+    for found, given in zip(unpack(lengths, packed, codes.shape[1]), (numbers[order], codes[order]), strict=True):
+        np.testing.assert_array_equal(found, given)
+    borders = list_borders(lengths, codes.shape[1])
+    assert packed[borders[7] : borders[9]].tolist() == pack(lengths[7:9], *part_of(own, numbers, codes, 7, 9)).tolist()
+    packed.tofile(tmp_path / "lists")
+    codebook = faiss.vector_to_array(memory.pq.centroids).reshape(width, 16, 1)
+    mapped = open_lists(faiss.clone_index(table), codebook, tmp_path / "lists", lengths)
+    mapped.nprobe = 3
+    for found, expected in zip(mapped.search(keys[:50], 20), memory.search(keys[:50], 20), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="lists has .* bytes, but its lists take .*; build the index again"):
+        open_lists(table, codebook, tmp_path / "lists", lengths + 32)
+
+
+def part_of(own, numbers, codes, first, stop):
+    members = np.concatenate([np.flatnonzero(own == number) for number in range(first, stop)])
+    return numbers[members], codes[members]
+
+
 def test_every_row_is_in_the_list_of_its_nearest_centroid_and_in_one_beside(store, monkeypatch):
     """With all groups searched; by a plain loop over all centroids."""
     monkeypatch.setattr(routing, "_GROUPS_SEARCHED", 1000)
     monkeypatch.setattr(routing, "_OF_A_GROUP", 1000)
     _, segment = files_of(build_index(store, "routed", workers=1))
-    lists, of_rows = Lists(segment.folder), np.load(segment.folder / "lists.npy")
+    lists, of_rows = Lists(segment.folder), lists_of_rows(segment)[0].astype(int)
     keys = store.keys(segment.live_rows(0, segment.num_rows))
     assert len(lists.centroids) == segment.layout.lists == lists.sizes.sum() and len(lists.sizes) == len(lists.groups)
     distances = np.square(keys[:, None] - lists.centroids).sum(-1)
@@ -105,8 +157,7 @@ def test_what_is_added_keeps_the_codes_and_centroids(store, tmp_path):
     for table in ("groups", "centroids", "sizes", "codebook"):
         assert after[f"{table}.npy"] == before[f"{table}.npy"]
     kept = np.isin(old.live_rows(0, old.num_rows), segment.live_rows(0, segment.num_rows))
-    for kind in ("codes", "lists"):
-        mine, others = (np.load(one.folder / f"{kind}.npy") for one in (segment, old))
+    for mine, others in zip(lists_of_rows(segment), lists_of_rows(old), strict=True):
         np.testing.assert_array_equal(mine[: kept.sum()], others[kept])
     queries = grown.keys(grown.searchable_rows[::5])
     found, true = open_index(grown, "routed").search(queries, 10), exact_search(grown, queries, 10)

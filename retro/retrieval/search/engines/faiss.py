@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int64
 from retro.common.devices import find_device, torch_threads
 from retro.common.pretrained import first_line
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
+from retro.retrieval.search.segments import StoreRows
 from retro.retrieval.store.store import Store
 
 FAISS_FLAT_ROWS = 100_000
@@ -48,7 +49,7 @@ class FaissKind(EngineKind):
         bits = int(min(max(log2(sample / 39), 1), 8))  # faiss wants 39 rows for each of the 2^bits centroids
         return IndexLayout("faiss", codes, lists, block, bits)
 
-    def write(self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, work: Work) -> None:
+    def write(self, layout: IndexLayout, store: Store, rows: StoreRows, folder: Path, work: Work) -> None:
         """See `EngineKind`."""
         import faiss
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.retrieval.search.exact import blocks
+from retro.retrieval.search.segments import StoreRows
 from retro.retrieval.store.store import Store
 
 FEW_ROWS = 1000  # too few to train codes on
@@ -93,22 +94,13 @@ class EngineKind:
         choice. keys_fit: whether whole keys may stay in memory."""
         raise NotImplementedError
 
-    def write(self, layout: IndexLayout, store: Store, rows: Int64[np.ndarray, " c"], folder: Path, work: Work) -> None:
+    def write(self, layout: IndexLayout, store: Store, rows: StoreRows, folder: Path, work: Work) -> None:
         """Write the codes of the keys of some store rows into a folder."""
         raise NotImplementedError
 
-    def extend(
-        self,
-        layout: IndexLayout,
-        base: Path,
-        kept: Int64[np.ndarray, " k"],
-        store: Store,
-        rows: Int64[np.ndarray, " c"],
-        folder: Path,
-        work: Work,
-    ) -> bool:
-        """Write the codes of a segment with more rows than that in `base`, whose `kept` rows come first; False, with
-        nothing written, where the engine cannot, or should not."""
+    def extend(self, layout: IndexLayout, base: Path, store: Store, rows: StoreRows, folder: Path, work: Work) -> bool:
+        """Write the codes of a segment with more rows than that in `base`, of which those that are still there come
+        first; False, with nothing written, where the engine cannot, or should not."""
         return False
 
     def open(self, layout: IndexLayout, folder: Path) -> IndexEngine:
@@ -141,7 +133,7 @@ class EngineKind:
         return False
 
 
-def key_blocks(store: Store, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def key_blocks(store: Store, rows: StoreRows) -> Iterator[tuple[slice, np.ndarray]]:
     """The keys of some rows, some at a time, and where they stand among them."""
     for start, stop in blocks(0, len(rows), max(BLOCK_BYTES // (4 * store.key_dim), 1)):
         yield slice(start, stop), store.keys(rows[start:stop])

@@ -19,13 +19,28 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from retro.common.checksums import open_checked
+from retro.common.files import open_npy
 from retro.common.records import load_record
 from retro.retrieval.search.engines.faiss import read_index
+from retro.retrieval.search.engines.files import (
+    LENGTHS,
+    LIST_CODES,
+    ROUTER_CODEBOOK,
+    ROUTER_CODES,
+    TRAINED,
+    bytes_of_code,
+    lengths_of,
+)
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
-from retro.retrieval.search.engines.routing import FAISS_FILE, NUM_LISTS_OF_A_ROW, TRAINED, write_lists
+from retro.retrieval.search.engines.packing import list_borders, open_lists
+from retro.retrieval.search.engines.routing import NUM_LISTS_OF_A_ROW, write_lists
+from retro.retrieval.search.segments import StoreRows
 from retro.retrieval.store.store import Store
 
 ROWS_OF_A_LIST = 128  # by nearest centroid, and as many second copies: to visit a list costs as much as 100 of its rows
+FAISS_FILE = "faiss.index"  # of whole keys
+_TABLES = "groups.npy", "sizes.npy", "codebook.npy", ROUTER_CODEBOOK
 _ID_BYTES = 8
 FEWEST_GROUPS = 16  # that a search looks into
 _MOST_GROWTH = 2
@@ -52,7 +67,7 @@ class RoutedKind(EngineKind):
         lists = min(settings["lists"] or -(-rows // ROWS_OF_A_LIST), rows)
         return IndexLayout("routed", "pq4", lists, block, 4, soar=True)
 
-    def write(self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, work: Work) -> None:
+    def write(self, layout: IndexLayout, store: Store, rows: StoreRows, folder: Path, work: Work) -> None:
         """See `EngineKind`; the work is a job of tasks, taken up again after a kill."""
         import faiss
 
@@ -64,24 +79,15 @@ class RoutedKind(EngineKind):
         else:
             write_lists(layout, store, rows, folder, work)
 
-    def extend(
-        self,
-        layout: IndexLayout,
-        base: Path,
-        kept: np.ndarray,
-        store: Store,
-        rows: np.ndarray,
-        folder: Path,
-        work: Work,
-    ) -> bool:
+    def extend(self, layout: IndexLayout, base: Path, store: Store, rows: StoreRows, folder: Path, work: Work) -> bool:
         """See `EngineKind`: as long as there are at most twice the rows that the centroids were made of."""
         if layout.codes == "flat" or len(rows) > _MOST_GROWTH * load_record(base / TRAINED)["rows"]:
             return False
-        return write_lists(layout, store, rows, folder, work, (base, kept))
+        return write_lists(layout, store, rows, folder, work, base)
 
     def open(self, layout: IndexLayout, folder: Path) -> RoutedEngine:
         """See `EngineKind`."""
-        return RoutedEngine(layout, read_index(folder / FAISS_FILE), folder)
+        return RoutedEngine(layout, folder)
 
     def code_bytes(self, layout: IndexLayout, width: int) -> float:
         """Code and id, in both lists."""
@@ -109,15 +115,26 @@ class RoutedKind(EngineKind):
 
 
 class RoutedEngine:
-    """Lists of codes and their router; of the lists there may be some only."""
+    """Lists of codes and their router, memory-mapped.
 
-    def __init__(self, layout: IndexLayout, index: Any, folder: Path) -> None:
-        self.layout, self._index = layout, index
-        if layout.codes != "flat":
-            import faiss
+    held: the groups whose lists are searched, the others being taken to be empty; None: all.
+    """
 
-            self._router = faiss.downcast_index(index.quantizer)
-            self._mean_distance = load_record(folder / TRAINED)["mean_distance"]
+    def __init__(self, layout: IndexLayout, folder: Path, held: list[int] | None = None) -> None:
+        import faiss
+
+        self.layout = layout
+        if layout.codes == "flat":
+            self._index = read_index(folder / FAISS_FILE)
+            return
+        self.groups, sizes, codebook, finer = (np.array(open_npy(folder / name)) for name in _TABLES)
+        self.lengths, self.group_of_list = lengths_of(folder), np.repeat(np.arange(len(sizes)), sizes)
+        self._mean_distance = load_record(folder / TRAINED)["mean_distance"]
+        nearest = faiss.IndexFlatL2(self.groups.shape[1])
+        nearest.add(self.groups)
+        owned = None if held is None else np.isin(self.group_of_list, held)
+        self._router = open_lists(nearest, finer, folder / ROUTER_CODES, sizes)
+        self._index = open_lists(self._router, codebook, folder / LIST_CODES, self.lengths, owned)
 
     def candidates(
         self, queries: Float32[np.ndarray, "q d"], wanted: int, considered: int, lists: int
@@ -170,22 +187,24 @@ class RoutedEngine:
         if self.layout.codes == "flat":
             return np.full(len(queries), self._index.ntotal)
         found = self.route(queries, lists)
-        sizes = np.array([self._index.invlists.list_size(number) for number in range(self.layout.lists)])
-        return np.where(found < 0, 0, sizes[found]).sum(1)
+        return np.where(found < 0, 0, self.lengths[found]).sum(1)
 
-    @property
-    def group_of_list(self) -> Int64[np.ndarray, " lists"]:
-        """Which group each list is of."""
-        held = self._router.invlists
-        return np.repeat(np.arange(held.nlist), [held.list_size(group) for group in range(held.nlist)])
 
-    @property
-    def groups(self) -> Float32[np.ndarray, "g d"]:
-        """Their centroids."""
-        import faiss
+def open_groups(folder: Path, record: dict[str, Any], groups: list[int]) -> RoutedEngine:
+    """A routed index of which the lists of some groups alone are searched; only what is read is checked.
 
-        table = faiss.downcast_index(self._router.quantizer)
-        return table.reconstruct_n(0, table.ntotal)
+    record: of the segment. Raises ValueError for a damaged file.
+    """
+    layout = IndexLayout(**record["layout"])
+    for name in (*_TABLES, ROUTER_CODES, LENGTHS, TRAINED):
+        open_checked(folder, name, record["files"]).check()
+    file, engine = open_checked(folder, LIST_CODES, record["files"]), RoutedEngine(layout, folder, groups)
+    borders = list_borders(engine.lengths, bytes_of_code(layout, engine.groups.shape[1]))
+    held = np.isin(engine.group_of_list, groups)
+    starts = np.flatnonzero(np.diff(held, prepend=False, append=False)).reshape(-1, 2)
+    for first, stop in starts.tolist():
+        file.check_bytes(*borders[[first, stop]].tolist())
+    return engine
 
 
 def are_certain(distances: Float32[np.ndarray, "q c"], wanted: int, considered: int) -> Bool[np.ndarray, "q c"]:

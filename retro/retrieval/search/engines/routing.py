@@ -3,15 +3,11 @@
     train            centroids of the groups, and the codebook, from a sample
     divide, a block  half of the rows, those that train centroids, by group
     split, groups    the centroids of the lists of some groups, by k-means of their rows
-    assign, a block  the two lists and the code of every row
-    then             the codes in the order of their lists, with the router, as one file of faiss
+    assign, a block  the two lists and the code of every row, in the order of the lists
+    pack, lists      some lists, from all blocks
+    then             the lists, one after another, in one file; and the centroids, in another one
 
 Rows that are added later are only assigned: the centroids, and the codes of the others, stay.
-
-    groups.npy  centroids.npy  sizes.npy (lists of each group)  codebook.npy    the tables
-    lists.npy int32 [rows, 2]  codes.npy                                        from which a longer index is made
-    faiss.index  trained.json (rows, mean squared distance to the centroid)     what a search reads
-    lengths.npy int32 (rows of each list)                                       with which it reads some lists only
 
 All that is drawn is drawn by the number of a block or a group, and every task runs on one thread: the file does not
 depend on who did the tasks, nor on kills. Other processors may round a distance otherwise, and so put a row that lies
@@ -29,21 +25,36 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8
+from jaxtyping import Float32, Int32, Int64
 
 from retro.common.devices import find_device
-from retro.common.files import JOB_PREFIX, delete, file_record, open_npy, save_npy, stable_hash, write_lock
+from retro.common.files import JOB_PREFIX, delete, new_npy, open_npy, save_npy, stable_hash, write_lock
 from retro.common.records import load_record, save_record
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.tasks import Task
 from retro.retrieval.search.engines.faiss import faiss_gpus, one_thread
+from retro.retrieval.search.engines.files import (
+    ROUTER_CODEBOOK,
+    ROUTER_CODES,
+    TABLES,
+    TRAINED,
+    bytes_of_code,
+    join_centroids,
+    lengths_of,
+    pack_lists,
+    rows_of,
+    saved,
+    task_file,
+    write_files,
+    written,
+)
 from retro.retrieval.search.engines.layout import IndexLayout, Work
+from retro.retrieval.search.engines.packing import list_borders, pack
 from retro.retrieval.search.exact import blocks
+from retro.retrieval.search.segments import StoreRows
 from retro.retrieval.store.store import Store
 
 NUM_LISTS_OF_A_ROW = 2
-FAISS_FILE, TRAINED, LENGTHS_FILE = "faiss.index", "trained.json", "lengths.npy"
-TABLES = "groups", "codebook", "centroids", "sizes"
 _BLOCK_ROWS = 1 << 17
 _PART_ROWS = 1 << 15  # whose distances are computed at a time
 _SPLIT_ROWS = 1 << 17  # that train the centroids of one task
@@ -54,41 +65,46 @@ _OF_A_GROUP = 2  # of its nearest lists
 _CANDIDATE_LISTS = 5  # of all these, of which the second is chosen
 _DRIFT = 1.25  # how much farther from their centroids rows may lie that are added to what was there
 _SOAR = 1.5  # lambda: how much a residual along the first one counts
+_PART_BYTES = 1 << 26  # of lists that are packed at a time
+_CODEC_CENTROIDS = 1 << 16  # that train the router's codebook
 _LIGHT_ROWS = 1 << 18  # segments too small to start processes for
 _given: WeakValueDictionary[tuple[str, str], Store] = WeakValueDictionary()  # open in this process, by path and state
 
 
 def write_lists(
-    layout: IndexLayout,
-    store: Store,
-    rows: Int64[np.ndarray, " c"],
-    folder: Path,
-    work: Work,
-    base: tuple[Path, Int64[np.ndarray, " k"]] | None = None,
+    layout: IndexLayout, store: Store, rows: StoreRows, folder: Path, work: Work, base: Path | None = None
 ) -> bool:
     """Write the lists of some store rows into a folder.
 
-    base: the folder of an index whose centroids and codes are kept, and which of its rows are the first of these: only
-    the others are assigned. False, and nothing written, where these lie much farther from the centroids.
+    base: the folder of an index whose centroids and codes are kept; its rows that are still there are the first of
+    these, and only the others are assigned. False, and nothing written, where these lie much farther from the
+    centroids.
     """
-    spec = {"store": str(store.path.resolve()), "fingerprint": store.fingerprint, "layout": asdict(layout)}
+    spec: dict[str, Any] = {"store": str(store.path.resolve()), "fingerprint": store.fingerprint}
     _given[spec["store"], store.fingerprint] = store
-    spec |= {"sample": max(work.training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists)), "seed": work.seed}
-    new = rows if base is None else rows[len(base[1]) :]
-    spec |= {"rows": len(new), "block_rows": _BLOCK_ROWS, "base": base and str(base[0].resolve())}
-    job = store.path / "index" / f"{JOB_PREFIX}{stable_hash([spec, new[:1].tolist(), new[-1:].tolist()])[:16]}"
+    spec |= {"layout": asdict(layout), "seed": work.seed, "block_rows": _BLOCK_ROWS}
+    spec |= {"sample": max(work.training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists))}
+    kept = 0 if base is None else rows.count_to(int(rows_of(base)[-1]))
+    spec |= {"base": base and str(base.resolve()), "kept": kept}
+    spec |= {"rows": len(rows) - spec["kept"], "first_row": rows.first}
+    ends = [rows[row : row + 1].tolist() for row in (0, spec["kept"], len(rows) - 1)]
+    job = store.path / "index" / f"{JOB_PREFIX}{stable_hash([spec, ends])[:16]}"
     job.mkdir(parents=True, exist_ok=True)
     with write_lock(job):
-        save_npy(job / "rows.npy", new)
+        all_rows = new_npy(job / "rows.npy", np.int64, (len(rows),))
+        for start, stop in blocks(0, len(rows), _BLOCK_ROWS):
+            all_rows[start:stop] = rows[start:stop]
+        all_rows.flush()
         tasks = _ListsJob(spec | {"job": str(job.resolve())})
         open_executor(work.executor, work.workers).run(job, tasks.first(), tasks.after)
-        mean = sum(tasks.distances[name] for name in sorted(tasks.distances)) / max(len(new), 1)
-        trained = {"rows": len(rows), "mean_distance": mean} if base is None else load_record(base[0] / TRAINED)
-        if fits := base is None or mean <= _DRIFT * trained["mean_distance"]:
+        if tasks.fits:
+            trained = {"rows": len(rows), "mean_distance": tasks.mean_distance} if base is None else tasks.trained
             save_record(folder / TRAINED, trained)
-            _write_files(job, layout, folder, base)
+            write_files(job, folder, base, tasks.packs)
+            if base is None:
+                _write_router(folder)
         delete(job, store.path)
-    return fits
+    return tasks.fits
 
 
 class _ListsJob:
@@ -100,9 +116,20 @@ class _ListsJob:
         self.counts: dict[str, list[int]] = {}
         self.distances: dict[str, float] = {}
         self.left: set[str] = set()
+        self.packs: list[str] = []
+        self.trained = load_record(Path(spec["base"]) / TRAINED) if spec["base"] else None
 
     def first(self) -> list[Task]:
         return [self._task("train", train, {})] if self.spec["base"] is None else self._over("assign", assign)
+
+    @property
+    def mean_distance(self) -> float:
+        return sum(self.distances[name] for name in sorted(self.distances)) / max(self.spec["rows"], 1)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the rows that are added lie near enough to the centroids that are there."""
+        return self.trained is None or self.mean_distance <= _DRIFT * self.trained["mean_distance"]
 
     def after(self, task: Task, record: dict[str, Any]) -> Iterable[Task]:
         step = task.name.partition("-")[0]
@@ -118,8 +145,10 @@ class _ListsJob:
         if step == "divide":
             return self._wait_for(self._splits())
         if step == "split":
-            _join_centroids(Path(self.spec["job"]))
+            join_centroids(Path(self.spec["job"]))
             return self._over("assign", assign)
+        if step == "assign" and self.fits:
+            return self._wait_for(self._packs())
         return ()
 
     def _over(self, step: str, function: Any) -> list[Task]:
@@ -142,8 +171,23 @@ class _ListsJob:
             name = f"split-{first:08d}"
             yield self._task(name, split, {"groups": [first, last + 1], "lists": lists[first : last + 1].tolist()})
 
+    def _packs(self) -> Iterable[Task]:
+        """Runs of lists with about `_PART_BYTES` of rows and codes."""
+        job, base, layout = Path(self.spec["job"]), self.spec["base"], IndexLayout(**self.spec["layout"])
+        lengths = lengths_of(Path(base)) if base else np.zeros(layout.lists, np.int64)
+        for name in sorted(self.distances):
+            found, counts = np.unique(open_npy(job / f"{name}.lists.npy"), return_counts=True)
+            lengths[found] += counts
+        width = open_npy(Path(base or job) / "groups.npy").shape[1]
+        run = list_borders(lengths, bytes_of_code(layout, width))[:-1] // _PART_BYTES
+        starts = np.flatnonzero(np.diff(run, prepend=-1)).tolist()
+        for first, stop in zip(starts, [*starts[1:], layout.lists], strict=True):
+            self.packs.append(f"pack-{first:012d}")
+            yield self._task(self.packs[-1], pack_lists, {"lists": [first, stop]})
+
     def _task(self, name: str, function: Any, spec: dict[str, Any]) -> Task:
-        return Task(name, f"{__name__}:{function.__name__}", {**self.spec, **spec, "name": name}, light=self.light)
+        spec = {**self.spec, **spec, "name": name}
+        return Task(name, f"{function.__module__}:{function.__name__}", spec, light=self.light)
 
 
 def apportion(counts: Int64[np.ndarray, " g"], total: int) -> Int64[np.ndarray, " g"]:
@@ -169,7 +213,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         groups = k_means(keys, isqrt(spec["layout"]["lists"]), _LEVEL_ROUNDS)
         tables = {"groups": groups, "codebook": _codebook(spec["layout"], keys)}
         files = {Path(spec["job"]) / f"{name}.npy": table for name, table in tables.items()}
-        return _saved(files)
+        return saved(files)
 
 
 def divide(spec: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +229,7 @@ def divide(spec: dict[str, Any]) -> dict[str, Any]:
         counts = np.bincount(own, minlength=len(groups))
         as_stored = np.float16 if store.manifest["key_dtype"] == "float16" else np.float32
         keys = keys[np.argsort(own, kind="stable")].astype(as_stored)
-        return _written(spec, keys=keys, counts=counts) | {"counts": counts.tolist()}
+        return written(spec, keys=keys, counts=counts) | {"counts": counts.tolist()}
 
 
 def split(spec: dict[str, Any]) -> dict[str, Any]:
@@ -193,14 +237,14 @@ def split(spec: dict[str, Any]) -> dict[str, Any]:
     with one_thread():
         first, stop = spec["groups"]
         names = [f"divide-{start:012d}" for start, _ in blocks(0, spec["rows"], spec["block_rows"])]
-        parts = [open_npy(_file(spec, name, "keys")) for name in names]
-        borders = [np.append(0, np.cumsum(open_npy(_file(spec, name, "counts")))) for name in names]
+        parts = [open_npy(task_file(spec, name, "keys")) for name in names]
+        borders = [np.append(0, np.cumsum(open_npy(task_file(spec, name, "counts")))) for name in names]
         groups, found = open_npy(Path(spec["job"]) / "groups.npy"), []
         for group, lists in zip(range(first, stop), spec["lists"], strict=True):
             keys = np.concatenate([part[at[group] : at[group + 1]] for part, at in zip(parts, borders, strict=True)])
             keys = keys.astype(np.float32) if len(keys) else groups[group : group + 1]
             found.append(k_means(keys, lists, _SPLIT_ROUNDS))
-        return _written(spec, centroids=np.concatenate(found), sizes=np.asarray(spec["lists"]))
+        return written(spec, centroids=np.concatenate(found), sizes=np.asarray(spec["lists"]))
 
 
 def assign(spec: dict[str, Any]) -> dict[str, Any]:
@@ -215,16 +259,18 @@ def assign(spec: dict[str, Any]) -> dict[str, Any]:
             found.append((of_rows, codec.compute_codes(keys)))
             distance += float(distances.sum(dtype=np.float64))
         of_rows, codes = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-        return _written(spec, lists=of_rows, codes=codes) | {"distance": distance}
+        order = np.argsort(of_rows, axis=None, kind="stable")
+        own = (order // NUM_LISTS_OF_A_ROW).astype(np.int32)
+        return written(spec, lists=of_rows.reshape(-1)[order], rows=own, codes=codes[own]) | {"distance": distance}
 
 
 class Lists:
     """The tables of a job or of an index: groups, and the centroids of their lists."""
 
     def __init__(self, folder: Path) -> None:
-        self.groups, self.codebook, self.centroids, self.sizes = (
-            np.array(open_npy(folder / f"{name}.npy")) for name in TABLES
-        )
+        tables = {name: open_npy(folder / f"{name}.npy") for name in TABLES}
+        self.groups, self.codebook, self.sizes = (np.array(tables[name]) for name in ("groups", "codebook", "sizes"))
+        self.centroids = tables["centroids"]  # memory-mapped: they take more than all else
         self.starts = np.append(0, np.cumsum(self.sizes))
 
     def of(self, keys: Float32[np.ndarray, "c d"]) -> tuple[Int32[np.ndarray, "c 2"], Float32[np.ndarray, " c"]]:
@@ -297,10 +343,13 @@ def k_means(keys: Float32[np.ndarray, "c d"], count: int, rounds: int) -> Float3
 
 
 def _codebook(layout: dict[str, Any], keys: np.ndarray) -> Float32[np.ndarray, "blocks codes block"]:
+    return _centroids_of(trained_codec(keys, layout["block"]))
+
+
+def _centroids_of(codec: Any) -> Float32[np.ndarray, "blocks codes block"]:
     import faiss
 
-    codec = trained_codec(keys, layout["block"])
-    return faiss.vector_to_array(codec.centroids).reshape(codec.M, -1, layout["block"])
+    return faiss.vector_to_array(codec.centroids).reshape(codec.M, codec.ksub, codec.dsub)
 
 
 def trained_codec(keys: Float32[np.ndarray, "c d"], block: int) -> Any:
@@ -339,7 +388,7 @@ def _nearest_and_scores(keys: np.ndarray, centroids: np.ndarray, count: int) -> 
 
 def _rows_of(spec: dict[str, Any]) -> tuple[Store, np.ndarray]:
     store = _given.get((spec["store"], spec["fingerprint"])) or _opened(spec["store"], spec["fingerprint"])
-    return store, open_npy(Path(spec["job"]) / "rows.npy")
+    return store, open_npy(Path(spec["job"]) / "rows.npy")[spec["kept"] :]
 
 
 @lru_cache(maxsize=1)
@@ -347,73 +396,15 @@ def _opened(path: str, fingerprint: str) -> Store:
     return Store.reopen(path, fingerprint, "its index was built")
 
 
-def _file(spec: dict[str, Any], task: str, name: str) -> Path:
-    return Path(spec["job"]) / f"{task}.{name}.npy"
-
-
-def _written(spec: dict[str, Any], **arrays: np.ndarray) -> dict[str, Any]:
-    """Save the arrays of a task; its record."""
-    return _saved({_file(spec, spec["name"], name): array for name, array in arrays.items()})
-
-
-def _saved(files: dict[Path, np.ndarray]) -> dict[str, Any]:
-    for file, array in files.items():
-        save_npy(file, array)
-    return {"files": {file.name: file_record(file) for file in files}}
-
-
-def _join_centroids(job: Path) -> None:
-    """The centroids of all groups, and how many each has."""
-    names = sorted(file.name.removesuffix(".json") for file in job.glob("split-*.json"))
-    for table in ("centroids", "sizes"):
-        save_npy(job / f"{table}.npy", np.concatenate([open_npy(job / f"{name}.{table}.npy") for name in names]))
-
-
-def _write_files(job: Path, layout: IndexLayout, folder: Path, base: tuple[Path, np.ndarray] | None) -> None:
-    """The tables, the lists and the code of each row, and all of it as an index of faiss."""
-    import faiss
-
-    for table in TABLES:
-        save_npy(folder / f"{table}.npy", open_npy((base[0] if base else job) / f"{table}.npy"))
-    names = sorted(file.name.removesuffix(".json") for file in job.glob("assign-*.json"))
-    for kind in ("lists", "codes"):
-        kept = [open_npy(base[0] / f"{kind}.npy")[base[1]]] if base else []
-        save_npy(folder / f"{kind}.npy", np.concatenate([*kept, *(open_npy(job / f"{n}.{kind}.npy") for n in names)]))
-    lists, of_rows, codes = Lists(folder), open_npy(folder / "lists.npy").reshape(-1), open_npy(folder / "codes.npy")
-    lengths = np.bincount(of_rows, minlength=layout.lists)
-    save_npy(folder / LENGTHS_FILE, lengths.astype(np.int32))
-    router, held = _fast(lists.groups, lists.sizes, *_router_codes(lists), np.arange(layout.lists))
-    ids = np.argsort(of_rows, kind="stable") // NUM_LISTS_OF_A_ROW
-    index, also_held = _fast(router, lengths, lists.codec(asdict(layout)), np.asarray(codes), ids)
-    faiss.write_index(index, str(folder / FAISS_FILE))
-    del held, also_held
-
-
-def _router_codes(lists: Lists) -> tuple[Any, UInt8[np.ndarray, "lists bytes"]]:
-    """Codes of the centroids, of 4 bits for at most two dimensions: fewer than the rows, so that they may be finer."""
-    codec = trained_codec(lists.centroids, 2 if lists.groups.shape[1] % 2 == 0 else 1)
-    return codec, codec.compute_codes(lists.centroids)
-
-
-def _fast(above: Any, sizes: np.ndarray, codec: Any, codes: np.ndarray, order: np.ndarray) -> tuple[Any, Any]:
-    """Lists of some sizes that hold the ids of `order` and their codes, and what must be held as long.
-
-    above: what finds the lists of a query, or the centroids themselves.
-    """
-    import faiss
-
-    quantizer = above
-    if isinstance(above, np.ndarray):
-        quantizer = faiss.IndexFlatL2(above.shape[1])
-        quantizer.add(above)
-    index = faiss.IndexIVFPQ(quantizer, codec.d, len(sizes), codec.M, codec.nbits)
-    index.by_residual, index.is_trained = False, True
-    faiss.copy_array_to_vector(faiss.vector_to_array(codec.centroids), index.pq.centroids)
-    held, borders = index.invlists, np.append(0, np.cumsum(sizes))
-    for number, (start, stop) in enumerate(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)):
-        if start < stop:
-            ids = np.ascontiguousarray(order[start:stop], np.int64)
-            own = np.ascontiguousarray(codes[ids])
-            held.add_entries(number, stop - start, faiss.swig_ptr(ids), faiss.swig_ptr(own))
-    index.ntotal = int(borders[-1])
-    return faiss.IndexIVFPQFastScan(index, 32), (quantizer, index)  # which must outlive it
+def _write_router(folder: Path) -> None:
+    """The centroids as lists of codes, a list for each group."""
+    lists = Lists(folder)
+    step = -(-len(lists.centroids) // _CODEC_CENTROIDS)
+    block = 2 if lists.groups.shape[1] % 2 == 0 else 1  # finer than those of the rows: there are fewer
+    codec = trained_codec(np.array(lists.centroids[::step]), block)
+    save_npy(folder / ROUTER_CODEBOOK, _centroids_of(codec))
+    with open(folder / ROUTER_CODES, "wb") as file:
+        for first, stop in blocks(0, len(lists.sizes), max(_BLOCK_ROWS // int(lists.sizes.max()), 1)):
+            rows = np.arange(lists.starts[first], lists.starts[stop])
+            codes = codec.compute_codes(np.array(lists.centroids[rows[0] : rows[-1] + 1]))
+            pack(lists.sizes[first:stop], rows, codes).tofile(file)

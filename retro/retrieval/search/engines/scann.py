@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
+from retro.retrieval.search.segments import StoreRows
 from retro.retrieval.store.store import Store
 
 BRUTE_ROWS, TREE_ROWS, SOAR_ROWS = 20_000, 100_000, 5_000_000
@@ -39,7 +40,7 @@ class ScannKind(EngineKind):
         soar = rows >= SOAR_ROWS if settings["soar"] is None else settings["soar"]
         return IndexLayout("scann", codes, min(leaves, rows), block, soar=bool(leaves and soar))
 
-    def write(self, layout: IndexLayout, store: Store, rows: np.ndarray, folder: Path, work: Work) -> None:
+    def write(self, layout: IndexLayout, store: Store, rows: StoreRows, folder: Path, work: Work) -> None:
         """ScaNN draws its own uniform sample, by a fixed seed of its own."""
         import scann
         from scann.scann_ops.py.scann_builder import ReorderType
