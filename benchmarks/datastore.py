@@ -8,6 +8,7 @@
     growth     time to build an index and to search it over stores of growing size, drawn if --plot is given
     shards     how many shards of a distributed search a query asks
     text       CPU ms and rows compared of a search among keys of text, those of --store or made-up ones (hardness.py)
+    large      a routed index of --large-rows: built, opened, searched, joined, extended: CPU time, memory (large.py)
 
 Keys are made up, clustered and of length 1 (synthetic.py), the same for the same --seed. The
 stores in --work are deleted at the end unless --keep is given; 10 million chunks of 384 float16 take 9.2 GB. Each
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 from hardness import text
+from large import large
 from machine import machine
 from made_stores import K, built, in_turns, made_store, queries_of, recall, show, timed
 from shards import shards
@@ -60,6 +62,8 @@ def main() -> None:
     parser.add_argument("--text-rows", type=int, default=150_000)
     parser.add_argument("--text-kinds", nargs="+", default=["exact", "scann", "faiss", "routed"])
     parser.add_argument("--text-plot", type=Path, help="draw text (.png, .svg, .pdf)")
+    parser.add_argument("--large-rows", type=int, default=10_000_000)
+    parser.add_argument("--large-joined", type=int, default=16_384, help="chunks that are joined, of another store")
     parser.add_argument("--segment-rows", type=int, default=2_000_000, help="of growth: ScaNN needs twice its keys")
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -415,6 +419,7 @@ PARTS = {
     "growth": growth,
     "shards": shards,
     "text": text,
+    "large": large,
 }
 
 if __name__ == "__main__":

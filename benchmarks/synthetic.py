@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,15 @@ def write_synthetic_store(
     key_dtype: str = "float32",
     chunk_len: int = 64,
     document_chunks: int = 16,
-    clusters: int | None = None,
     shard_chunks: int = 1_000_000,
     seed: int = 0,
+    keys: SyntheticKeys | TreeKeys | None = None,
 ) -> Store:
     """Write a complete store of `rows` full chunks of random tokens with clustered keys, and open it.
 
     Arguments:
         document_chunks: chunks of a document; the last one of a shard may have fewer.
-        clusters: see `SyntheticKeys`.
+        keys: None: `SyntheticKeys`.
 
     Its tokenizer and manifest come from a real build of one document, so that they are of the present format.
     """
@@ -62,20 +62,28 @@ def write_synthetic_store(
     _build_one_document(path, dim, key_dtype, chunk_len, shard_chunks)
     manifest = read_manifest(path)
     (template,) = manifest["shards"]
-    keys = SyntheticKeys(rows, dim, clusters, seed)
-    manifest["shards"], first_document = [], 0
+    keys, shards, first_document = keys or SyntheticKeys(rows, dim, seed=seed), [], 0
     for number, first_row in enumerate(range(0, rows, shard_chunks)):
         count = min(shard_chunks, rows - first_row)
         record = {**template, "name": f"{number:05d}", "first_row": first_row, "first_document": first_document}
         record |= {"rows": count, "documents": -(-count // document_chunks), "tokens": count * chunk_len}
         record |= {"bytes": 4 * count * chunk_len, "short_chunks": 0}
         _write_shard(path / "shards" / record["name"], record, manifest, keys, document_chunks, seed)
-        manifest["shards"].append(record)
+        shards.append(record)
         first_document += record["documents"]
-    totals = {name: sum(r[name] for r in manifest["shards"]) for name in ("documents", "tokens", "bytes")}
-    kept = {"read": totals["documents"], "kept": totals["documents"], "chunks": rows, "short_chunks": 0}
-    manifest["counts"] |= totals | kept
-    save_record(path / "manifest.json", manifest)
+    return _with_shards(path, manifest, shards)
+
+
+def without_last_shards(store: Store, count: int) -> tuple[Store, Callable[[], Store]]:
+    """The store as it was before its last shards were added, and what adds them again."""
+    manifest, shards = store.manifest, store.manifest["shards"]
+    return _with_shards(store.path, manifest, shards[:-count]), lambda: _with_shards(store.path, manifest, shards)
+
+
+def _with_shards(path: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> Store:
+    totals = {name: sum(record[name] for record in shards) for name in ("documents", "tokens", "bytes", "rows")}
+    kept = {"read": totals["documents"], "kept": totals["documents"], "short_chunks": 0, "chunks": totals.pop("rows")}
+    save_record(path / "manifest.json", manifest | {"shards": shards, "counts": manifest["counts"] | totals | kept})
     return Store.open(path)
 
 
@@ -184,7 +192,12 @@ def _build_one_document(path: Path, dim: int, key_dtype: str, chunk_len: int, sh
 
 
 def _write_shard(
-    folder: Path, record: dict[str, Any], manifest: dict[str, Any], keys: SyntheticKeys, document_chunks: int, seed: int
+    folder: Path,
+    record: dict[str, Any],
+    manifest: dict[str, Any],
+    keys: SyntheticKeys | TreeKeys,
+    document_chunks: int,
+    seed: int,
 ) -> None:
     """The four files of a shard; `record["files"]` is filled in."""
     rows, chunk_len = record["rows"], manifest["chunk_len"]
@@ -229,7 +242,7 @@ def _write_documents(path: Path, schema: Any, record: dict[str, Any], chunk_len:
     write_with(path, lambda handle: pq.write_table(table, handle, compression="zstd"))
 
 
-def _write_keys(path: Path, record: dict[str, Any], manifest: dict[str, Any], keys: SyntheticKeys) -> None:
+def _write_keys(path: Path, record: dict[str, Any], manifest: dict[str, Any], keys: SyntheticKeys | TreeKeys) -> None:
     first, rows, key_dtype = record["first_row"], record["rows"], manifest["key_dtype"]
     stored = narrow_keys(np.zeros((0, keys.dim), np.float32), key_dtype).dtype
     with written_aside(path) as aside:

@@ -184,7 +184,7 @@ def index_plan(kind: str, chunks: int, dim: int) -> dict[str, Any]:
         "rows": rows,
         "layout": layout,
         "disk": round((of_engine.file_bytes(layout, rows, dim) + 4 * rows) * chunks / rows),  # and row numbers
-        "memory": round(chunks * (of_engine.row_bytes(layout, dim) + 4 * layout.lists * dim / rows)),
+        "memory": round(of_engine.memory_bytes(layout, rows, dim) * chunks / rows),
         "peak": round(of_engine.peak_bytes(layout, rows, dim, of_engine.training_sample)),
     }
 

@@ -196,6 +196,7 @@ def test_search_of_a_store_is_carried_on(texts, words_tokenizer, capsys, tmp_pat
     measured = lambda keys, *_: taken.append(keys) or Growth(*costs, found, found)  # noqa: E731
     monkeypatch.setattr("retro.planning.measure_growth", measured)
     monkeypatch.setattr("retro.planning.FEWEST_KEYS", 100)
+    monkeypatch.setattr(ENGINES["routed"], "most_rows", 200_000_000)
     argv = [inputs, "--tokenizer", tok, "--embedder", tok, "--store", str(tmp_path / "store"), "--tokens", "64e9"]
     assert main(["plan", *argv, "--tflops", "1", "--json", str(tmp_path / "plan.json")]) == 0
     assert sorted(taken[0].tolist()) == sorted(store.keys(store.searchable_rows).tolist())

@@ -39,6 +39,7 @@ _FIELDS = {
     "recall": {"recall": Probability, "lists_searched": CountOrZero, "candidates": Count},
 }
 _CANDIDATES = 640  # for 10 neighbors; eight times as many where these do not reach a recall
+_ROWS = 1 << 20  # whose removal is looked up at a time
 _FOUND = 1 << 20  # candidates held at a time
 _FEW = 4  # a search looks further where it compares fewer than one in so many of its candidates
 _KEY_READ = 4  # what a byte of a stored key costs against a byte of a code that is scanned
@@ -85,7 +86,7 @@ class Segment:
         self.num_rows = len(self._rows)
         self.num_live = self.num_rows
         if self._has_removed:
-            self.num_live = sum(len(self.live_rows(*part)) for part in blocks(0, self.num_rows, 1 << 20))
+            self.num_live = sum(len(self.live_rows(*part)) for part in blocks(0, self.num_rows, _ROWS))
         self.engine = engine or engine_of(self.layout).open(self.layout, shards.folder)
 
     @property
@@ -97,6 +98,15 @@ class Segment:
         """Store rows of a range of the segment's own, without those that were removed."""
         rows = self._rows[start:stop]
         return rows[~self.store.is_removed(rows)] if self._has_removed else rows
+
+    def live_rows_at(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Store rows at some ascending places among those that were not removed."""
+        found, first = [np.zeros(0, np.int64)], 0
+        for part in blocks(0, self.num_rows, _ROWS):
+            rows = self.live_rows(*part)
+            found.append(rows[places[slice(*np.searchsorted(places, [first, first + len(rows)]))] - first])
+            first += len(rows)
+        return np.concatenate(found)
 
     def search(
         self,
@@ -329,13 +339,13 @@ class QuerySample:
 
     def __init__(self, segment: Segment, held_out: Float32[np.ndarray, "q d"] | None = None) -> None:
         seed = segment.record["settings"]["seed"]
-        rows = np.concatenate([segment.live_rows(*part) for part in blocks(0, segment.num_rows, 1 << 20)])
-        size = min(_QUERIES, len(rows)) if held_out is None else len(held_out)
+        rows = segment.num_live
+        size = min(_QUERIES, rows) if held_out is None else len(held_out)
         self.own = np.full(size, -1)
         if held_out is None:
-            self.own = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
-        self.segment, self.k = segment, max(min(TUNED_NEIGHBORS, len(rows) - 1), 1)
-        self.record = {"k": self.k, "queries": size if len(rows) > 1 else 0, "seed": seed}
+            self.own = segment.live_rows_at(np.sort(np.random.default_rng(seed).choice(rows, size, replace=False)))
+        self.segment, self.k = segment, max(min(TUNED_NEIGHBORS, rows - 1), 1)
+        self.record = {"k": self.k, "queries": size if rows > 1 else 0, "seed": seed}
         self.queries = segment.store.keys(self.own) if held_out is None else held_out
         searched = row_range(segment.store, segment.shards)
         search = lambda queries, k: exact_search(segment.store, queries, k, rows=searched)  # noqa: E731

@@ -1,22 +1,26 @@
 """The routed index: small lists behind a router, built by tasks, extended by what is added."""
 
+import gc
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from benchmarks.synthetic import without_last_shards, write_synthetic_store
 from retro.common.files import folder_record
 from retro.common.records import load_record
 from retro.retrieval import Store, build_index, open_index
 from retro.retrieval.building.updates import add_documents, remove_documents
 from retro.retrieval.building.verify import verify_store
 from retro.retrieval.executors import tasks as executor_tasks
-from retro.retrieval.search.engines import routing
+from retro.retrieval.search.engines import IndexLayout, Work, routing
 from retro.retrieval.search.engines.files import read_lists
 from retro.retrieval.search.engines.packing import list_borders, open_lists, pack, unpack
 from retro.retrieval.search.engines.routed import ROWS_OF_A_LIST
 from retro.retrieval.search.engines.routing import Lists, apportion
 from retro.retrieval.search.index import exact_search
+from retro.retrieval.search.segments import StoreRows
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 pytest.importorskip("faiss")
@@ -44,7 +48,7 @@ def files_of(index):
 
 def lists_of_rows(segment):
     """The two lists of every row, the nearer one first, and its code."""
-    lists, rows, codes = read_lists(segment.folder, segment.layout, 0, segment.layout.lists)
+    lists, rows, codes = read_lists(segment.folder, 0, segment.layout.lists)
     order = np.argsort(rows, kind="stable")
     assert (rows[order] == np.repeat(np.arange(segment.num_rows), 2)).all()
     np.testing.assert_array_equal(codes[order][::2], codes[order][1::2])
@@ -70,7 +74,8 @@ def test_lists_in_a_file_are_those_of_faiss(width, tmp_path):
     numbers = draw.permutation(900)
     memory.add_with_ids(keys, numbers)
     own = table.search(keys, 1)[1][:, 0]
-    codes, order, lengths = memory.pq.compute_codes(keys), np.argsort(own, kind="stable"), np.bincount(own, minlength=30)
+    codes, order = memory.pq.compute_codes(keys), np.argsort(own, kind="stable")
+    lengths = np.bincount(own, minlength=30)
     packed = pack(lengths, numbers[order], codes[order])
     for found, given in zip(unpack(lengths, packed, codes.shape[1]), (numbers[order], codes[order]), strict=True):
         np.testing.assert_array_equal(found, given)
@@ -175,6 +180,30 @@ def test_lists_are_made_anew_where_they_no_longer_fit(store, tmp_path, monkeypat
     _, segment = files_of(open_index(grown, "routed"))
     assert load_record(segment.folder / "trained.json")["rows"] == segment.num_rows == grown.num_searchable
     assert segment.layout.lists == -(-segment.num_rows // ROWS_OF_A_LIST)
+
+
+@pytest.mark.parametrize("step", ["build", "add"])
+def test_the_memory_of_a_build_does_not_grow_with_the_rows(step, tmp_path, monkeypatch):
+    monkeypatch.setattr(routing, "_BLOCK_ROWS", 1000)
+    monkeypatch.setattr(routing, "_SPLIT_ROWS", 4000)
+    monkeypatch.setattr(routing, "_PART_BYTES", 1 << 16)
+    peaks = {}
+    for rows in (4000, 16_000):
+        store = write_synthetic_store(tmp_path / str(rows), rows, 32, "float16", chunk_len=2, shard_chunks=rows // 2)
+        before, add = without_last_shards(store, 1)
+        steps = {rows // 2: lambda: before, rows: add} if step == "add" else {rows: lambda: store}  # noqa: B023
+        layout, folders = IndexLayout("routed", "pq4", rows // 64, 4, 4, soar=True), []
+        for count, opened in steps.items():
+            folders.append(tmp_path / f"{rows}-{count}")
+            folders[-1].mkdir()
+            np.save(folders[-1] / "rows.npy", np.arange(count, dtype=np.uint32))
+            own = StoreRows(0, np.load(folders[-1] / "rows.npy", mmap_mode="r"))
+            gc.collect()
+            tracemalloc.start()
+            assert routing.write_lists(layout, opened(), own, folders[-1], Work(500, workers=1), *folders[:-1])
+            peaks[rows] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    assert peaks[16_000] < 1.25 * peaks[4000]
 
 
 def test_lists_are_shared_out_by_rows():

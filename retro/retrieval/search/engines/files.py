@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from retro.common.files import delete, file_record, new_npy, open_npy, save_npy
-from retro.retrieval.search.engines.layout import IndexLayout
 from retro.retrieval.search.engines.packing import list_borders, pack, unpack
 from retro.retrieval.search.exact import blocks
 
@@ -68,7 +67,7 @@ def pack_lists(spec: dict[str, Any]) -> dict[str, Any]:
 def _kept(spec: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """List, row and code of what the lists of an index hold of rows that are still there."""
     base, (first, stop) = Path(spec["base"]), spec["lists"]
-    lists, old, codes = read_lists(base, IndexLayout(**spec["layout"]), first, stop)
+    lists, old, codes = read_lists(base, first, stop)
     kept = spec["first_row"] + rows_of(base)[old].astype(np.int64)
     rows = open_npy(Path(spec["job"]) / "rows.npy")
     places = np.minimum(np.searchsorted(rows, kept), len(rows) - 1)
@@ -77,10 +76,10 @@ def _kept(spec: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def read_lists(
-    folder: Path, layout: IndexLayout, first: int, stop: int
+    folder: Path, first: int, stop: int
 ) -> tuple[Int64[np.ndarray, " c"], Int64[np.ndarray, " c"], UInt8[np.ndarray, "c bytes"]]:
     """List, row of the segment and code of what some lists of an index hold."""
-    lengths, size = lengths_of(folder), bytes_of_code(layout, open_npy(folder / "groups.npy").shape[1])
+    lengths, size = lengths_of(folder), bytes_of_code(folder)
     start, end = list_borders(lengths, size)[[first, stop]].tolist()
     packed = np.memmap(folder / LIST_CODES, np.uint8, "r")[start:end] if start < end else np.zeros(0, np.uint8)
     rows, codes = unpack(lengths[first:stop], np.asarray(packed), size)
@@ -97,9 +96,9 @@ def rows_of(folder: Path) -> np.ndarray:
     return open_npy(folder / "rows.npy")
 
 
-def bytes_of_code(layout: IndexLayout, width: int) -> int:
-    """Of 4 bits for each block, in pairs."""
-    return -(-(width // layout.block) // 2)
+def bytes_of_code(folder: Path) -> int:
+    """Of 4 bits for each part of the codebook, in pairs."""
+    return -(-len(open_npy(folder / "codebook.npy")) // 2)
 
 
 def write_files(job: Path, folder: Path, base: Path | None, packs: list[str]) -> None:

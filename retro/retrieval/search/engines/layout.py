@@ -115,6 +115,10 @@ class EngineKind:
         """Bytes of memory that a row takes."""
         return self.code_bytes(layout, width)
 
+    def memory_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
+        """Bytes of memory that a segment takes, or of mapped files that are read wherever it is searched."""
+        return rows * self.row_bytes(layout, width) + 4.0 * layout.lists * width
+
     def peak_bytes(self, layout: IndexLayout, rows: int, width: int, training_sample: int) -> float:
         """Memory that building a segment takes at its peak: here all its keys in float32, and what it holds."""
         return 3.0 * BLOCK_BYTES + rows * (4.0 * width + self.row_bytes(layout, width))

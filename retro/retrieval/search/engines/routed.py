@@ -34,7 +34,7 @@ from retro.retrieval.search.engines.files import (
 )
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
 from retro.retrieval.search.engines.packing import list_borders, open_lists
-from retro.retrieval.search.engines.routing import NUM_LISTS_OF_A_ROW, write_lists
+from retro.retrieval.search.engines.routing import NUM_LISTS_OF_A_ROW, SAMPLE_OF_GROUP, write_lists
 from retro.retrieval.search.segments import StoreRows
 from retro.retrieval.store.store import Store
 
@@ -42,6 +42,7 @@ ROWS_OF_A_LIST = 128  # by nearest centroid, and as many second copies: to visit
 FAISS_FILE = "faiss.index"  # of whole keys
 _TABLES = "groups.npy", "sizes.npy", "codebook.npy", ROUTER_CODEBOOK
 _ID_BYTES = 8
+_LIST_BYTES = 40  # of tables that an open index has of each list
 FEWEST_GROUPS = 16  # that a search looks into
 _MOST_GROWTH = 2
 _MOST_VISITS = 4  # times the usual number, and the least of it
@@ -56,7 +57,7 @@ class RoutedKind(EngineKind):
     settings = ("lists", "probes")
     searched = "probes"
     training_sample = 1 << 14
-    most_rows = 200_000_000
+    most_rows = 4_000_000_000  # the rows of a segment are counted by 32 bits
     extends = True
 
     def layout(self, settings: dict[str, Any], rows: int, width: int, keys_fit: bool) -> IndexLayout:
@@ -95,19 +96,21 @@ class RoutedKind(EngineKind):
             return 4.0 * width
         return NUM_LISTS_OF_A_ROW * (width / layout.block / 2 + _ID_BYTES)
 
-    def peak_bytes(self, layout: IndexLayout, rows: int, width: int, training_sample: int) -> float:
-        """The lists twice, while their codes are put in the order of fast scan, and the centroids; or a task's keys."""
-        lists = 2 * rows * self.row_bytes(layout, width) + 4.0 * layout.lists * width
-        return lists + 24.0 * BLOCK_BYTES
-
-    def file_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
-        """Lists in whole blocks, and what a longer index is made from: centroids, and the lists and code of a row."""
+    def memory_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
+        """The lists, of which the last block is half empty, and the router; and where each list begins."""
         if layout.codes == "flat":
             return rows * self.row_bytes(layout, width)
-        tables = layout.lists * (4.25 * width + 2 * _ID_BYTES) + rows * (
-            4 * NUM_LISTS_OF_A_ROW + width / layout.block / 2
-        )
-        return rows * self.row_bytes(layout, width) * 1.25 + tables
+        router = layout.lists * (width / 4 + _ID_BYTES + _LIST_BYTES)
+        return rows * self.row_bytes(layout, width) * 1.25 + router
+
+    def peak_bytes(self, layout: IndexLayout, rows: int, width: int, training_sample: int) -> float:
+        """What one task holds, and where each list begins; all else lies in files."""
+        sample = max(training_sample, SAMPLE_OF_GROUP * isqrt(layout.lists))
+        return 24.0 * BLOCK_BYTES + 4.0 * min(sample, rows) * width + _LIST_BYTES * layout.lists
+
+    def file_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
+        """The lists and the router, and the centroids whole, by which rows are assigned that are added."""
+        return self.memory_bytes(layout, rows, width) + layout.lists * (4.0 * width - _LIST_BYTES)
 
     def is_exact(self, layout: IndexLayout) -> bool:
         """See `EngineKind`."""
@@ -199,7 +202,7 @@ def open_groups(folder: Path, record: dict[str, Any], groups: list[int]) -> Rout
     for name in (*_TABLES, ROUTER_CODES, LENGTHS, TRAINED):
         open_checked(folder, name, record["files"]).check()
     file, engine = open_checked(folder, LIST_CODES, record["files"]), RoutedEngine(layout, folder, groups)
-    borders = list_borders(engine.lengths, bytes_of_code(layout, engine.groups.shape[1]))
+    borders = list_borders(engine.lengths, bytes_of_code(folder))
     held = np.isin(engine.group_of_list, groups)
     starts = np.flatnonzero(np.diff(held, prepend=False, append=False)).reshape(-1, 2)
     for first, stop in starts.tolist():

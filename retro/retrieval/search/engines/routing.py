@@ -58,7 +58,7 @@ NUM_LISTS_OF_A_ROW = 2
 _BLOCK_ROWS = 1 << 17
 _PART_ROWS = 1 << 15  # whose distances are computed at a time
 _SPLIT_ROWS = 1 << 17  # that train the centroids of one task
-_SAMPLE_OF_LIST, _SAMPLE_OF_GROUP = 16, 64  # rows that train a centroid
+_SAMPLE_OF_LIST, SAMPLE_OF_GROUP = 16, 64  # rows that train a centroid
 _LEVEL_ROUNDS, _SPLIT_ROUNDS = 8, 4  # of k-means
 _GROUPS_SEARCHED = 4  # for the lists of a row
 _OF_A_GROUP = 2  # of its nearest lists
@@ -83,7 +83,7 @@ def write_lists(
     spec: dict[str, Any] = {"store": str(store.path.resolve()), "fingerprint": store.fingerprint}
     _given[spec["store"], store.fingerprint] = store
     spec |= {"layout": asdict(layout), "seed": work.seed, "block_rows": _BLOCK_ROWS}
-    spec |= {"sample": max(work.training_sample, _SAMPLE_OF_GROUP * isqrt(layout.lists))}
+    spec |= {"sample": max(work.training_sample, SAMPLE_OF_GROUP * isqrt(layout.lists))}
     kept = 0 if base is None else rows.count_to(int(rows_of(base)[-1]))
     spec |= {"base": base and str(base.resolve()), "kept": kept}
     spec |= {"rows": len(rows) - spec["kept"], "first_row": rows.first}
@@ -173,15 +173,14 @@ class _ListsJob:
 
     def _packs(self) -> Iterable[Task]:
         """Runs of lists with about `_PART_BYTES` of rows and codes."""
-        job, base, layout = Path(self.spec["job"]), self.spec["base"], IndexLayout(**self.spec["layout"])
-        lengths = lengths_of(Path(base)) if base else np.zeros(layout.lists, np.int64)
+        job, base, lists = Path(self.spec["job"]), self.spec["base"], self.spec["layout"]["lists"]
+        lengths = lengths_of(Path(base)) if base else np.zeros(lists, np.int64)
         for name in sorted(self.distances):
             found, counts = np.unique(open_npy(job / f"{name}.lists.npy"), return_counts=True)
             lengths[found] += counts
-        width = open_npy(Path(base or job) / "groups.npy").shape[1]
-        run = list_borders(lengths, bytes_of_code(layout, width))[:-1] // _PART_BYTES
+        run = list_borders(lengths, bytes_of_code(Path(base or job)))[:-1] // _PART_BYTES
         starts = np.flatnonzero(np.diff(run, prepend=-1)).tolist()
-        for first, stop in zip(starts, [*starts[1:], layout.lists], strict=True):
+        for first, stop in zip(starts, [*starts[1:], lists], strict=True):
             self.packs.append(f"pack-{first:012d}")
             yield self._task(self.packs[-1], pack_lists, {"lists": [first, stop]})
 
