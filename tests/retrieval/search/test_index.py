@@ -389,6 +389,7 @@ def test_recall_does_not_depend_on_the_length_of_keys(scale):
 
     class Answering(Segment):
         layout, num_rows = choose_layout("faiss", {"codes": "flat", "lists": None}, 2000, 8), 2000
+        num_live = num_rows
         record = {"settings": {"seed": 0, "candidates": None}}
 
         def __init__(self, answer):

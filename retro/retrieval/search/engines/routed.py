@@ -33,7 +33,7 @@ from retro.retrieval.search.engines.files import (
     lengths_of,
 )
 from retro.retrieval.search.engines.layout import BLOCK_BYTES, FEW_ROWS, EngineKind, IndexLayout, Work, key_blocks
-from retro.retrieval.search.engines.packing import list_borders, open_lists
+from retro.retrieval.search.engines.packing import BLOCK_ROWS, list_borders, open_lists
 from retro.retrieval.search.engines.routing import NUM_LISTS_OF_A_ROW, SAMPLE_OF_GROUP, write_lists
 from retro.retrieval.search.segments import StoreRows
 from retro.retrieval.store.store import Store
@@ -97,11 +97,11 @@ class RoutedKind(EngineKind):
         return NUM_LISTS_OF_A_ROW * (width / layout.block / 2 + _ID_BYTES)
 
     def memory_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
-        """The lists, of which the last block is half empty, and the router; and where each list begins."""
+        """The lists, with a half empty block in each, and the router; and where each list begins."""
         if layout.codes == "flat":
             return rows * self.row_bytes(layout, width)
-        router = layout.lists * (width / 4 + _ID_BYTES + _LIST_BYTES)
-        return rows * self.row_bytes(layout, width) * 1.25 + router
+        filled = rows + layout.lists * BLOCK_ROWS / 2 / NUM_LISTS_OF_A_ROW
+        return filled * self.row_bytes(layout, width) + layout.lists * (width / 4 + _ID_BYTES + _LIST_BYTES)
 
     def peak_bytes(self, layout: IndexLayout, rows: int, width: int, training_sample: int) -> float:
         """What one task holds, and where each list begins; all else lies in files."""
