@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ SAMPLE = 1024  # queries
 _STRATA = 10
 _WORST = 2  # of the strata, that count together: of one alone the sample says too little
 _BELOW = 0.05  # how far these may lie below the recall to which the index was tuned
-_FURTHER = [2 ** (step / 2) for step in range(1, 7)]
-_LESS = [2 ** (-step / 2) for step in range(1, 7)]
+_SHARES = [2 ** (step / 4) for step in range(-12, 13)]
 
 
 def fit_scale(
@@ -47,19 +46,20 @@ def fit_scale(
         return recall >= target and sum(worst) >= len(worst) * (target - _BELOW)
 
     fitted = Scale()
-    if is_enough(fitted) and index.segments and not _is_fixed(index):
-        fitted = _last(is_enough, fitted, [Scale(share) for share in _LESS])
-        fitted = _last(is_enough, fitted, [Scale(fitted.lists, share) for share in _LESS])
-    elif index.segments and not _is_fixed(index):
-        wider = [Scale(share, share) for share in _FURTHER]
-        fitted = next(filter(is_enough, wider), wider[-1])
+    if index.segments and not _is_fixed(index):
+        lists = _first(_SHARES, lambda share: is_enough(Scale(share, max(share, 1.0))))
+        most = max(lists, 1.0)
+        fewer = [share for share in _SHARES if share <= most]
+        fitted = Scale(lists, _first(fewer, lambda share: is_enough(Scale(lists, share))))
+    if fitted not in measured:
+        is_enough(fitted)
     index.scale, (recall, strata) = fitted, measured[fitted]
     return {"recall": recall, "recall_of_strata": strata, "sample": len(queries), "scale": asdict(fitted)}
 
 
-def _last(is_enough: Callable[[Scale], bool], first: Scale, further: list[Scale]) -> Scale:
-    """The last scale before the first that is not enough."""
-    return [first, *takewhile(is_enough, further)][-1]
+def _first(shares: Sequence[float], is_enough: Callable[[float], bool]) -> float:
+    """The least that is enough, else the last; of shares in ascending order."""
+    return shares[bisect_left(shares[:-1], True, key=is_enough)]
 
 
 def _recall(found: Float64[np.ndarray, "q k"], exact: Float64[np.ndarray, "q k"]) -> tuple[float, list[float]]:
