@@ -69,27 +69,27 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} is {shown(value)}; give {wanted}")
 
 
-def check_record(where: Any, record: Any, fields: Mapping[str, Any]) -> Any:
+def check_record(
+    where: Any, record: Any, fields: Mapping[str, Any], remedy: str = "restore it from a copy or build it again"
+) -> Any:
     """Give a record back whose fields are of these types; ValueError, naming `where` and the field, for any other.
 
     A type may itself be such a table of fields, or a list of one, for a list of records; {str: ...} is for any names.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"{where} is {shown(record)} in the place of a record; {_RESTORE}")
+        raise ValueError(f"{where} is {shown(record)} in the place of a record; {remedy}")
     for name, hint in dict.fromkeys(record, fields[str]).items() if str in fields else fields.items():
         if name not in record:
-            raise ValueError(f"{where} has no {name}; {_RESTORE}")
+            raise ValueError(f"{where} has no {name}; {remedy}")
         if isinstance(hint, Mapping):
-            check_record(f"{name} of {where}", record[name], hint)
+            check_record(f"{name} of {where}", record[name], hint, remedy)
         elif isinstance(hint, list):
             if not isinstance(record[name], list):
-                raise ValueError(f"{name} of {where} is {shown(record[name])} in the place of a list; {_RESTORE}")
+                raise ValueError(f"{name} of {where} is {shown(record[name])} in the place of a list; {remedy}")
             for number, one in enumerate(record[name]):
-                check_record(f"{name}[{number}] of {where}", one, hint[0])
+                check_record(f"{name}[{number}] of {where}", one, hint[0], remedy)
         elif _wanted(record[name], hint):
-            raise ValueError(
-                f"{name} of {where} is {shown(record[name])}, not {_wanted(record[name], hint)}; {_RESTORE}"
-            )
+            raise ValueError(f"{name} of {where} is {shown(record[name])}, not {_wanted(record[name], hint)}; {remedy}")
     return record
 
 
@@ -102,9 +102,6 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists
         return f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-_RESTORE = "restore it from a copy or build it again"
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 from retro.sampling import filled_up, prompt_tokens
 from retro.serve.engine import Engine
 from retro.serve.rows import Row
-from retro.web.errors import HALF, ApiError, shown
+from retro.web.errors import HALF, MOST, ApiError, shown
 
 bad = partial(ApiError, 400)
 _ANYTHING = object()
@@ -80,7 +80,8 @@ def _is(value: Any, allowed: Any) -> bool:
 
 
 _Text = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]  # an empty one has a sentence of its own
-_TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
+_TokenId = Annotated[int, Field(lt=MOST), WithJsonSchema({"type": "integer", "minimum": 0})]
+_Count = Annotated[int, Field(ge=1, lt=MOST)]
 
 
 class StreamOptions(_Strict):
@@ -93,7 +94,7 @@ class RetroOptions(_Strict):
 
     retrieval: bool = True
     store: str | None = Field(None, description="a name of /v1/stores; default: the first")
-    num_neighbors: int | None = Field(None, ge=1, description="k; default: the model's")
+    num_neighbors: _Count | None = Field(None, description="k; default: the model's")
     align: Literal["start", "end"] = Field("start", description="end: what the prompt's end finds is read at once")
 
 
@@ -101,8 +102,8 @@ class _Sampling(_Strict):
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="default 1; 0 takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: _Count | None = None
+    seed: int | None = Field(None, ge=-MOST, lt=MOST)
     stop: _Text | Annotated[list[_Text], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -150,8 +151,8 @@ class Message(_Strict):
 class ChatRequest(_Sampling):
     neutral = _NEUTRAL_CHAT
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="how many likeliest tokens to tell of each place")
 
@@ -220,7 +221,11 @@ class RowMaker:
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return prompt_tokens(self._tokenizer, [_readable(prompt, "prompt")])[0] if prompt else []
+            text = _readable(prompt, "prompt")
+            try:
+                return prompt_tokens(self._tokenizer, [text])[0]
+            except ValueError as error:
+                raise bad(str(error), "prompt") from None
         wrong = [token for token in prompt if not 0 <= token < len(self._tokenizer)]
         if wrong:
             raise bad(f"{wrong[0]} is no token; they are 0 to {len(self._tokenizer) - 1}.", "prompt")
@@ -236,7 +241,7 @@ class RowMaker:
             )
         if not all(request.stops):
             raise bad("stop holds an empty string; leave it out.", "stop")
-        longest = max(map(len, request.stops), default=0)
+        longest = max((len(_readable(stop, "stop")) for stop in request.stops), default=0)
         if longest > self.engine.limits.max_stop_chars:
             raise bad(f"stop has {longest} characters; at most {self.engine.limits.max_stop_chars} are taken.", "stop")
         if request.retro and request.retro.retrieval and request.retro.align == "end":

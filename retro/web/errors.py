@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 HALF = "the body holds half of a surrogate pair; give whole characters."
+MOST = 1 << 63  # from here on a number of a request is none
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 _SOON = {"Retry-After": "1"}
 

@@ -6,15 +6,18 @@ Where a server is started is where its embedder and its indexes run; a client ne
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -22,8 +25,9 @@ from jaxtyping import Bool, Int, Int64
 
 from retro.common.files import check_files
 from retro.common.own import check_names
+from retro.common.values import check_record
 from retro.retrieval.neighbors import Neighbors, Source
-from retro.retrieval.remote.wire import ROW_TOKENS, unpack, unpack_neighbors, unpack_sources
+from retro.retrieval.remote.wire import ABOUT, COUNTS, ROW_TOKENS, Wanted, unpack, unpack_neighbors, unpack_sources
 from retro.retrieval.retriever import Retriever
 from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.queries import as_lists
@@ -33,7 +37,8 @@ from retro.text.tokenizer import open_tokenizer
 from retro.web.listening import API_KEY
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between tries
-_READ_BYTES = 1 << 20
+_REMEDY = "is it a retrieval server of this version?"
+T = TypeVar("T")
 
 
 def is_url(store: Any) -> bool:
@@ -71,14 +76,14 @@ class RemoteRetriever:
         if timeout <= 0 or retries < 0:
             raise ValueError(f"timeout must be above 0 and retries at least 0, not {timeout} and {retries}")
         self._server = _Server(url, timeout, retries, os.environ.get(API_KEY) if api_key is None else api_key)
-        about = self._server.json("/v1/store")
+        about = self._server.about()
         self.store, self.index = RemoteStore(self._server, about), RemoteIndex(self._server.url, about)
         self.num_neighbors = about["num_neighbors"] if num_neighbors is None else num_neighbors
         self.retrieved_len = about["retrieved_len"] if retrieved_len is None else retrieved_len
         if self.num_neighbors < 1 or self.retrieved_len < 1:
             given = f"{self.num_neighbors} and {self.retrieved_len}"
             raise ValueError(f"num_neighbors and retrieved_len must be at least 1, not {given}")
-        self.shards_total: int | None = about["index"].get("shards_total")
+        self.shards_total: int | None = about["index"]["shards_total"]
         self._latest = threading.local()
         if fingerprint not in (None, self.store.fingerprint):
             raise ValueError(
@@ -103,6 +108,7 @@ class RemoteRetriever:
             if given is not None and len(given) != len(lists):
                 raise ValueError(f"{name} must hold one item per query ({len(lists)}), not {len(given)}")
         size = self.store.most_queries(k * self.retrieved_len)
+        there = {"num_rows": self.store.num_chunks, "num_tokens": self.store.num_tokens}
         parts, answered = [], []
         for start in range(0, len(lists), size) or (0,):
             part = slice(start, start + size)
@@ -112,7 +118,8 @@ class RemoteRetriever:
             if against is not None:
                 asked["against"] = list(against[part])
             asked["store_fingerprint"] = self.store.fingerprint
-            found, about = self._server.message("POST", "/v1/search", asked, unpack_neighbors)
+            read = partial(unpack_neighbors, shape=(len(lists[part]), k, self.retrieved_len), **there)
+            found, about = self._server.read("POST", "/v1/search", read, asked)
             parts.append(found)
             answered.append(about.get("shards_answered"))
         self._latest.answered = None if None in answered else min(answered)
@@ -171,8 +178,9 @@ class RemoteStore:
         self.fingerprint: str = about["fingerprint"]
         self.chunk_len: int = self.manifest["chunk_len"]
         self.pad_token_id: int = self.manifest["pad_token_id"]
-        for name, count in about["counts"].items():
-            setattr(self, name, count)
+        self.num_tokens: int = self.manifest["tokenizer"]["vocab_size"]
+        for name in COUNTS:
+            setattr(self, name, about["counts"][name])
 
     tokenizer_fingerprint = Store.tokenizer_fingerprint
     embedder_fingerprint = Store.embedder_fingerprint
@@ -212,9 +220,12 @@ class RemoteStore:
         self, rows: Int[np.ndarray, "*rows"], retrieved_len: int
     ) -> tuple[Int64[np.ndarray, "*rows r"], Bool[np.ndarray, "*rows r"]]:
         """The values [N, F] of chunks; see `Store.values`."""
-        asked = {"what": "values", "retrieved_len": retrieved_len}
-        parts = [arrays for _, arrays in self._of_rows(rows, retrieved_len, asked)]
-        shape = (*np.shape(rows), retrieved_len)
+
+        def read(data: bytes, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+            return unpack(data, tokens=Wanted(np.int32, shape, 0, self.num_tokens), mask=Wanted(bool, shape))[1]
+
+        asked, shape = {"what": "values", "retrieved_len": retrieved_len}, (*np.shape(rows), retrieved_len)
+        parts = self._of_rows(rows, retrieved_len, asked, lambda data, n: read(data, (n, retrieved_len)))
         tokens = np.concatenate([part["tokens"] for part in parts]).astype(np.int64)
         return tokens.reshape(shape), np.concatenate([part["mask"] for part in parts]).reshape(shape)
 
@@ -237,32 +248,46 @@ class RemoteStore:
 
     def document_rows(self, rows: Int[np.ndarray, "*rows"]) -> Int64[np.ndarray, "*rows"]:
         """The document row of each chunk."""
-        parts = self._of_rows(rows, ROW_TOKENS, {"what": "document_rows"})
-        return np.concatenate([arrays["document_rows"] for _, arrays in parts]).reshape(np.shape(rows))
+
+        def read(data: bytes, n: int) -> np.ndarray:
+            return unpack(data, document_rows=Wanted(np.int64, (n,), 0, self.num_documents))[1]["document_rows"]
+
+        parts = self._of_rows(rows, ROW_TOKENS, {"what": "document_rows"}, read)
+        return np.concatenate(parts).reshape(np.shape(rows))
 
     def sources(self, rows: Int64[np.ndarray, "q k"]) -> list[list[Source | None]]:
         """Where rows come from; None for row -1."""
-        parts = self._of_rows(rows, ROW_TOKENS, {"what": "sources"})
-        found = iter([source for value, _ in parts for source in unpack_sources(value["sources"])])
+        read = lambda data, n: unpack_sources(unpack(data)[0], n)  # noqa: E731
+        found = chain.from_iterable(self._of_rows(rows, ROW_TOKENS, {"what": "sources"}, read))
         return [[next(found) for _ in line] for line in rows]
 
     @cached_property
     def searchable_rows(self) -> Int64[np.ndarray, " c"]:
         """Rows that a search may return, all fetched at first use."""
-        return self._server.message("GET", "/v1/store/searchable_rows")[1]["rows"]
+        read = partial(unpack, rows=Wanted(np.int64, (self.num_searchable,), 0, self.num_chunks))
+        return self._server.read("GET", "/v1/store/searchable_rows", read)[1]["rows"]
 
     @cached_property
     def document_ids(self) -> list[str]:
         """The ids of all documents, by document row, all fetched at first use."""
-        return self._server.json("/v1/store/document_ids")
 
-    def _of_rows(
-        self, rows: Any, tokens_each: int, asked: dict[str, Any]
-    ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+        def read(data: bytes) -> list[str]:
+            names = json.loads(data)
+            if not isinstance(names, list) or list(map(type, names)) != [str] * self.num_documents:
+                raise ValueError(f"no ids of {self.num_documents} documents")
+            return names
+
+        return self._server.read("GET", "/v1/store/document_ids", read)
+
+    def _of_rows(self, rows: Any, tokens_each: int, asked: dict[str, Any], read: Callable[[bytes, int], T]) -> list[T]:
+        """What is read of the answers to as many requests as it takes; read: takes an answer and its number of rows."""
         flat, size = np.asarray(rows).reshape(-1), max(self._limits["max_answer_tokens"] // tokens_each, 1)
+        answers = []
         for start in range(0, len(flat), size) or (0,):
-            part = {"rows": flat[start : start + size].tolist(), "store_fingerprint": self.fingerprint}
-            yield self._server.message("POST", "/v1/rows", asked | part)
+            part = flat[start : start + size].tolist()
+            sent = asked | {"rows": part, "store_fingerprint": self.fingerprint}
+            answers.append(self._server.read("POST", "/v1/rows", partial(read, n=len(part)), sent))
+        return answers
 
 
 class _Server:
@@ -282,22 +307,21 @@ class _Server:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def json(self, path: str) -> Any:
-        data = self.ask("GET", path)
+    def about(self) -> dict[str, Any]:
+        """What it says of itself."""
+        said = self.read("GET", "/v1/store", json.loads)
         try:
-            return json.loads(data)
-        except ValueError:
-            raise ConnectionError(f"{self.url} is no retrieval server: {path} is not JSON; check the address") from None
+            return check_record(f"what {self.url} says of itself", said, ABOUT, _REMEDY)
+        except ValueError as error:
+            raise ConnectionError(str(error)) from None
 
-    def message(
-        self, method: str, path: str, asked: dict[str, Any] | None = None, read: Callable[[bytes], Any] = unpack
-    ) -> Any:
-        """An answer of JSON and arrays."""
+    def read(self, method: str, path: str, read: Callable[[bytes], T], asked: dict[str, Any] | None = None) -> T:
+        """What is read of an answer; a ValueError of `read` says that it is none."""
         data = self.ask(method, path, asked)
         try:
             return read(data)
-        except ValueError as error:
-            raise ConnectionError(f"{self.url} sent what cannot be read: {error}; is it of this version?") from None
+        except (ValueError, RecursionError) as error:
+            raise ConnectionError(f"{self.url} sent what cannot be read: {error}; {_REMEDY}") from None
 
     def ask(self, method: str, path: str, asked: dict[str, Any] | None = None) -> bytes:
         """The body of an answer; a lost connection and a busy server are tried again, `retries` times within `timeout`.
@@ -318,7 +342,7 @@ class _Server:
             except TimeoutError:
                 raise TimeoutError(f"{self.url} has not answered within {self.timeout:g} seconds; {lost}") from None
             except (OSError, http.client.HTTPException) as error:
-                lost = f"the connection was lost ({error or type(error).__name__})"
+                lost = f"the connection was lost ({str(error).strip() or type(error).__name__})"
                 continue
             if status == 200:
                 return data
@@ -348,17 +372,13 @@ class _Server:
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
         try:
-            _wait_until(connection, deadline)
+            connection.timeout = _left(deadline)  # of connecting, and of sending
+            if connection.sock is not None:
+                connection.sock.settimeout(connection.timeout)
+            connection.response_class = partial(_Answer, deadline=deadline)
             connection.request(method, urlsplit(self.url).path + path, body, headers)
             answer = connection.getresponse()
-            parts = []
-            while True:
-                _wait_until(connection, deadline)
-                parts.append(answer.read(_READ_BYTES))
-                if not parts[-1]:
-                    break
-            if answer.length:  # still to come
-                raise http.client.IncompleteRead(b"".join(parts), answer.length)
+            data = answer.read()
         except BaseException:
             connection.close()
             raise
@@ -366,7 +386,7 @@ class _Server:
             connection.close()
         else:
             self._keep(connection)
-        return answer.status, b"".join(parts)
+        return answer.status, data
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urlsplit(self.url)
@@ -384,14 +404,35 @@ class _Server:
             self._idle.append(connection)
 
 
-def _wait_until(connection: http.client.HTTPConnection, deadline: float) -> None:
-    """Let nothing on this connection wait longer than the deadline."""
-    left = deadline - time.monotonic()
-    if left <= 0:
+class _Answer(http.client.HTTPResponse):
+    """An answer that is read until a deadline, in however many pieces it comes."""
+
+    def __init__(self, sock: socket.socket, *args: Any, deadline: float, **how: Any) -> None:
+        super().__init__(sock, *args, **how)
+        self.fp = io.BufferedReader(_Until(deadline, sock, self.fp.detach()))
+
+
+class _Until(io.RawIOBase):
+    def __init__(self, deadline: float, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._deadline, self._sock, self._raw = deadline, sock, raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_left(self._deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _left(deadline: float) -> float:
+    """Seconds until the deadline; TimeoutError if there are none."""
+    if (left := deadline - time.monotonic()) <= 0:
         raise TimeoutError
-    connection.timeout = left
-    if connection.sock is not None:
-        connection.sock.settimeout(left)
+    return left
 
 
 def _sentence(status: int, data: bytes) -> str:

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.responses import JSONResponse, Response
 
 from retro.retrieval.remote.limits import RetrievalLimits
 from retro.retrieval.remote.searches import PendingSearch, SearchQueue, shards_of
-from retro.retrieval.remote.wire import MEDIA_TYPE, ROW_TOKENS, pack, pack_sources
+from retro.retrieval.remote.wire import COUNTS, LIMITS, MEDIA_TYPE, ROW_TOKENS, pack, pack_sources
 from retro.retrieval.store.format import read_tokenizer_files
 from retro.version import __version__
-from retro.web.errors import HALF, ApiError, declared
+from retro.web.errors import HALF, MOST, ApiError, declared
 from retro.web.guard import Guard, answer_errors, unless_gone
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 _PACKED: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA_TYPE: {}}}}
 _FILE: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
-_Size = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})]  # 0 has a sentence of its own
+_Whole = Annotated[int, Field(ge=-MOST, lt=MOST), WithJsonSchema({"type": "integer"})]
+_Size = Annotated[_Whole, WithJsonSchema({"type": "integer", "minimum": 1})]  # 0 has a sentence of its own
 
 
 class _Request(BaseModel):
@@ -49,7 +50,7 @@ class _Request(BaseModel):
 class SearchRequest(_Request):
     """Texts, or token ids without padding, and what a Retriever is called with."""
 
-    queries: list[str] | list[list[int]]
+    queries: list[str] | list[list[_Whole]]
     num_neighbors: _Size | None = None
     retrieved_len: _Size | None = None
     exclude_documents: list[list[str]] | None = None
@@ -57,7 +58,7 @@ class SearchRequest(_Request):
 
 
 class RowsRequest(_Request):
-    rows: list[int]
+    rows: list[_Whole]
     what: Literal["values", "document_rows", "sources"] = "values"
     retrieved_len: _Size | None = None
 
@@ -104,18 +105,17 @@ def _about(retriever: Retriever, limits: RetrievalLimits) -> dict[str, Any]:
     """What a client checks at its connection, and what it must know of the store."""
     store, index, shards = retriever.store, retriever.index, shards_of(retriever)
     named = ("tokenizer", "embedder", "chunk_len", "pad_token_id", "format_version", "generation", "counts")
-    counted = ("num_chunks", "num_documents", "num_searchable", "num_live_chunks", "num_live_documents", "key_dim")
+    of_index = {"kind": index.kind, "num_rows": index.num_rows, "recall": float(index.recall)}
     return {
         "library_version": __version__,
         "name": store.path.name,
         "fingerprint": store.fingerprint,
         "manifest": {name: store.manifest[name] for name in named},
-        "counts": {name: getattr(store, name) for name in counted},
-        "index": {"kind": index.kind, "num_rows": index.num_rows, "recall": float(index.recall)}
-        | ({} if shards is None else {"shards_total": shards.shards_total}),
+        "counts": {name: getattr(store, name) for name in COUNTS},
+        "index": of_index | {"shards_total": None if shards is None else shards.shards_total},
         "num_neighbors": retriever.num_neighbors,
         "retrieved_len": retriever.retrieved_len,
-        "limits": {name: getattr(limits, name) for name in ("max_queries", "max_answer_tokens", "max_seconds")},
+        "limits": {name: getattr(limits, name) for name in LIMITS},
     }
 
 
@@ -231,9 +231,7 @@ def _add_store(routes: APIRouter, retriever: Retriever, limits: RetrievalLimits)
         return Response(pack(*_of_rows(retriever, asked, limits)), media_type=MEDIA_TYPE)
 
 
-def _of_rows(
-    retriever: Retriever, asked: RowsRequest, limits: RetrievalLimits
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _of_rows(retriever: Retriever, asked: RowsRequest, limits: RetrievalLimits) -> tuple[Any, dict[str, np.ndarray]]:
     """What is asked of rows, as `pack` takes it; ApiError 400 for rows that are not there, and too many."""
     store, is_values = retriever.store, asked.what == "values"
     length = store.chunk_len if asked.retrieved_len is None else asked.retrieved_len
@@ -249,6 +247,6 @@ def _of_rows(
     if asked.what == "document_rows":
         return {}, {"document_rows": store.document_rows(rows)}
     if asked.what == "sources":
-        return {"sources": pack_sources(retriever.sources(rows[None])[0])}, {}
+        return pack_sources(retriever.sources(rows[None])[0]), {}
     tokens, mask = store.values(rows, length)
     return {}, {"tokens": tokens.astype(np.int32), "mask": mask}
