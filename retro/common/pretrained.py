@@ -83,16 +83,21 @@ def check_num_weights(make: Callable[[], Any], num_bytes: int, where: Any) -> No
 
 def check_kernels(config: Any, where: Any, allowed: Collection[Any] = ()) -> None:
     """Refuse a configuration that names code on the hub for attention or experts, unless the caller named it, too."""
-    for kind in ("attn_implementation", "experts_implementation"):
-        named = getattr(config, f"_{kind}", None)
-        if "/" in str(named) and named not in allowed:
+    for named, kind in named_kernels(config).items():
+        if named not in allowed:
             raise ValueError(
                 f"{where} asks for {kind} {named!r}, which is code from the hub; give {kind}={named!r} yourself if you "
                 "trust it, or another."
             )
+
+
+def named_kernels(config: Any) -> dict[str, str]:
+    """The code on the hub that a configuration names, and for what."""
+    kinds = ("attn_implementation", "experts_implementation")
+    found = {str(getattr(config, f"_{kind}", None)): kind for kind in kinds}
     for part in vars(config).values():
-        if hasattr(part, "model_type"):
-            check_kernels(part, where, allowed)
+        found |= named_kernels(part) if hasattr(part, "model_type") else {}
+    return {named: kind for named, kind in found.items() if "/" in named}
 
 
 def own_code(folder: str | Path) -> str | None:

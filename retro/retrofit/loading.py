@@ -16,7 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from retro.common.files import load_json
 from retro.common.own import check_names
-from retro.common.pretrained import check_folder, check_kernels, check_num_weights
+from retro.common.pretrained import check_folder, check_kernels, check_num_weights, named_kernels
 from retro.common.values import check_record
 from retro.retrofit.bases import HUB_OPTIONS, IMPLEMENTATIONS, LOADING, find_base, is_quantized, open_base, random_base
 from retro.retrofit.config import RetrofitConfig
@@ -37,13 +37,23 @@ def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 def read_fit(
     folder: str | Path | None,
     hub: dict[str, Any],
+    options: dict[str, Any],
     config: RetrofitConfig | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> tuple[RetrofitConfig, dict[str, Tensor]]:
-    """The configuration and all weights of a fitted folder, but for what is given in place of its own."""
+    """The configuration and all weights of a fitted folder, but for what is given in place of its own.
+
+    Raises ValueError where the folder's own configuration, and no argument, names code on the hub.
+    """
     if folder is None and (config is None or state_dict is None):
         raise ValueError("no folder is given; give one, or both config and state_dict.")
+    asked = {name: options[name] for name in IMPLEMENTATIONS if options.get(name) is not None}
+    given = {} if config is None else named_kernels(config)  # AutoModel puts there what its caller asks for
+    own = named_kernels(read_config(str(folder), hub)) if given and folder is not None else {}
     config = read_config(str(folder), hub) if config is None else config
+    for name, value in asked.items():
+        setattr(config, f"_{name}", value)
+    check_kernels(config, f"config.json of {folder}", {*asked.values(), *(given.keys() - own.keys())})
     return config, read_weights(str(folder), hub) if state_dict is None else state_dict
 
 
@@ -65,10 +75,6 @@ def open_fitted_base(
 
     options: as for `open_base`. Raises ValueError for a base that is missing, or another than the one that was fitted.
     """
-    asked = {name: options[name] for name in IMPLEMENTATIONS if options.get(name) is not None}
-    for name, value in asked.items():
-        setattr(config, f"_{name}", value)
-    check_kernels(config, f"config.json of {folder}", asked.values())
     if config._attn_implementation is not None:  # AutoModel puts it there
         options.setdefault("attn_implementation", config._attn_implementation)
     own = {_plain_name(name): x for name, x in weights.items() if name.startswith(BASE_PREFIX)}

@@ -372,7 +372,7 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
         from retro.retrofit import loading
 
         hub, options = loading.split_options(kwargs)
-        config, weights = loading.read_fit(pretrained_model_name_or_path, hub, config, state_dict)
+        config, weights = loading.read_fit(pretrained_model_name_or_path, hub, options, config, state_dict)
         folder = str(pretrained_model_name_or_path or "state_dict")
         dtype = dtype or kwargs.get("torch_dtype")
         options = hub | options | ({} if dtype is None else {"dtype": dtype})

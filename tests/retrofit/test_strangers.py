@@ -13,7 +13,7 @@ from retro import RetroForCausalLM, RetroModel
 from retro.common.files import open_npy
 from retro.retrieval.building.tasks import load_tokenizer
 from retro.retrieval.embedding.embedder import load_embedder
-from retro.retrofit import retrofit
+from retro.retrofit import RetrofitForCausalLM, retrofit
 from retro.retrofit.bases import base_tokenizer, open_base
 from tests.stand_ins import make_words_tokenizer
 
@@ -91,6 +91,16 @@ def test_kernels_from_the_hub_are_the_callers_choice(folder, tmp_path, monkeypat
             open_base(str(tmp_path / place))
     if "attn_implementation" in asked:
         assert open_base(str(folder), attn_implementation="sdpa").config._attn_implementation == "sdpa"
+
+
+LOADS = [open_base, AutoModelForCausalLM.from_pretrained, RetrofitForCausalLM.from_pretrained]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_kernels_that_the_caller_names_are_taken(folder, tmp_path, load):
+    retrofit(open_base(str(folder)), form="pointer", chunk_len=4).save_pretrained(tmp_path / "fitted")
+    with pytest.raises((ImportError, ValueError), match="`kernels` is either not installed"):  # past what refuses them
+        load(str(tmp_path / "fitted"), attn_implementation="someone/kernel")
 
 
 def test_a_kernel_in_the_configuration_of_a_retro(make_model, tmp_path):
