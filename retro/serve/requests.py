@@ -123,7 +123,9 @@ class _Sampling(_Strict):
 class CompletionRequest(_Sampling):
     neutral = _NEUTRAL_COMPLETION
     prompt: _Text | list[_Text] | list[_TokenId] | list[list[_TokenId]]
-    max_tokens: int | None = Field(None, ge=0, description="0 writes nothing: echo and logprobs then tell of prompts")
+    max_tokens: int | None = Field(
+        None, ge=0, lt=MOST, description="0 writes nothing: echo and logprobs then tell of prompts"
+    )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5, description="how many likeliest tokens to tell of each place")
 
