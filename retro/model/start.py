@@ -66,8 +66,8 @@ class RetroPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs) -> Any:
         """As Hugging Face's, of safetensors alone.
 
-        Raises ValueError for a folder of pickled weights, and for one whose config.json asks for more weights than it
-        holds.
+        Raises ValueError for a folder of pickled weights, for one of another model, and for one whose config.json asks
+        for more weights than it holds.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors is False, but pickled weights, which could run code, are not read.")
@@ -75,6 +75,10 @@ class RetroPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None and folder.is_dir():
             check_folder(folder)
             config = kwargs.get("config")
+            if config is None and (folder / "config.json").is_file():
+                kind = cls.config_class.get_config_dict(folder)[0].get("model_type")
+                if kind != cls.config_class.model_type:
+                    raise ValueError(f"{folder} holds a {kind}, no RETRO; open it with AutoModelForCausalLM.")
             check_weights(folder, lambda: cls(cls.config_class.from_pretrained(folder) if config is None else config))
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 

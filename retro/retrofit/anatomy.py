@@ -73,6 +73,8 @@ def find_anatomy(base: nn.Module, layers: list[int]) -> Anatomy:
     kind = type(base).__name__
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} cannot be fitted: it is an encoder-decoder, not a decoder-only causal LM.")
+    if base.get_output_embeddings() is None:
+        raise ValueError(f"{kind} cannot be fitted: it has no output embeddings; open it with AutoModelForCausalLM.")
     layers_name, blocks = _layer_list(base)
     attention_names = {number: _attention_name(kind, number, blocks) for number in layers}
     if not layers or is_empty(base):

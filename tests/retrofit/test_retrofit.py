@@ -306,6 +306,7 @@ def test_trainer(form, make_fitted, make_neighbors, tmp_path):
             "MambaForCausalLM cannot be fitted: layer 2 has no self-attention .*: fit it with form='pointer'",
         ),
         ("t5", "T5ForConditionalGeneration cannot be fitted: it is an encoder-decoder"),
+        ("headless", "LlamaModel cannot be fitted: it has no output embeddings; open it with AutoModelForCausalLM"),
         ("recurrent_gemma", "layer 2 has no self-attention .* name some of 3 in cca_layers"),
         (
             "falcon_h1",
@@ -320,6 +321,8 @@ def test_architectures_that_cannot_be_fitted(model_type, words, make_base):
         base = T5ForConditionalGeneration(
             T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
         )
+    elif model_type == "headless":
+        base = make_base("llama").model
     elif model_type == "falcon_h1":
         base = make_base("falcon_h1", mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8)
     else:
@@ -367,6 +370,8 @@ def test_bases_that_are_refused(make_base, make_fitted, tmp_path):
     with pytest.raises(ValueError, match="model.safetensors is damaged .*; copy the folder again"):
         RetrofitForCausalLM.from_pretrained(tmp_path, base=make_base())
     make_base().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="plain holds a llama, no RETRO; open it with AutoModelForCausalLM"):
+        retro.RetroForCausalLM.from_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="plain holds a llama, no RETRO-fitted model; open it with AutoModelForCausal"):
         RetrofitForCausalLM.from_pretrained(tmp_path / "plain")
     (tmp_path / "plain" / "config.json").write_text("{}")
