@@ -24,14 +24,20 @@ from retro.retrofit.fingerprint import adapter_prefixes, differing_kind, fingerp
 from retro.retrofit.saving import BASE_PREFIX, quantization_of
 
 logger = logging.getLogger(__name__)
+FOLDER_OPTIONS = ("revision", "subfolder")  # of the folder; the configuration has those of the base
 AUTO_OPTIONS = ("_from_auto", "_commit_hash", "adapter_kwargs", "torch_dtype")  # what AutoModel adds
 
 
 def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options for the hub, which hold for folder and base alike, and those for loading the base."""
-    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    rest = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *AUTO_OPTIONS)}
-    return hub, rest
+    """Options for finding the folder's files, and those for finding and loading the base.
+
+    Raises ValueError for use_safetensors=False.
+    """
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("use_safetensors is False, but pickled weights, which could run code, are not read.")
+    find = {name: kwargs[name] for name in (*HUB_OPTIONS, *FOLDER_OPTIONS) if kwargs.get(name) is not None}
+    rest = {name: value for name, value in kwargs.items() if name not in (*FOLDER_OPTIONS, *AUTO_OPTIONS)}
+    return find, rest
 
 
 def read_fit(
@@ -59,7 +65,7 @@ def read_fit(
 
 def read_config(folder: str, hub: dict[str, Any]) -> RetrofitConfig:
     """The configuration of a fitted folder; ValueError for a folder of another model."""
-    check_folder(Path(folder))
+    check_folder(Path(folder, hub.get("subfolder", "")))
     kind = RetrofitConfig.get_config_dict(folder, **hub)[0].get("model_type")
     if kind != RetrofitConfig.model_type:
         raise ValueError(
@@ -86,7 +92,7 @@ def open_fitted_base(
     if base is None or isinstance(base, (str, Path)):
         place = find_base(config.base_name_or_path, folder) if base is None else str(base)
         if base is None and config.base_revision is not None:
-            options.setdefault("revision", config.base_revision)
+            options["revision"] = config.base_revision
         base = open_base(place, **_quantization(config, place, options), **options)
     check_base(config, base)
     return _add_adapter(config, base, own)

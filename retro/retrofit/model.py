@@ -364,22 +364,23 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             config, state_dict: In place of the folder's; with both there need be no folder (None).
             dtype: Of the base. The new weights keep the type they were saved in.
             output_loading_info: Give a pair, of the model and what Hugging Face tells of weights: all are there.
-            kwargs: cache_dir, token ... for both; all else is for the base: device_map, attn_implementation ...
+            kwargs: revision and subfolder are the folder's; cache_dir, token ... are for both; all else is for the
+                base: device_map, attn_implementation ...
 
-        Raises ValueError for a base that is missing or another than the one that was fitted, and for weights that do
-        not fit.
+        Raises ValueError for a base that is missing or another than the one that was fitted, for weights that do not
+        fit, and for use_safetensors=False.
         """
         from retro.retrofit import loading
 
-        hub, options = loading.split_options(kwargs)
-        config, weights = loading.read_fit(pretrained_model_name_or_path, hub, options, config, state_dict)
-        folder = str(pretrained_model_name_or_path or "state_dict")
+        find, options = loading.split_options(kwargs)
+        config, weights = loading.read_fit(pretrained_model_name_or_path, find, options, config, state_dict)
+        folder = str(Path(pretrained_model_name_or_path or "state_dict", find.get("subfolder", "")))
         dtype = dtype or kwargs.get("torch_dtype")
-        options = hub | options | ({} if dtype is None else {"dtype": dtype})
+        options |= {} if dtype is None else {"dtype": dtype}
         base = loading.open_fitted_base(config, base, weights, folder, options)
         model = cls(config, base=base, start=False).eval()
         loading.load_new_weights(model, folder, weights)
-        loading.load_generation_config(model, pretrained_model_name_or_path, hub)
+        loading.load_generation_config(model, pretrained_model_name_or_path, find)
         return (model, loading.nothing_missing()) if output_loading_info else model
 
     # What Hugging Face asks of a model

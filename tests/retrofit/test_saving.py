@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import retro
 from retro.common.records import save_sums
-from retro.retrofit import RetrofitForCausalLM, retrofit
+from retro.retrofit import RetrofitForCausalLM, loading, open_base, retrofit
 from retro.retrofit.fingerprint import differing_kind, fingerprint
 
 IDS = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(3))
@@ -326,3 +326,19 @@ def test_a_fit_may_be_saved_into_a_folder_that_has_checksums(place, make_open, c
     save_sums(tmp_path / "fitted")
     model.set_output_embeddings(torch.nn.Linear(16, 64, bias=False))
     assert "base.lm_head.weight" in check_again(model)
+
+
+def test_a_revision_and_a_subfolder_are_the_folders_and_not_the_bases(place, make_open, tmp_path, monkeypatch):
+    model = make_open(open_base(place()))
+    model.save_pretrained(tmp_path / "fitted")
+    for kind in (AutoModelForCausalLM, RetrofitForCausalLM):
+        again = kind.from_pretrained(tmp_path, subfolder="fitted")
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    config, opened = tmp_path / "fitted/config.json", []
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_revision": "of the base"}))
+    monkeypatch.setattr(loading, "open_base", lambda place, **options: opened.append(options) or model.base)
+    for given in ({}, {"revision": "of the folder"}):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fitted", **given)
+    assert [options["revision"] for options in opened] == ["of the base"] * 2
+    with pytest.raises(ValueError, match="use_safetensors is False, but pickled weights, .*, are not read"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fitted", use_safetensors=False)
