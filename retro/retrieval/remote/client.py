@@ -375,7 +375,7 @@ class _Server:
             connection.timeout = _left(deadline)  # of connecting, and of sending
             if connection.sock is not None:
                 connection.sock.settimeout(connection.timeout)
-            connection.response_class = partial(_Answer, deadline=deadline)
+            connection.response_class = partial(_Response, deadline=deadline)
             connection.request(method, urlsplit(self.url).path + path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
@@ -404,7 +404,7 @@ class _Server:
             self._idle.append(connection)
 
 
-class _Answer(http.client.HTTPResponse):
+class _Response(http.client.HTTPResponse):
     """An answer that is read until a deadline, in however many pieces it comes."""
 
     def __init__(self, sock: socket.socket, *args: Any, deadline: float, **how: Any) -> None:
