@@ -178,15 +178,9 @@ def _delete_older(store: Store) -> None:
     """Delete the indexes and neighbor tables that were made of older generations."""
     present = {store.shard_fingerprint(number) for number in range(len(store.shards))}
     files = [*store.path.glob("index/*/index.json"), *store.path.glob("neighbors/*/neighbors.json")]
-    for folder in (file.parent for file in files if re.fullmatch("[0-9a-f]{16}", file.parent.name)):
-        if not _is_of(store, folder, present):
-            log.info("deleting %s, which is of an older generation", folder)
-            delete(folder, store.path)
-
-
-def _is_of(store: Store, folder: Path, shards: set[str]) -> bool:
-    """Whether an index or a table was made of the present generation, or of shards that it still has."""
-    for record in map(read_record, folder.glob("*.json")):
-        if record.get("store") == store.fingerprint or (record.get("shards") and set(record["shards"]) <= shards):
-            return True
-    return False
+    for file in (file for file in files if re.fullmatch("[0-9a-f]{16}", file.parent.name)):
+        record = read_record(file)
+        is_of_shards = bool(record.get("shards")) and set(record["shards"]) <= present
+        if record.get("store") != store.fingerprint and not is_of_shards:
+            log.info("deleting %s, which is of an older generation", file.parent)
+            delete(file.parent, store.path)

@@ -136,8 +136,8 @@ def _check_checksums(store: Store) -> int:
     places += [(path / "tokenizer", manifest["tokenizer"]["files"]), (path / "rejects", manifest["rejects"])]
     if removed := manifest.get("removed"):
         places.append((path, {removed["file"]: removed}))
-    for name in ("index", "neighbors"):
-        for file in sorted((path / name).glob("[!.]*/*.json")):
+    for records in ("index/[!.]*/index.json", "neighbors/[!.]*/neighbors.json"):
+        for file in sorted(path.glob(records)):
             places.append((file.parent, load_record(file).get("files", {})))
     for folder, records in places:
         check_files(folder, records, checksums=True)

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float32, Float64, Int, Int64
 
 from retro.common.files import READ_ONLY, stable_hash
 from retro.common.records import load_record
+from retro.retrieval.search.index import check_searchable
 from retro.retrieval.search.lexical import LexicalIndex, build_lexical
 from retro.retrieval.search.postings import buckets
 from retro.retrieval.search.queries import Queries
@@ -148,6 +149,7 @@ def _blocks(num_queries: int, num_candidates: int, length: int) -> Iterator[slic
 def learn(index: LexicalIndex) -> Float64[np.ndarray, " f"]:
     """The weights, from up to 2,048 chunks of the store and the 50 nearest of each in other documents."""
     store = index.store
+    check_searchable(store)
     drawn = np.unique(np.random.default_rng(0).integers(store.num_live_chunks, size=CHUNKS))
     rows = store.live_rows(drawn)
     rows = rows[rows + 1 < store.num_chunks]

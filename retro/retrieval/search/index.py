@@ -246,6 +246,8 @@ def resolve_kind(kind: str, rows: int = 0) -> str:
 
 def check_searchable(store: Store) -> None:
     """ValueError for a store of which no chunk is long enough to be found."""
+    if not store.num_live_chunks:
+        raise ValueError(f"{store.path} holds no document any more; add some")
     if not store.num_searchable:
         raise ValueError(
             f"{store.path} has no chunk of at least {store.min_chunk_len} tokens to index; "

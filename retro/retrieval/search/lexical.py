@@ -253,7 +253,8 @@ def _is_damaged(folder: Path) -> bool:
 
 def _segments(store: Store, kind: str) -> tuple[list[ShardRange], Path]:
     """The segments that serve the store, written where they are missing, and the folder of their weights."""
-    check_searchable(store)
+    if store.num_live_chunks:  # where all were removed, nothing is found
+        check_searchable(store)
     settings = {"tokenizer": store.tokenizer_fingerprint}
     there = [
         one
@@ -295,7 +296,7 @@ def _write_segment(store: Store, shards: ShardRange, kind: str, settings: dict[s
 
 
 def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Path) -> None:
-    if not any(len(segment.postings) for segment in segments):
+    if segments and not any(len(segment.postings) for segment in segments):
         raise ValueError(f"{store.path} has no word of two letters or more for {kind} to index; use tfidf")
 
     def write(aside: Path) -> dict[str, Any]:

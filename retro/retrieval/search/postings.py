@@ -285,7 +285,7 @@ def write_weights(segments: list[Postings], kind: str, folder: Path) -> None:
 def _over_all(segments: list[Postings]) -> list[Int64[np.ndarray, " terms"]]:
     """For the terms of each segment, in how many live chunks of all segments they are."""
     own = [segment.frequencies() for segment in segments]
-    if len(segments) == 1:
+    if len(segments) < 2:
         return own
     if segments[0].kind == "tfidf":
         terms, place = np.unique(np.concatenate([s.terms for s in segments]), return_inverse=True)

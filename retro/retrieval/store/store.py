@@ -254,6 +254,9 @@ class Store(DocumentTables):
         """
         flat = np.asarray(rows).reshape(-1)
         present = flat >= 0
+        if not present.any():
+            shape = (*np.shape(rows), retrieved_len)
+            return np.full(shape, self.pad_token_id, np.int64), np.zeros(shape, bool)
         steps = np.arange(-(-retrieved_len // self.chunk_len))
         following = self._checked(np.where(present, flat, 0))[:, None] + steps  # [q, steps]
         inside = np.minimum(following, self.num_chunks - 1)

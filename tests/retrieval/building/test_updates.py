@@ -179,8 +179,17 @@ def test_compact_leaves_whole_shards_alone(path):
     assert (again.generation, again.fingerprint) == (store.generation, store.fingerprint)
 
 
-def test_everything_removed(path):
-    store = compact(path) if remove_documents(path, list(TEXTS)) else None
+def test_everything_removed(path, caplog):
+    """Every kind of search then finds nothing, and a store of words is as whole as another."""
+    for change in (lambda: remove_documents(path, list(TEXTS)), lambda: compact(path)):
+        store = change()
+        for kind in ("exact", "bm25", "exact+tfidf", "exact>bm25"):
+            found = Retriever(store, kind, embedder=HashingEmbedder())(["w1 w2"], num_neighbors=2)
+            assert found.ids.tolist() == [[-1, -1]] and not found.mask.any()
+        verify_store(store, "full")
+        with pytest.raises(ValueError, match="holds no document any more; add some"):
+            Retriever(store, "tfidf>continuation", embedder=HashingEmbedder())
+    assert "left out" not in caplog.text
     check_holds(store, {})
     assert store.shards == [] and store.key_block(0, 0).shape == (0, 16)
     check_holds(add(path, NEW), NEW)

@@ -18,7 +18,7 @@ from tests.stand_ins import HashingEmbedder, make_store, words
 def built(tmp_path_factory, tokenizer):
     texts = [words(n, seed) for seed, n in enumerate((3, 7, 1, 4, 20, 2, 8, 16))]
     store = make_store(tmp_path_factory.mktemp("verify"), texts, tokenizer, shard_chunks=5)
-    open_searcher(store, "tfidf", build=True)
+    open_searcher(store, "tfidf+bm25", build=True)
     build_neighbors(store, 2)
     return store
 
