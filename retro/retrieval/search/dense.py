@@ -39,6 +39,7 @@ _FIELDS = {
     "recall": {"recall": Probability, "lists_searched": CountOrZero, "candidates": Count},
 }
 _CANDIDATES = 640  # for 10 neighbors; eight times as many where these do not reach a recall
+_LEAST_GAIN = 0.002  # of recall by 2.8 times the lists, below which it is left at these
 _ROWS = 1 << 20  # whose removal is looked up at a time
 _FOUND = 1 << 20  # candidates held at a time
 _FEW = 4  # a search looks further where it compares fewer than one in so many of its candidates
@@ -264,21 +265,19 @@ def tune(segment: Segment, target: float, sample: QuerySample | None = None) -> 
     """Find the least effort that reaches a recall@10 against exact search, on up to 256 rows as queries.
 
     Numbers of lists are tried from 1 on, each with ever fewer candidates while the target is reached; where no number
-    of lists reaches it with 640 candidates, all lists are tried with more. The cost of an effort is counted in bytes
-    that it reads, so that the choice does not depend on the machine. What settings fix (leaves_to_search, probes,
-    candidates) is left at that.
+    of lists reaches it with 640 candidates, or more lists no longer help, they are tried with more candidates. The cost
+    of an effort is counted in bytes that it reads, so that the choice does not depend on the machine. What settings fix
+    (leaves_to_search, probes, candidates) is left at that.
 
     Returns what index.json stores: recall, whether it reaches the target, lists_searched, candidates (for 10
     neighbors), and how it was measured.
     """
     sample, candidates = sample or QuerySample(segment), _candidates(segment)
-    reached = _reached(segment, sample, target, candidates)
-    further = [] if reached else [Effort(_lists(segment)[-1], count) for count in candidates[-1:] + _more(segment)]
-    for effort in further:
-        if sample.recall(effort) >= target:
-            break
-    else:
-        effort = min(reached, key=lambda effort: _cost(segment, effort)) if reached else further[-1]
+    reached: list[Effort] = []
+    for counts in (candidates, *([count] for count in _more(segment))):
+        reached = reached or _reached(segment, sample, target, counts)
+    tried = reached or [sample.best]
+    effort = min(tried, key=lambda effort: _cost(segment, effort))
     recall = sample.recall(effort)
     measured = {"recall": recall, "target": target, "reached": recall >= target}
     measured |= {"lists_searched": effort.lists, "candidates": effort.candidates}
@@ -288,8 +287,11 @@ def tune(segment: Segment, target: float, sample: QuerySample | None = None) -> 
 def _reached(segment: Segment, sample: QuerySample, target: float, candidates: list[int]) -> list[Effort]:
     """Efforts that reach the target: for ever more lists, with the fewest candidates that do."""
     found: list[Effort] = []
-    left = list(candidates)
+    left, recalls = list(candidates), []
     for lists in _lists(segment):
+        recalls.append(sample.recall(Effort(lists, candidates[-1])))
+        if target / 2 < recalls[-1] < target and recalls[-1] < min(recalls[-4:]) + _LEAST_GAIN and len(recalls) > 3:
+            break
         while left and sample.recall(Effort(lists, left[-1])) >= target:
             found.append(Effort(lists, left.pop()))
         least = min((_cost(segment, effort) for effort in found), default=np.inf)
@@ -356,6 +358,11 @@ class QuerySample:
     def distances(self) -> Float32[np.ndarray, " q"]:
         """From each query to its k-th exact neighbor, squared."""
         return -self._exact[:, -1]
+
+    @property
+    def best(self) -> Effort:
+        """Of those that were tried."""
+        return max(self._known, key=self.recall)
 
     def recall(self, effort: Effort) -> float:
         return float(self.recall_of_each(effort).mean())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from retro.planning import index_plan
 from retro.retrieval import Store, build_index, open_index
 from retro.retrieval.search import dense, exact
 from retro.retrieval.search import index as index_module
-from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, Segment, tune
+from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, QuerySample, Segment, tune
 from retro.retrieval.search.engines import ENGINES, EngineKind, IndexLayout, choose_layout
 from retro.retrieval.search.index import exact_search, measured_recall, resolve_kind
 from retro.retrieval.search.on_device import DeviceKeys
@@ -408,6 +409,30 @@ def test_recall_does_not_depend_on_the_length_of_keys(scale):
     beside = lambda queries, k: (exact_search(store, queries, 1)[0] + np.arange(k)) % 2000  # noqa: E731
     assert measured(beside) < 0.05
     assert measured(lambda queries, k: exact_search(store, queries, k)[0]) == 1.0
+
+
+def test_more_candidates_are_tried_where_more_lists_do_not_help():
+    """And not all lists, of which a large segment has millions."""
+
+    class Large(Segment):
+        layout, num_rows = choose_layout("routed", {"codes": None, "lists": 10_000}, 10**6, 8), 10**6
+        record, store = {"settings": {"probes": None, "candidates": None}}, SimpleNamespace(key_dim=8)
+
+        def __init__(self):
+            pass
+
+    class Sample(QuerySample):
+        def __init__(self):
+            self.record, self._known = {}, {}
+
+        def recall(self, effort):
+            found = min(effort.candidates / 1200, 1) * min(effort.lists / 60, 1)
+            return self._known.setdefault(effort, found)
+
+    sample = Sample()
+    found = tune(Large(), 0.95, sample)
+    assert (found["lists_searched"], found["candidates"], found["reached"]) == (64, 1280, True)
+    assert max(effort.lists for effort in sample._known) < 200
 
 
 class SortedKind(EngineKind):
