@@ -30,7 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "logit_bias": ({},),
 }
-_NEUTRAL_COMPLETION = _NEUTRAL | {"best_of": (1,), "suffix": ()}
+_NEUTRAL_COMPLETION = _NEUTRAL | {"suffix": ("",)}
 _NEUTRAL_CHAT = _NEUTRAL | {
     "audio": (),
     "function_call": ("none",),
@@ -128,6 +128,15 @@ class CompletionRequest(_Sampling):
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5, description="how many likeliest tokens to tell of each place")
+    best_of: int | None = Field(None, description="as many as n")
+
+    @model_validator(mode="after")
+    def _all_are_given(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n or 1):
+            raise bad(
+                f"best_of is {self.best_of}, and n {self.n or 1}; all texts are given, so leave it out.", "best_of"
+            )
+        return self
 
     @property
     def num_logprobs(self) -> int | None:

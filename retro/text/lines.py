@@ -192,8 +192,8 @@ def _rows(lines: _Counted, delimiter: str) -> Iterator[tuple[int, list[str] | cs
 
 
 def _delimiter(item: Input) -> str:
-    """Of a table: a tab where its first line has one, else the one of , and ; that it has more of."""
-    first = next(read_lines(InputPartition(item)), b"")
+    """Of a table: a tab where its first line with text has one, else the one of , and ; that it has more of."""
+    first = next((line for line in read_lines(InputPartition(item)) if line.strip()), b"")
     return "\t" if b"\t" in first else ";" if first.count(b";") > first.count(b",") else ","
 
 

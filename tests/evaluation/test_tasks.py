@@ -275,13 +275,17 @@ def test_questions_are_read_in_the_forms_of_fid_dpr_and_nq_open(tmp_path):
         file.write(
             '{"question": "who?", "answer": ["me"]}\n\n{"question": "what?", "answers": "it", "passage_id": 3}\n'
         )
-    (tmp_path / "nq-test.qas.csv").write_text("who wrote it, and when?\t['someone', \"some one\"]\n")
+    (tmp_path / "nq-test.qas.csv").write_text("\nwho wrote it, and when?\t['someone', \"some one\"]\n")
     (plain,) = read_questions(tmp_path / "nq-test.qas.csv")
     assert (plain.question, plain.answers) == ("who wrote it, and when?", ("someone", "some one"))
-    (tmp_path / "named.csv").write_text('id,question,answers\n7,"who, then?",she\n')
+    (tmp_path / "named.csv").write_text('\nid,question,answers\n7,"who, then?",she\n')
     (named,) = read_questions(tmp_path / "named.csv")
     assert (named.id, named.question, named.answers) == ("7", "who, then?", ("she",))
-    for row, said in (("alone\n", "1 cells in place of question, answers"), ("who?\t['x\", 3]\n", "no list of texts")):
+    for row, said in (
+        ("alone\n", "1 cells in place of question, answers"),
+        ("who?\t['x\", 3]\n", "no list of texts"),
+        ("who?\t['x'\n", "no list of texts"),
+    ):
         (tmp_path / "bad.tsv").write_text(row)
         with pytest.raises(ValueError, match=rf"bad\.tsv, line 1: .*{said}"):
             read_questions(tmp_path / "bad.tsv")

@@ -158,6 +158,7 @@ def test_lists_and_health(make_engine):
 
 ACCEPTED = {
     "neutral values": {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "user": "me"},
+    "as many as there are": {"n": 2, "best_of": 2, "suffix": ""},
     "nulls": dict.fromkeys(["max_tokens", "temperature", "top_p", "n", "seed", "stop", "logprobs", "suffix", "retro"]),
 }
 
@@ -172,6 +173,7 @@ REFUSED = {
     "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty is 0.5"),
     "logprobs of too many": ({"logprobs": 6}, "logprobs", "logprobs is 6"),
     "a bias": ({"logit_bias": {"5": 100}}, "logit_bias", 'logit_bias is {"5": 100}'),
+    "the best of several": ({"n": 2, "best_of": 3}, "best_of", "best_of is 3, and n 2"),
     "a suffix": ({"suffix": "w1"}, "suffix", 'suffix is "w1"'),
     "another model's name": ({"model": "gpt-4"}, "model", "its model is tiny"),
     "a temperature of letters": ({"temperature": "hot"}, "temperature", 'temperature is "hot"'),

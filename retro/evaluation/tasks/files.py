@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def field_of(record: dict[str, Any], name: str, place: str) -> str:
 
 def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     names = list(columns)
-    for line, row in read_rows(path):
+    for number, (line, row) in enumerate(read_rows(path)):
         place = f"{path}, line {line}"
-        if line == 1 and set(row) & set(columns):
+        if number == 0 and set(row) & set(columns):
             names = row
         elif len(row) != len(names):
             raise ValueError(f"{place}: {len(row)} cells in place of {', '.join(names)}; mend it, or name the columns.")
@@ -58,7 +59,7 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, 
 
 def _cell(place: str, cell: str) -> str | list[str]:
     """A text, or a list of texts as JSON or Python writes it."""
-    if not (cell.startswith("[") and cell.endswith("]")):
+    if not re.match(r"\[.*\]$|\[['\"]", cell, re.DOTALL):
         return cell
     try:
         found = ast.literal_eval(cell)
