@@ -20,7 +20,7 @@ from synthetic import TreeKeys
 from retro.evaluation.plots import OTHER_LOOKS, picture, short
 from retro.retrieval import Store
 from retro.retrieval.search.dense import Effort, QuerySample
-from retro.retrieval.search.engines.routing import k_means
+from retro.retrieval.search.engines.clustering import k_means
 from retro.retrieval.search.hardness import Cost, fit, measure, sample_keys
 
 RECALL = 0.95

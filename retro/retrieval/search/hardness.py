@@ -95,11 +95,11 @@ class Growth:
 
     def cpu_ms_at(self, rows: int, lists: int) -> float:
         """Milliseconds of a search of one index: what the sample takes, the rows that are compared beyond that, and
-        the router: centroids of groups, compared as keys are, and those in the groups that are looked into, whose codes
-        are twice as long as those of rows."""
+        the router: centroids of groups, compared as keys are, and those in the groups that are looked into, as rows
+        are."""
         further = self.rows_compared.at(rows) - self.rows_compared.at(self.largest.rows)
         groups = isqrt(lists) - isqrt(self.largest.rows // ROWS_OF_A_LIST)
-        of_group = self.exact.ms_of_row + 2 * FEWEST_GROUPS * self.largest.ms_of_row
+        of_group = self.exact.ms_of_row + FEWEST_GROUPS * self.largest.ms_of_row
         return self.largest.cpu_ms + self.largest.ms_of_row * further + of_group * groups
 
 

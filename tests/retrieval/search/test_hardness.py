@@ -71,7 +71,7 @@ def test_milliseconds_are_carried_on_by_what_is_compared():
     )
     assert growth.cpu_ms_at(8000, 8000 // ROWS_OF_A_LIST) == pytest.approx(0.5)
     assert growth.cpu_ms_at(64000, 8000 // ROWS_OF_A_LIST) == pytest.approx(0.5 + 0.001 * 200)
-    assert growth.cpu_ms_at(8000, 40 * 40) == pytest.approx(0.5 + (0.002 + 2 * 16 * 0.001) * (40 - 7))
+    assert growth.cpu_ms_at(8000, 40 * 40) == pytest.approx(0.5 + (0.002 + 16 * 0.001) * (40 - 7))
 
 
 def test_keys_of_a_tree_are_the_same_in_any_order():

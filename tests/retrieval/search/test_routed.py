@@ -15,6 +15,7 @@ from retro.retrieval.building.updates import add_documents, remove_documents
 from retro.retrieval.building.verify import verify_store
 from retro.retrieval.executors import tasks as executor_tasks
 from retro.retrieval.search.engines import IndexLayout, Work, routing
+from retro.retrieval.search.engines.clustering import principal_axes, project
 from retro.retrieval.search.engines.files import read_lists
 from retro.retrieval.search.engines.packing import list_borders, open_lists, pack, unpack
 from retro.retrieval.search.engines.routed import ROWS_OF_A_LIST
@@ -53,7 +54,7 @@ def lists_of_rows(segment):
     assert (rows[order] == np.repeat(np.arange(segment.num_rows), 2)).all()
     np.testing.assert_array_equal(codes[order][::2], codes[order][1::2])
     centroids, of_rows = np.load(segment.folder / "centroids.npy"), lists[order].reshape(-1, 2)
-    keys = segment.store.keys(segment._rows[:])
+    keys = project(segment.store.keys(segment._rows[:]), np.load(segment.folder / "axes.npy"))
     distances = np.square(keys[:, None] - centroids[of_rows]).sum(-1)
     return np.take_along_axis(of_rows, distances.argsort(axis=1, kind="stable"), 1), codes[order][::2]
 
@@ -102,7 +103,7 @@ def test_every_row_is_in_the_list_of_its_nearest_centroid_and_in_one_beside(stor
     monkeypatch.setattr(routing, "_OF_A_GROUP", 1000)
     _, segment = files_of(build_index(store, "routed", workers=1))
     lists, of_rows = Lists(segment.folder), lists_of_rows(segment)[0].astype(int)
-    keys = store.keys(segment.live_rows(0, segment.num_rows))
+    keys = project(store.keys(segment.live_rows(0, segment.num_rows)), lists.axes)
     assert len(lists.centroids) == segment.layout.lists == lists.sizes.sum() and len(lists.sizes) == len(lists.groups)
     distances = np.square(keys[:, None] - lists.centroids).sum(-1)
     np.testing.assert_allclose(np.take_along_axis(distances, of_rows[:, :1], 1)[:, 0], distances.min(1), atol=1e-5)
@@ -159,7 +160,7 @@ def test_what_is_added_keeps_the_codes_and_centroids(store, tmp_path):
     grown = add_documents(removed.path, [str(tmp_path / "more.jsonl")], HashingEmbedder(), index=True)
     after, segment = files_of(open_index(grown, "routed"))
     assert segment.record["base"] == old.folder.name and segment.num_rows == grown.num_searchable
-    for table in ("groups", "centroids", "sizes", "codebook"):
+    for table in ("axes", "groups", "centroids", "sizes", "codebook"):
         assert after[f"{table}.npy"] == before[f"{table}.npy"]
     kept = np.isin(old.live_rows(0, old.num_rows), segment.live_rows(0, segment.num_rows))
     for mine, others in zip(lists_of_rows(segment), lists_of_rows(old), strict=True):
@@ -206,6 +207,18 @@ def test_the_memory_of_a_build_does_not_grow_with_the_rows(step, tmp_path, monke
     assert peaks[16_000] < 1.25 * peaks[4000]
 
 
+def test_axes_keep_what_varies_and_a_key_is_projected_alike_whatever_others_are_with_it():
+    draw = np.random.default_rng(0)
+    keys = (draw.normal(size=(300, 8)) @ draw.normal(size=(8, 16)) + 5).astype(np.float32)
+    axes = principal_axes(keys, 4)
+    found = project(keys, axes)
+    np.testing.assert_allclose(axes @ axes.T, np.eye(8), atol=1e-5)
+    apart, on_axes = (np.square(one[:20, None] - one[20:]).sum(-1) for one in (keys, found))
+    np.testing.assert_allclose(on_axes, apart, rtol=1e-4)
+    for count in (1, 2, 3, 9, 100):
+        np.testing.assert_array_equal(project(keys[7:][:count], axes), found[7:][:count])
+
+
 def test_lists_are_shared_out_by_rows():
     assert apportion(np.array([5, 0, 95]), 13).tolist() == [2, 1, 10]
     assert apportion(np.array([0, 0]), 3).sum() == 3
@@ -220,13 +233,14 @@ def test_queries_among_few_rows_visit_more_lists(store):
     mean, lists = load_record(segment.folder / "trained.json")["mean_distance"], 4
     visited = engine.route(queries, lists)
     distances, found = engine.visit(queries, visited, 30)
-    nearest = engine._router.search(queries, 4 * lists, params=faiss.SearchParametersIVF(nprobe=100))[0][:, 0]
+    axes = project(queries, np.load(segment.folder / "axes.npy"))
+    nearest = engine._router.search(axes, 1, params=faiss.SearchParametersIVF(nprobe=4))[0][:, 0]
     counts = (visited >= 0).sum(1)
     np.testing.assert_array_equal(counts, np.ceil(np.clip(lists * (np.maximum(nearest, 0) / mean) ** 3, 1, 16)))
     assert len(set(counts)) > 1
     certain = np.where(distances < distances[:, -1:], found, -1)  # of rows as far as the last any may be left out
     np.testing.assert_array_equal(engine.candidates(queries, 10, 30, lists), certain)
-    for query, count, rows in zip(queries, counts.tolist(), found, strict=True):
+    for query, count, rows in zip(axes, counts.tolist(), found, strict=True):
         params = faiss.SearchParametersIVF(nprobe=count, quantizer_params=faiss.SearchParametersIVF(nprobe=100))
         np.testing.assert_array_equal(rows, engine._index.search(query[None], 30, params=params)[1][0])
 

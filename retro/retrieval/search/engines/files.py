@@ -1,5 +1,6 @@
 """The files of a routed index, and those of the tasks that make it: no step holds more than a part of them.
 
+axes.npy                                    on which keys are projected; all else is there
 groups.npy  sizes.npy (lists of each group)  router.npy (codebook)  router.codes    the centroids as a search
 lengths.npy int32 (rows of each list)  codebook.npy  lists.codes                    reads them, and the rows
 trained.json                                rows, and their mean squared distance to the centroid
@@ -21,7 +22,7 @@ from retro.retrieval.search.exact import blocks
 
 TRAINED, LENGTHS, ROUTER_CODEBOOK = "trained.json", "lengths.npy", "router.npy"
 ROUTER_CODES, LIST_CODES = "router.codes", "lists.codes"
-TABLES = "groups", "codebook", "centroids", "sizes"
+TABLES = "axes", "groups", "codebook", "centroids", "sizes"
 
 
 def task_file(spec: dict[str, Any], task: str, name: str) -> Path:

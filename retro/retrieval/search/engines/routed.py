@@ -2,7 +2,7 @@
 
     router    sqrt(lists) groups of centroids      whole, compared with every query
               the centroids of the lists           codes, of the nearest groups
-    lists     one for every 128 rows               codes of 4 bits for every 4 dimensions, in registers (fast scan)
+    lists     one for every 128 rows               codes of 4 bits for every 2 axes, in registers (fast scan)
 
 Every row is in two lists: that of its nearest centroid, and one whose residual points elsewhere, so that a query which
 misses one finds it in the other (source: Sun et al. 2023, SOAR). Centroids come from k-means in two levels, of which
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float32, Int64
 from retro.common.checksums import open_checked
 from retro.common.files import open_npy
 from retro.common.records import load_record
+from retro.retrieval.search.engines.clustering import project
 from retro.retrieval.search.engines.faiss import read_index
 from retro.retrieval.search.engines.files import (
     LENGTHS,
@@ -40,10 +41,12 @@ from retro.retrieval.store.store import Store
 
 ROWS_OF_A_LIST = 128  # by nearest centroid, and as many second copies: to visit a list costs as much as 100 of its rows
 FAISS_FILE = "faiss.index"  # of whole keys
-_TABLES = "groups.npy", "sizes.npy", "codebook.npy", ROUTER_CODEBOOK
+_TABLES = "axes.npy", "groups.npy", "sizes.npy", "codebook.npy", ROUTER_CODEBOOK
 _ID_BYTES = 8
 _LIST_BYTES = 40  # of tables that an open index has of each list
 FEWEST_GROUPS = 16  # that a search looks into
+_LISTS_COMPARED = 12  # for each that is visited
+_GROUPS_OF_NEAREST = 4  # for the nearest list alone, which tells how many are visited
 _MOST_GROWTH = 2
 _MOST_VISITS = 4  # times the usual number, and the least of it
 
@@ -101,7 +104,7 @@ class RoutedKind(EngineKind):
         if layout.codes == "flat":
             return rows * self.row_bytes(layout, width)
         filled = rows + layout.lists * BLOCK_ROWS / 2 / NUM_LISTS_OF_A_ROW
-        return filled * self.row_bytes(layout, width) + layout.lists * (width / 4 + _ID_BYTES + _LIST_BYTES)
+        return filled * self.row_bytes(layout, width) + layout.lists * (width / 8 + _ID_BYTES + _LIST_BYTES)
 
     def peak_bytes(self, layout: IndexLayout, rows: int, width: int, training_sample: int) -> float:
         """What one task holds, and where each list begins; all else lies in files."""
@@ -110,7 +113,7 @@ class RoutedKind(EngineKind):
 
     def file_bytes(self, layout: IndexLayout, rows: int, width: int) -> float:
         """The lists and the router, and the centroids whole, by which rows are assigned that are added."""
-        return self.memory_bytes(layout, rows, width) + layout.lists * (4.0 * width - _LIST_BYTES)
+        return self.memory_bytes(layout, rows, width) + layout.lists * (2.0 * width - _LIST_BYTES)
 
     def is_exact(self, layout: IndexLayout) -> bool:
         """See `EngineKind`."""
@@ -130,13 +133,15 @@ class RoutedEngine:
         if layout.codes == "flat":
             self._index = read_index(folder / FAISS_FILE)
             return
-        self.groups, sizes, codebook, finer = (np.array(open_npy(folder / name)) for name in _TABLES)
+        self._axes, groups, sizes, codebook, finer = (np.array(open_npy(folder / name)) for name in _TABLES)
+        self.groups = groups @ self._axes  # in the space of the keys
         self.lengths, self.group_of_list = lengths_of(folder), np.repeat(np.arange(len(sizes)), sizes)
         self._mean_distance = load_record(folder / TRAINED)["mean_distance"]
-        nearest = faiss.IndexFlatL2(self.groups.shape[1])
-        nearest.add(self.groups)
+        nearest = faiss.IndexFlatL2(groups.shape[1])
+        nearest.add(groups)
         owned = None if held is None else np.isin(self.group_of_list, held)
         self._router = open_lists(nearest, finer, folder / ROUTER_CODES, sizes)
+        self._router.implem = 11  # one query at a time, into a reservoir
         self._index = open_lists(self._router, codebook, folder / LIST_CODES, self.lengths, owned)
 
     def candidates(
@@ -149,23 +154,36 @@ class RoutedEngine:
         return np.where(are_certain(distances, wanted, considered), rows, -1)
 
     def route(self, queries: Float32[np.ndarray, "q d"], lists: int) -> Int64[np.ndarray, "q l"]:
-        """The lists that each query visits, the nearest first; -1 where it visits fewer.
+        """The lists that each query visits, the nearest first; -1 where it visits fewer than another.
 
         A query whose nearest centroid lies as far as a row's does on average visits `lists`; one that lies among few
         rows, and needs more for the same recall, visits more, by the cube of that distance.
         """
+        axes = project(queries, self._axes)
+        if lists >= self.layout.lists:
+            return self._nearest_lists(axes, lists)[1]
+        ratio = np.full(len(axes), 2.0)  # visits the most; so do all queries where keys are alike
+        nearest = np.maximum(self._nearest_lists(axes, 1, groups=_GROUPS_OF_NEAREST)[0][:, 0], 0)
+        np.divide(nearest, self._mean_distance, out=ratio, where=nearest < 2 * self._mean_distance)
+        visits = np.clip(lists * ratio**3, max(lists / _MOST_VISITS, 1), min(_MOST_VISITS * lists, self.layout.lists))
+        visits = np.ceil(visits).astype(np.int64)
+        visited = np.full((len(axes), visits.max(initial=0)), -1, np.int64)
+        steps = np.ceil(2 * np.log2(visits))
+        for step in np.unique(steps):  # of queries that visit about as many
+            of_step = np.flatnonzero(steps == step)
+            most = visits[of_step].max()
+            found = self._nearest_lists(axes[of_step], int(most))[1]
+            visited[of_step, :most] = np.where(np.arange(most) < visits[of_step, None], found, -1)
+        return visited
+
+    def _nearest_lists(
+        self, axes: Float32[np.ndarray, "q a"], count: int, groups: int = 0
+    ) -> tuple[Float32[np.ndarray, "q l"], Int64[np.ndarray, "q l"]]:
+        """Squared distances by the codes of the centroids, and the lists, the nearest first."""
         import faiss
 
-        most = min(_MOST_VISITS * lists, self.layout.lists)
-        groups = faiss.SearchParametersIVF(nprobe=groups_visited(most, self.layout.lists))
-        distances, visited = self._router.search(queries, most, params=groups)
-        if lists < self.layout.lists:
-            nearest = np.maximum(distances[:, :1], 0)
-            ratio = np.full_like(nearest, 2)  # visits all of these; so do all queries where keys are alike
-            np.divide(nearest, self._mean_distance, out=ratio, where=nearest < 2 * self._mean_distance)
-            visits = lists * ratio**3
-            visited[np.arange(most) >= np.maximum(visits, lists / _MOST_VISITS)] = -1
-        return visited
+        visited = min(groups, self._router.nlist) or groups_visited(count, self.layout.lists)
+        return self._router.search(axes, count, params=faiss.SearchParametersIVF(nprobe=visited))
 
     def visit(
         self, queries: Float32[np.ndarray, "q d"], lists: Int64[np.ndarray, "q l"], considered: int
@@ -177,7 +195,7 @@ class RoutedEngine:
         total = self._index.ntotal  # of rows that are there twice
         count = total + 1 if NUM_LISTS_OF_A_ROW * considered >= total else considered  # all: the last is none
         distances, rows = np.empty((len(queries), count), np.float32), np.empty((len(queries), count), np.int64)
-        queries, lists = np.ascontiguousarray(queries, np.float32), np.ascontiguousarray(lists)
+        queries, lists = project(queries, self._axes), np.ascontiguousarray(lists)
         unused = np.zeros(lists.shape, np.float32)
         asked, *pointers = map(faiss.swig_ptr, (queries, lists, unused, distances, rows))
         visited = faiss.SearchParametersIVF(nprobe=lists.shape[1])
@@ -218,6 +236,6 @@ def are_certain(distances: Float32[np.ndarray, "q c"], wanted: int, considered: 
 
 
 def groups_visited(visited: int, lists: int) -> int:
-    """Groups whose centroids are compared to visit so many lists: those that hold eight times as many."""
+    """Groups whose centroids are compared to visit so many lists: those that hold twelve times as many."""
     groups = max(isqrt(lists), 1)
-    return min(max(-(-8 * visited * groups // lists), FEWEST_GROUPS), groups)
+    return min(max(-(-_LISTS_COMPARED * visited * groups // lists), FEWEST_GROUPS), groups)

@@ -1,11 +1,14 @@
 """The lists of a routed index, made by tasks that each hold some keys only.
 
-    train            centroids of the groups, and the codebook, from a sample
+    train            the axes along which keys vary most, centroids of the groups, and the codebook, from a sample
     divide, a block  half of the rows, those that train centroids, by group
     split, groups    the centroids of the lists of some groups, by k-means of their rows
     assign, a block  the two lists and the code of every row, in the order of the lists
     pack, lists      some lists, from all blocks
     then             the lists, one after another, in one file; and the centroids, in another one
+
+Keys are projected on these axes, half as many as they have dimensions, and all of this is done there: codes of 4 bits
+for two axes tell keys apart better than codes of as many bytes for all dimensions, and all products are half as long.
 
 Rows that are added later are only assigned: the centroids, and the codes of the others, stay.
 
@@ -27,12 +30,19 @@ from weakref import WeakValueDictionary
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from retro.common.devices import find_device
 from retro.common.files import JOB_PREFIX, delete, new_npy, open_npy, save_npy, stable_hash, write_lock
 from retro.common.records import load_record, save_record
 from retro.retrieval.executors.opening import open_executor
 from retro.retrieval.executors.tasks import Task
-from retro.retrieval.search.engines.faiss import faiss_gpus, one_thread
+from retro.retrieval.search.engines.clustering import (
+    codebook_of,
+    k_means,
+    nearest,
+    principal_axes,
+    project,
+    trained_codec,
+)
+from retro.retrieval.search.engines.faiss import one_thread
 from retro.retrieval.search.engines.files import (
     ROUTER_CODEBOOK,
     ROUTER_CODES,
@@ -209,8 +219,11 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             len(rows), min(spec["sample"], len(rows)), replace=False
         )
         keys = store.keys(rows[np.sort(chosen)])
+        codes = keys.shape[1] // spec["layout"]["block"]
+        axes = principal_axes(keys, codes)
+        keys = project(keys, axes)
         groups = k_means(keys, isqrt(spec["layout"]["lists"]), _LEVEL_ROUNDS)
-        tables = {"groups": groups, "codebook": _codebook(spec["layout"], keys)}
+        tables = {"axes": axes, "groups": groups, "codebook": codebook_of(trained_codec(keys, codes))}
         files = {Path(spec["job"]) / f"{name}.npy": table for name, table in tables.items()}
         return saved(files)
 
@@ -223,11 +236,12 @@ def divide(spec: dict[str, Any]) -> dict[str, Any]:
         share = min(_SAMPLE_OF_LIST * spec["layout"]["lists"] / spec["rows"], 1.0)
         draw = np.random.default_rng([spec["seed"], 1, start])
         chosen = np.sort(draw.choice(stop - start, max(round(share * (stop - start)), 1), replace=False))
-        groups, keys = open_npy(Path(spec["job"]) / "groups.npy"), store.keys(rows[start:stop][chosen])
-        own = np.concatenate([_nearest(keys[a:b], groups, 1)[:, 0] for a, b in blocks(0, len(keys), _PART_ROWS)])
+        axes, groups = (np.array(open_npy(Path(spec["job"]) / f"{name}.npy")) for name in ("axes", "groups"))
+        parts = [store.keys(rows[start:stop][chosen[slice(*part)]]) for part in blocks(0, len(chosen), _PART_ROWS)]
+        parts = [project(part, axes) for part in parts]
+        own = np.concatenate([nearest(part, groups, 1)[0][:, 0] for part in parts])
         counts = np.bincount(own, minlength=len(groups))
-        as_stored = np.float16 if store.manifest["key_dtype"] == "float16" else np.float32
-        keys = keys[np.argsort(own, kind="stable")].astype(as_stored)
+        keys = np.concatenate(parts)[np.argsort(own, kind="stable")]
         return written(spec, keys=keys, counts=counts) | {"counts": counts.tolist()}
 
 
@@ -241,7 +255,7 @@ def split(spec: dict[str, Any]) -> dict[str, Any]:
         groups, found = open_npy(Path(spec["job"]) / "groups.npy"), []
         for group, lists in zip(range(first, stop), spec["lists"], strict=True):
             keys = np.concatenate([part[at[group] : at[group + 1]] for part, at in zip(parts, borders, strict=True)])
-            keys = keys.astype(np.float32) if len(keys) else groups[group : group + 1]
+            keys = keys if len(keys) else groups[group : group + 1]
             found.append(k_means(keys, lists, _SPLIT_ROUNDS))
         return written(spec, centroids=np.concatenate(found), sizes=np.asarray(spec["lists"]))
 
@@ -251,9 +265,9 @@ def assign(spec: dict[str, Any]) -> dict[str, Any]:
     with one_thread():
         store, rows = _rows_of(spec)
         lists = Lists(Path(spec["base"] or spec["job"]))
-        codec, found, distance = lists.codec(spec["layout"]), [], 0.0
+        codec, found, distance = lists.codec(), [], 0.0
         for part in blocks(*spec["block"], _PART_ROWS):
-            keys = store.keys(rows[slice(*part)])
+            keys = project(store.keys(rows[slice(*part)]), lists.axes)
             of_rows, distances = lists.of(keys)
             found.append((of_rows, codec.compute_codes(keys)))
             distance += float(distances.sum(dtype=np.float64))
@@ -268,7 +282,9 @@ class Lists:
 
     def __init__(self, folder: Path) -> None:
         tables = {name: open_npy(folder / f"{name}.npy") for name in TABLES}
-        self.groups, self.codebook, self.sizes = (np.array(tables[name]) for name in ("groups", "codebook", "sizes"))
+        self.axes, self.groups, self.codebook, self.sizes = (
+            np.array(tables[name]) for name in ("axes", "groups", "codebook", "sizes")
+        )
         self.centroids = tables["centroids"]  # memory-mapped: they take more than all else
         self.starts = np.append(0, np.cumsum(self.sizes))
 
@@ -296,7 +312,7 @@ class Lists:
 
     def _candidates(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lists and squared distances [c, 2 of each group]; -1 and infinity where a group has fewer."""
-        groups = _nearest(keys, self.groups, min(_GROUPS_SEARCHED, len(self.groups)))
+        groups = nearest(keys, self.groups, _GROUPS_SEARCHED)[0]
         shape = (*groups.shape, _OF_A_GROUP)
         near, distances = np.full(shape, -1, np.int64), np.full(shape, np.inf, np.float32)
         norms = np.square(keys).sum(1)
@@ -305,18 +321,18 @@ class Lists:
         for group, members in zip(*_runs(flat[order], order), strict=True):
             start, stop = self.starts[group], self.starts[group + 1]
             at, slot = np.divmod(members, groups.shape[1])
-            found, scores = _nearest_and_scores(keys[at], self.centroids[start:stop], _OF_A_GROUP)
+            found, scores = nearest(keys[at], self.centroids[start:stop], _OF_A_GROUP)
             near[at, slot, : found.shape[1]] = start + found
             distances[at, slot, : found.shape[1]] = norms[at, None] - 2 * scores
         return near.reshape(len(keys), -1), distances.reshape(len(keys), -1)
 
-    def codec(self, layout: dict[str, Any]) -> Any:
+    def codec(self) -> Any:
         """The product quantizer."""
         import faiss
 
-        width = self.groups.shape[1]
-        codec = faiss.ProductQuantizer(width, width // layout["block"], layout["bits"])
+        codec = faiss.ProductQuantizer(self.groups.shape[1], len(self.codebook), 4)
         faiss.copy_array_to_vector(self.codebook.reshape(-1), codec.centroids)
+        codec.sync_transposed_centroids()
         return codec
 
 
@@ -324,62 +340,6 @@ def _runs(values: np.ndarray, order: np.ndarray) -> tuple[list[int], list[np.nda
     """The distinct values of a sorted array, and the places of each."""
     borders = np.flatnonzero(np.diff(values, prepend=-1))
     return values[borders].tolist(), np.split(order, borders[1:])
-
-
-def k_means(keys: Float32[np.ndarray, "c d"], count: int, rounds: int) -> Float32[np.ndarray, "k d"]:
-    """Centroids; where there are fewer keys than these, keys are given more than once."""
-    import faiss
-
-    if len(keys) <= count:
-        return np.resize(keys, (count, keys.shape[1]))
-    if count == 1:
-        return keys.mean(0, keepdims=True)
-    sizes = {"min_points_per_centroid": 1, "max_points_per_centroid": 1 << 30}
-    count_gpus = len(gpus) if (gpus := faiss_gpus()) == list(range(len(gpus))) else 0  # it takes the first ones only
-    means = faiss.Kmeans(keys.shape[1], count, niter=rounds, seed=1, gpu=count_gpus, **sizes)
-    means.train(np.ascontiguousarray(keys))
-    return means.centroids
-
-
-def _codebook(layout: dict[str, Any], keys: np.ndarray) -> Float32[np.ndarray, "blocks codes block"]:
-    return _centroids_of(trained_codec(keys, layout["block"]))
-
-
-def _centroids_of(codec: Any) -> Float32[np.ndarray, "blocks codes block"]:
-    import faiss
-
-    return faiss.vector_to_array(codec.centroids).reshape(codec.M, codec.ksub, codec.dsub)
-
-
-def trained_codec(keys: Float32[np.ndarray, "c d"], block: int) -> Any:
-    """A product quantizer of 4 bits for every `block` dimensions."""
-    import faiss
-
-    codec = faiss.ProductQuantizer(keys.shape[1], keys.shape[1] // block, 4)
-    codec.cp.min_points_per_centroid = 1
-    codec.train(np.resize(keys, (max(len(keys), 1 << codec.nbits), keys.shape[1])))
-    return codec
-
-
-def _nearest(keys: np.ndarray, centroids: np.ndarray, count: int) -> Int64[np.ndarray, "c n"]:
-    return _nearest_and_scores(keys, centroids, count)[0]
-
-
-def _nearest_and_scores(keys: np.ndarray, centroids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest centroids [c, n] of each key, and key . centroid - |centroid|^2 / 2 of them, largest first."""
-    import torch
-
-    device = find_device()
-    device = device if device.type == "cuda" else torch.device("cpu")
-    table, asked = (torch.from_numpy(np.array(array)).to(device) for array in (centroids, keys))
-    scores = torch.addmm(-table.square().sum(1) / 2, asked, table.T)
-    found = []
-    for _ in range(min(count, len(table))):  # topk is slower for the few that are asked for
-        top, places = scores.max(dim=1, keepdim=True)
-        found.append((places, top))
-        scores.scatter_(1, places, -torch.inf)
-    places, top = (torch.cat(parts, 1).cpu().numpy() for parts in zip(*found, strict=True))
-    return places, top
 
 
 # Files
@@ -399,9 +359,8 @@ def _write_router(folder: Path) -> None:
     """The centroids as lists of codes, a list for each group."""
     lists = Lists(folder)
     step = -(-len(lists.centroids) // _CODEC_CENTROIDS)
-    block = 2 if lists.groups.shape[1] % 2 == 0 else 1  # finer than those of the rows: there are fewer
-    codec = trained_codec(np.array(lists.centroids[::step]), block)
-    save_npy(folder / ROUTER_CODEBOOK, _centroids_of(codec))
+    codec = trained_codec(np.array(lists.centroids[::step]), len(lists.codebook))
+    save_npy(folder / ROUTER_CODEBOOK, codebook_of(codec))
     with open(folder / ROUTER_CODES, "wb") as file:
         for first, stop in blocks(0, len(lists.sizes), max(_BLOCK_ROWS // int(lists.sizes.max()), 1)):
             rows = np.arange(lists.starts[first], lists.starts[stop])
