@@ -226,36 +226,33 @@ def made_inputs(folder: Path, seed: int) -> dict[str, str]:
     return {name: str(folder / name) for name in ("tokenizer", "encoder", "docs.jsonl", "more.jsonl", "gone")}
 
 
-def jobs_of(work: Path, attacks: Attacks, seed: int) -> list[AttackedCommand]:
-    """Build, neighbors, compact and train, and the folders that they begin with."""
+def jobs_of(work: Path, attacks: Attacks, seed: int, names: list[str]) -> list[AttackedCommand]:
+    """Those of build, neighbors, compact and train, and the folders that they begin with."""
     made, store = made_inputs(work / "inputs", seed), str(attacks.trial / "store")
     build = ["build", store, made["docs.jsonl"], "--tokenizer", made["tokenizer"], "--embedder", made["encoder"]]
     build += ["--chunk-len", "8", "--shard-chunks", "900", "--workers", "1", "--index", "tfidf"]
     neighbors = ["neighbors", store, "--k", "4", "--workers", "1"]
     (work / "inputs/run.yaml").write_text(json.dumps(RUN | {"store": store, "output": f"{attacks.trial}/run"}))
     train = ["train", f"{work}/inputs/run.yaml"]
-    before = {"build": None}
+    add, remove = ["add", store, made["more.jsonl"], "--workers", "1"], ["remove", store, "--ids", made["gone"]]
+    argvs = {"build": build, "neighbors": neighbors, "compact": ["compact", store], "train": train}
+    earlier = {"build": [], "neighbors": [build], "compact": [build, add, remove], "train": [build, neighbors]}
 
-    def keep(name: str, *commands: list[str]) -> None:
+    def kept(name: str) -> Path:
         attacks.start(AttackedCommand(name, []))
-        for argv in commands:
+        for argv in earlier[name]:
             if ended(child(argv, attacks.log)):
                 raise SystemExit(attacks.log.read_text()[-3000:])
-        before[name] = Path(shutil.copytree(attacks.trial, work / f"before-{name}"))
+        return Path(shutil.copytree(attacks.trial, work / f"before-{name}"))
 
-    keep("neighbors", build)
-    keep("train", build, neighbors)
-    add = ["add", store, made["more.jsonl"], "--workers", "1"]
-    keep("compact", build, add, ["remove", store, "--ids", made["gone"]])
-    argvs = {"build": build, "neighbors": neighbors, "compact": ["compact", store], "train": train}
-    return [AttackedCommand(name, argv, before[name]) for name, argv in argvs.items()]
+    return [AttackedCommand(name, argvs[name], kept(name)) for name in argvs if name in names]
 
 
 def run(work: Path, kills: int, disks: int, writers: int, seed: int, only: list[str]) -> dict[str, Counter]:
     """All attacks; the outcomes by attack."""
     shutil.rmtree(work, ignore_errors=True)
     attacks = Attacks(work, seed)
-    jobs = [job for job in jobs_of(work, attacks, seed) if job.name in only]
+    jobs = jobs_of(work, attacks, seed, only)
     for job in jobs:
         attacks.undisturbed(job)
         attacks.full_disks(job, disks // len(jobs))
