@@ -10,14 +10,16 @@ terms are frequent: the rarest is read whole. In large segments this is compiled
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from retro.common.checksums import CheckedArray
 from retro.retrieval.search.postings import Postings, raw_of, weight_of
@@ -51,6 +53,7 @@ class Weighed:
     kind: str
     by_term: tuple[CheckedArray, ...]
     by_chunk: tuple[CheckedArray, ...]
+    _spare: list[Float32[np.ndarray, " c"]] = field(default_factory=list)
 
     @classmethod
     def of(cls, segment: Postings, weights: Any, idf: Any, norms: Any, documents: Any) -> Weighed:
@@ -70,41 +73,56 @@ class Weighed:
         for array in self.by_chunk:
             array.check_ranges(self.chunk_starts[chunks], self.chunk_starts[chunks + 1])
 
+    @cached_property
+    def matrix(self) -> Any:
+        """The weights by term, sparse [terms, chunks]."""
+        from scipy.sparse import csr_matrix
+
+        shape = len(self.starts) - 1, len(self.norms)
+        return csr_matrix((self.weights, self.postings, self.starts), shape=shape)
+
+    @contextmanager
+    def zeros(self) -> Iterator[Float32[np.ndarray, " c"]]:
+        """One for each chunk, lent to one thread at a time, which leaves zeros."""
+        try:
+            lent = self._spare.pop()
+        except IndexError:
+            lent = np.zeros(len(self.norms), np.float32)
+        yield lent
+        self._spare.append(lent)
+
 
 def best_chunks(
-    segment: Weighed, matrix: Any, queried: Any, k: int, blocked: list[set[int]] | None
-) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"], Bool[np.ndarray, " q"]]:
-    """The k best chunks of each query outside its blocked documents (-1 for none), equal scores by chunk; their
-    scores; and which queries their rare terms found too few for, so that all terms must find.
+    segment: Weighed, queried: Any, k: int, blocked: list[set[int]]
+) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
+    """The k best chunks of each query outside its blocked documents, equal scores by chunk, and their scores; -1 and
+    -inf of a query whose rare terms find fewer: all of its terms must.
 
-    matrix: the segment's weights by term, sparse [terms, chunks]. queried: the weight of each term in each query,
-    sparse [q, terms].
+    queried: the weight of each term in each query, sparse [q, terms].
     """
-    blocked = [set()] * queried.shape[0] if blocked is None else blocked
     most = min(max(CANDIDATES[segment.kind], CANDIDATES_PER_NEIGHBOR * k), len(segment.norms))
-    found = _candidates(segment, matrix, queried, most, blocked)
-    few = (found >= 0).sum(1) < k
-    found[few] = -1
+    found = _candidates(segment, queried, most, blocked)
+    found[(found >= 0).sum(1) < k] = -1
     of_all = np.where(found >= 0, score_chunks(segment, queried, found), np.float32(-np.inf))
     order = np.argsort(-of_all, axis=1, kind="stable")[:, :k]
     chunks, scores = np.full((len(found), k), -1, np.int64), np.full((len(found), k), -np.inf, np.float32)
     chunks[:, :most], scores[:, :most] = (np.take_along_axis(of, order, 1) for of in (found, of_all))
-    return chunks, scores, few
+    return chunks, scores
 
 
-def _candidates(
-    segment: Weighed, matrix: Any, queried: Any, most: int, blocked: list[set[int]]
-) -> Int64[np.ndarray, "q c"]:
+def _candidates(segment: Weighed, queried: Any, most: int, blocked: list[set[int]]) -> Int64[np.ndarray, "q c"]:
     """The chunks that the rare terms of each query find, up to `most`, in order of chunks; -1 where there are fewer."""
     finding, found = _finding(segment, queried), np.full((queried.shape[0], most), -1, np.int64)
     segment.check_terms(finding.indices)
     if (compiled := _compiled(segment)) is not None:
         sizes = np.cumsum([0, *map(len, blocked)])
         documents = np.asarray([row for rows in blocked for row in sorted(rows)], np.int64)
-        given = finding.indptr.astype(np.int64), finding.indices, finding.data, sizes, documents, found
-        compiled.candidates(segment.starts, segment.postings, segment.weights, segment.documents, *given)
+        given = finding.indptr.astype(np.int64), finding.indices, finding.data, sizes, documents
+        with segment.zeros() as sums:
+            by_term = segment.starts, segment.postings, segment.weights, segment.documents
+            compiled.candidates(*by_term, *given, sums, found)
         return found
-    sums = finding @ matrix
+    sums = finding @ segment.matrix
     for q in range(len(found)):
         part = slice(sums.indptr[q], sums.indptr[q + 1])
         best, _ = highest(sums.indices[part], sums.data[part], most, segment.documents, blocked[q])
@@ -161,15 +179,20 @@ def _by_numba() -> ModuleType | None:
 
 
 def _finding(segment: Weighed, queried: Any) -> Any:
-    """The queries with those of their terms alone that find candidates: the rarest, as many as the budget allows."""
-    finding, sizes = queried.copy(), segment.starts[queried.indices + 1] - segment.starts[queried.indices]
-    for q in range(queried.shape[0]):
-        part = slice(queried.indptr[q], queried.indptr[q + 1])
-        order = part.start + np.argsort(sizes[part], kind="stable")
-        up_to = np.cumsum(sizes[order])
-        finding.data[order[(up_to > POSTINGS[segment.kind]) & (up_to - sizes[order] >= LEAST_POSTINGS)]] = 0
-    finding.eliminate_zeros()
-    return finding
+    """The queries with those of their terms alone that find candidates: the rarest, as many as the budget allows, in
+    order, so that the best candidates are the first.
+    """
+    from scipy.sparse import csr_matrix
+
+    sizes = segment.starts[queried.indices + 1] - segment.starts[queried.indices]
+    owners = np.repeat(np.arange(queried.shape[0]), np.diff(queried.indptr))
+    order = np.argsort(owners << 32 | sizes, kind="stable")  # by query, then size
+    before = np.append(0, np.cumsum(sizes[order]))[:-1]
+    before -= np.append(before, 0)[queried.indptr[:-1]][owners]
+    fits = before + sizes[order] <= POSTINGS[segment.kind]
+    chosen = order[fits | (before < LEAST_POSTINGS)]
+    starts = np.searchsorted(owners[chosen], np.arange(queried.shape[0] + 1))
+    return csr_matrix((queried.data[chosen], queried.indices[chosen], starts), queried.shape)
 
 
 def _scores(segment: Weighed, terms: np.ndarray, times: np.ndarray, chunks: np.ndarray) -> np.ndarray:

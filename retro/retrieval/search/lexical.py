@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ from retro.common.values import Probability
 from retro.retrieval.search.candidates import Weighed, best_chunks, highest, score_chunks
 from retro.retrieval.search.index import Hits, check_k, check_searchable
 from retro.retrieval.search.postings import (
+    BUCKETS,
     EXACT,
     KINDS,
     WEIGHING,
     Postings,
-    buckets,
-    words_of,
+    Terms,
+    bucket_terms,
+    word_terms,
     write_postings,
     write_weights,
 )
@@ -60,7 +63,10 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 3
 MAX_POSTINGS = 1 << 31  # of a segment, so that 32 bits number them
 _BLOCK_QUERIES = 64
+_CHUNKS_PER_QUERY = 1 << 15  # so many queries more share vectors as long as the segment
+_BLOCK_SCORES = 1 << 24  # of a block in which all terms are looked up: 128 MB
 _SAMPLE = 128
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int32)  # set in each byte
 _FIELDS = {"kind": str, "recall": Probability, "segments": list[str], "files": FILES}
 
 
@@ -131,35 +137,33 @@ class _Matrix:
         weights, idf, norms = (open_array(folder, name, files) for name in names)
         self._idf = np.asarray(idf)
         self._weighed = Weighed.of(segment, weights, self._idf, np.asarray(norms), self._documents)
-        self._matrix = _sparse(self._weighed, len(segment.rows))
         self._vocabulary = _Buckets(segment.terms) if segment.kind == "tfidf" else _Words(segment.terms)
 
     def search(
         self, queries: Queries, k: int, excluded: list[set[int]] | None, exact: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `LexicalIndex.search`, of this segment."""
-        queried = self._queried(queries)
+        queried, weighed = self._queried(queries), self._weighed
+        blocked = [set()] * len(queries) if excluded is None else excluded
         chunks = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
 
-        def search_block(start: int) -> None:
-            part = slice(start, start + _BLOCK_QUERIES)
-            of_part, blocked = queried[part], None if excluded is None else excluded[part]
-            left = np.arange(of_part.shape[0])
-            if not exact:
-                chunks[part], scores[part], few = best_chunks(self._weighed, self._matrix, of_part, k, blocked)
-                left = np.flatnonzero(few)
-            if len(left):
-                self._weighed.check_terms(of_part[left].indices)
-                found = of_part[left] @ self._matrix
-            for number, q in enumerate(left):
-                there = slice(found.indptr[number], found.indptr[number + 1])
-                banned = set() if blocked is None else blocked[q]
-                best = highest(found.indices[there], found.data[there], k, self._documents, banned)
-                chunks[start + q, : len(best[0])], scores[start + q, : len(best[0])] = best
+        def by_rare_terms(part: np.ndarray) -> None:
+            chunks[part], scores[part] = best_chunks(weighed, queried[part], k, [blocked[q] for q in part])
 
-        with ThreadPoolExecutor(_num_threads()) as pool:
-            list(pool.map(search_block, range(0, len(queries), _BLOCK_QUERIES)))
+        def by_all_terms(part: np.ndarray) -> None:
+            weighed.check_terms(queried[part].indices)
+            found = queried[part] @ weighed.matrix
+            for number, q in enumerate(part):
+                there = slice(found.indptr[number], found.indptr[number + 1])
+                best = highest(found.indices[there], found.data[there], k, self._documents, blocked[q])
+                chunks[q, : len(best[0])], scores[q, : len(best[0])] = best
+
+        left, width = np.arange(len(queries)), len(self._documents)
+        if not exact:
+            _in_threads(by_rare_terms, left, max(_BLOCK_QUERIES, width // _CHUNKS_PER_QUERY))
+            left = np.flatnonzero(chunks[:, 0] < 0)
+        _in_threads(by_all_terms, left, min(_BLOCK_QUERIES, max(_BLOCK_SCORES // max(width, 1), 1)))
         return np.where(chunks < 0, -1, self.segment.store_rows(np.maximum(chunks, 0))), scores
 
     def scores(self, queries: Queries, rows: np.ndarray) -> np.ndarray:
@@ -171,7 +175,7 @@ class _Matrix:
 
     def _queried(self, queries: Queries) -> Any:
         """The weight of each term in each query, sparse [q, terms]; terms that say nothing are left out."""
-        block = _counts(self._vocabulary.terms(queries), self._matrix.shape[0])
+        block = _counts(self._vocabulary.terms(queries), len(queries), len(self._idf))
         if self.segment.kind == "tfidf":
             block.data = np.log1p(block.data) * self._idf[block.indices]
         else:
@@ -209,8 +213,14 @@ def _merge(
     return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _in_threads(work: Callable[[np.ndarray], None], numbers: np.ndarray, size: int) -> None:
+    """Do the work of blocks of numbers, in as many threads as this process may use."""
+    blocks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    if len(blocks) == 1:
+        return work(blocks[0])
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(work, blocks))
 
 
 # Building
@@ -310,39 +320,25 @@ def _write_weights(store: Store, kind: str, segments: list[Postings], folder: Pa
     write_index(store, folder, write)
 
 
-# Sparse matrices and vocabularies
-
-
-def _sparse(weighed: Weighed, width: int) -> Any:
-    from scipy.sparse import csr_matrix
-
-    return csr_matrix((weighed.weights, weighed.postings, weighed.starts), shape=(len(weighed.starts) - 1, width))
-
-
-def _counts(terms: list[np.ndarray], width: int) -> Any:
-    """How often each query has each term, sparse [q, width]."""
-    from scipy.sparse import csr_matrix
-
-    found = [np.unique(of_query, return_counts=True) for of_query in [np.zeros(0, np.int64), *terms]]
-    starts = np.cumsum([len(unique) for unique, _ in found])
-    unique, counts = (np.concatenate(part) for part in zip(*found, strict=True))
-    return csr_matrix((counts.astype(np.float32), unique, starts), shape=(len(terms), width))
+# Terms of queries
 
 
 class _Buckets:
-    """Which row of the matrix a bucket is."""
+    """Which row of the matrix a bucket is: how many used buckets are before it, by bytes of one bit a bucket."""
 
     def __init__(self, terms: Int32[np.ndarray, " terms"]) -> None:
-        self.buckets = terms
+        is_used = np.zeros(BUCKETS, bool)
+        is_used[terms] = True
+        self._bits = np.packbits(is_used, bitorder="little")
+        self._before = np.cumsum(_BITS[self._bits], dtype=np.int32) - _BITS[self._bits]
 
-    def terms(self, queries: Queries) -> list[Int64[np.ndarray, " t"]]:
-        return [self._known(buckets(ids).astype(np.int32)) for ids in queries.tokens]
-
-    def _known(self, wanted: np.ndarray) -> np.ndarray:
-        if not len(self.buckets):
-            return np.zeros(0, np.int64)
-        places = np.minimum(np.searchsorted(self.buckets, wanted), len(self.buckets) - 1)
-        return places[self.buckets[places] == wanted]
+    def terms(self, queries: Queries) -> Terms:
+        wanted, owners = bucket_terms(queries.tokens)
+        at, bit = wanted >> 3, np.uint8(1) << (wanted & 7).astype(np.uint8)
+        bits = self._bits[at]
+        is_known = bits & bit > 0
+        places = self._before[at] + _BITS[bits & (bit - np.uint8(1))]
+        return places[is_known].astype(np.int64), owners[is_known]
 
 
 class _Words:
@@ -351,6 +347,17 @@ class _Words:
     def __init__(self, words: list[str]) -> None:
         self.places = {word: place for place, word in enumerate(words)}
 
-    def terms(self, queries: Queries) -> list[Int64[np.ndarray, " t"]]:
-        found = words_of(queries.texts)
-        return [np.asarray([self.places[w] for w in of_query if w in self.places], np.int64) for of_query in found]
+    def terms(self, queries: Queries) -> Terms:
+        words, owners = word_terms(queries.texts)
+        places = np.fromiter(map(self.places.get, words, repeat(-1)), np.int64, len(words))
+        return places[places >= 0], owners[places >= 0]
+
+
+def _counts(terms: Terms, num_queries: int, width: int) -> Any:
+    """How often each query has each term, sparse [q, width]."""
+    from scipy.sparse import csr_matrix
+
+    places, owners = terms
+    found, counts = np.unique(owners * width + places, return_counts=True)
+    starts = np.searchsorted(found, np.arange(num_queries + 1) * width)
+    return csr_matrix((counts.astype(np.float32), found % width, starts), shape=(num_queries, width))

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,27 @@ def buckets(ids: Int64[np.ndarray, " t"]) -> Int64[np.ndarray, " terms"]:
     return (mixed >> np.uint64(40)).astype(np.int64)
 
 
+Terms = tuple[Int64[np.ndarray, " t"], Int64[np.ndarray, " t"]]  # of many texts, and which text each is of
+
+
+def bucket_terms(texts: list[Int64[np.ndarray, "_"]]) -> Terms:
+    """The buckets of the tokens and pairs of tokens of texts."""
+    owners = _owners(texts)
+    found = buckets(np.concatenate([np.zeros(0, np.int64), *texts]))
+    is_one = np.append(np.ones(len(owners), bool), owners[1:] == owners[:-1])  # no pair of two texts
+    return found[is_one], np.append(owners, owners[:-1])[is_one]
+
+
+def word_terms(texts: list[str]) -> tuple[list[str], Int64[np.ndarray, " t"]]:
+    """The words of texts, and which text each is of."""
+    words = words_of(texts)
+    return [*chain.from_iterable(words)], _owners(words)
+
+
+def _owners(lists: list[Any]) -> Int64[np.ndarray, " all"]:
+    return np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), np.int64, len(lists)))
+
+
 def words_of(texts: list[str]) -> list[list[str]]:
     """The words of texts, as bm25s cuts them: lower case, two letters or more."""
     return _bm25s().tokenize(texts, stopwords=None, return_ids=False, show_progress=False)
@@ -84,9 +106,8 @@ class _Block:
 class _BucketTerms:
     """Terms that are buckets of tokens and of pairs of tokens."""
 
-    def lists(self, store: Store, rows: np.ndarray) -> list[np.ndarray]:
-        tokens = Queries(store.tokenizer, tokens=store.token_lists(rows)).tokens
-        return [buckets(ids) for ids in tokens]
+    def of(self, store: Store, rows: np.ndarray) -> Terms:
+        return bucket_terms(Queries(store.tokenizer, tokens=store.token_lists(rows)).tokens)
 
     def final(self, terms: np.ndarray) -> np.ndarray:
         """The places of used terms in the order of the index."""
@@ -102,9 +123,9 @@ class _WordTerms:
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
-    def lists(self, store: Store, rows: np.ndarray) -> list[np.ndarray]:
-        found = words_of(store.text(rows))
-        return [np.asarray([self.numbers.setdefault(w, len(self.numbers)) for w in of], np.int64) for of in found]
+    def of(self, store: Store, rows: np.ndarray) -> Terms:
+        words, owners = word_terms(store.text(rows))
+        return np.asarray([self.numbers.setdefault(word, len(self.numbers)) for word in words], np.int64), owners
 
     def final(self, terms: np.ndarray) -> np.ndarray:
         order = sorted(self.numbers, key=self.numbers.__getitem__)
@@ -117,11 +138,10 @@ class _WordTerms:
 
 
 def _read_block(terms: _BucketTerms | _WordTerms, store: Store, rows: np.ndarray, first_chunk: int) -> _Block:
-    lists = terms.lists(store, rows)
-    lengths = np.asarray([len(found) for found in lists], np.int64)
-    chunks = np.repeat(np.arange(len(lists)), lengths)
-    pairs, counts = np.unique(np.concatenate(lists) * len(lists) + chunks, return_counts=True)
-    return _Block(pairs // len(lists), first_chunk + pairs % len(lists), counts, lengths)
+    found, chunks = terms.of(store, rows)
+    pairs, counts = np.unique(found * len(rows) + chunks, return_counts=True)
+    lengths = np.bincount(chunks, minlength=len(rows))
+    return _Block(pairs // len(rows), first_chunk + pairs % len(rows), counts, lengths)
 
 
 # Writing a segment

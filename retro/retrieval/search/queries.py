@@ -72,9 +72,10 @@ class Queries:
         tokens = self._tokens
         if tokens is None and len(self):
             tokens = self._tokenizer(self.texts, add_special_tokens=False, verbose=False)["input_ids"]
-        special = np.asarray(sorted(self._tokenizer.all_special_ids), np.int64)
-        arrays = (np.asarray(ids, np.int64) for ids in tokens)
-        return [ids[~np.isin(ids, special)] for ids in arrays]
+        ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(ids, np.int64) for ids in tokens)])
+        is_kept = ~np.isin(ids, sorted(self._tokenizer.all_special_ids))
+        ends = np.append(0, np.cumsum(is_kept))[np.cumsum([len(ids) for ids in tokens], dtype=np.int64)]
+        return np.split(ids[is_kept], ends[:-1]) if len(self) else []
 
     def _refuse_keys_only(self) -> None:
         if self._texts is None and self._tokens is None:

@@ -63,7 +63,7 @@ def loop(matrix, queried, k, documents, blocked):
 def test_against_a_loop(kind, store, way, few):
     index, (queries, excluded) = build_lexical(store, kind), asked(store)
     (segment,) = index._matrices
-    dense, queried = segment._matrix.toarray().astype(np.float64), segment._queried(queries).toarray()
+    dense, queried = segment._weighed.matrix.toarray().astype(np.float64), segment._queried(queries).toarray()
     rows, scores, mask = index.search(queries, K, excluded)
     num_distinct = 0
     for q, blocked in enumerate(excluded):
@@ -89,6 +89,18 @@ def test_numba_gives_what_scipy_gives(kind, store, few, monkeypatch):
         )
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["tfidf", "bm25", "tfidf:exact"])
+def test_answers_depend_on_no_query_before_and_on_no_block(kind, store, way, few, monkeypatch):
+    index, (queries, excluded) = build_lexical(store, kind), asked(store)
+    whole = index.search(queries, K, excluded)
+    for name in ("_BLOCK_QUERIES", "_BLOCK_SCORES"):
+        monkeypatch.setattr(lexical, name, 7)
+    monkeypatch.setattr(lexical, "_CHUNKS_PER_QUERY", 1 << 20)
+    for ours, theirs in zip(index.search(queries, K, excluded), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not any(lent.any() for lent in index._matrices[0]._weighed._spare)
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])

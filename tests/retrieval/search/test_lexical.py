@@ -86,6 +86,27 @@ def test_text_and_tokens_find_the_same(store):
     np.testing.assert_array_equal(by_tokens[0], by_text[0])
 
 
+def test_terms_of_many_texts_are_those_of_each(store):
+    """Texts without tokens, with one, and with special ones among others, which are left out."""
+    lists = [[], [5], [3, store.tokenizer.eos_token_id, 7, 7], [], [7, 5, 3], [store.tokenizer.eos_token_id]]
+    tokens = Queries(store.tokenizer, tokens=lists).tokens
+    assert [ids.tolist() for ids in tokens] == [[], [5], [3, 7, 7], [], [7, 5, 3], []]
+    found, owners = postings.bucket_terms(tokens)
+    for text, ids in enumerate(tokens):
+        assert sorted(found[owners == text]) == sorted(postings.buckets(ids))
+    assert not Queries(store.tokenizer, tokens=[]).tokens
+
+
+def test_which_row_a_bucket_is(store):
+    (matrix,) = build_lexical(store, "tfidf")._matrices
+    used = matrix.segment.terms
+    ids = np.arange(len(store.tokenizer))
+    places, owners = matrix._vocabulary.terms(Queries(store.tokenizer, tokens=[ids, ids[::-1]]))
+    for text, of in enumerate(Queries(store.tokenizer, tokens=[ids, ids[::-1]]).tokens):
+        wanted = postings.buckets(of)
+        assert sorted(used[places[owners == text]]) == sorted(wanted[np.isin(wanted, used)])
+
+
 def test_nothing_in_common_finds_nothing(store):
     retriever = Retriever(store, "tfidf", num_neighbors=2)
     found = retriever(["zzz-unknown", ""])
