@@ -2,7 +2,10 @@
 
 import gc
 import json
+import os
+import resource
 import tracemalloc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -139,6 +142,10 @@ def test_the_files_do_not_depend_on_the_workers_nor_on_kills(store, monkeypatch)
             with pytest.raises(KeyboardInterrupt):
                 build_index(again, "routed", workers=1)
             assert len(list(again.path.glob("index/.job-*/*.json"))) == 3 * (tries + 1)
+    with monkeypatch.context() as patched:  # when the lists are joined already
+        patched.setattr(routing, "_write_router", lambda folder: killed(folder, None))
+        with pytest.raises(KeyboardInterrupt):
+            build_index(again, "routed", workers=1)
     assert files_of(build_index(again, "routed", workers=1))[0] == first
     assert not list(again.path.glob("index/.job-*"))
     monkeypatch.setattr(routing, "_LIGHT_ROWS", 0)
@@ -183,8 +190,20 @@ def test_lists_are_made_anew_where_they_no_longer_fit(store, tmp_path, monkeypat
     assert segment.layout.lists == -(-segment.num_rows // ROWS_OF_A_LIST)
 
 
+@contextmanager
+def few_open_files(more):
+    """So many more than now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(soft)) - set(map(int, os.listdir("/dev/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.parametrize("step", ["build", "add"])
-def test_the_memory_of_a_build_does_not_grow_with_the_rows(step, tmp_path, monkeypatch):
+def test_memory_and_open_files_of_a_build_do_not_grow_with_the_rows(step, tmp_path, monkeypatch):
     monkeypatch.setattr(routing, "_BLOCK_ROWS", 1000)
     monkeypatch.setattr(routing, "_SPLIT_ROWS", 4000)
     monkeypatch.setattr(routing, "_PART_BYTES", 1 << 16)
@@ -199,11 +218,13 @@ def test_the_memory_of_a_build_does_not_grow_with_the_rows(step, tmp_path, monke
             folders[-1].mkdir()
             np.save(folders[-1] / "rows.npy", np.arange(count, dtype=np.uint32))
             own = StoreRows(0, np.load(folders[-1] / "rows.npy", mmap_mode="r"))
+            store = opened()
             gc.collect()
-            tracemalloc.start()
-            assert routing.write_lists(layout, opened(), own, folders[-1], Work(500, workers=1), *folders[:-1])
-            peaks[rows] = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
+            with few_open_files(15):
+                tracemalloc.start()
+                assert routing.write_lists(layout, store, own, folders[-1], Work(500, workers=1), *folders[:-1])
+                peaks[rows] = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
     assert peaks[16_000] < 1.25 * peaks[4000]
 
 

@@ -43,10 +43,12 @@ def saved(files: dict[Path, np.ndarray]) -> dict[str, Any]:
 def join_centroids(job: Path) -> None:
     """The centroids of all groups, and how many each has."""
     names = sorted(file.name.removesuffix(".json") for file in job.glob("split-*.json"))
-    save_npy(job / "sizes.npy", np.concatenate([open_npy(job / f"{name}.sizes.npy") for name in names]))
-    parts = [open_npy(job / f"{name}.centroids.npy") for name in names]
-    joined, at = new_npy(job / "centroids.npy", np.float32, (sum(map(len, parts)), parts[0].shape[1])), 0
-    for part in parts:
+    sizes = np.concatenate([np.array(open_npy(job / f"{name}.sizes.npy")) for name in names])
+    save_npy(job / "sizes.npy", sizes)
+    width = open_npy(job / "groups.npy").shape[1]
+    joined, at = new_npy(job / "centroids.npy", np.float32, (int(sizes.sum()), width)), 0
+    for name in names:
+        part = open_npy(job / f"{name}.centroids.npy")
         joined[at : at + len(part)] = part
         at += len(part)
     joined.flush()
@@ -58,8 +60,8 @@ def pack_lists(spec: dict[str, Any]) -> dict[str, Any]:
     found = [_kept(spec)] if spec["base"] else []
     for start, _ in blocks(0, spec["rows"], spec["block_rows"]):
         lists, rows, codes = (open_npy(task_file(spec, f"assign-{start:012d}", n)) for n in ("lists", "rows", "codes"))
-        part = slice(*np.searchsorted(lists, [first, stop]).tolist())
-        found.append((lists[part], spec["kept"] + start + rows[part].astype(np.int64), codes[part]))
+        part = slice(*np.searchsorted(lists, [first, stop]).tolist())  # copied, so that the files are closed
+        found.append((np.array(lists[part]), spec["kept"] + start + rows[part].astype(np.int64), np.array(codes[part])))
     lists, rows, codes = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     order, lengths = np.argsort(lists, kind="stable"), np.bincount(lists - first, minlength=stop - first)
     return written(spec, packed=pack(lengths, rows[order], codes[order]), lengths=lengths.astype(np.int32))
@@ -109,7 +111,7 @@ def write_files(job: Path, folder: Path, base: Path | None, packs: list[str]) ->
     if base is not None:
         for name in (ROUTER_CODES, ROUTER_CODEBOOK):
             shutil.copyfile(base / name, folder / name)
-    lengths = [open_npy(job / f"{name}.lengths.npy") for name in packs]
+    lengths = [np.array(open_npy(job / f"{name}.lengths.npy")) for name in packs]
     save_npy(folder / LENGTHS, np.concatenate(lengths))
     with open(folder / LIST_CODES, "wb") as file:
         for name in packs:

@@ -123,7 +123,7 @@ class _ListsJob:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec, self.light = spec, spec["rows"] < _LIGHT_ROWS
         self.blocks = list(blocks(0, spec["rows"], spec["block_rows"]))
-        self.counts: dict[str, list[int]] = {}
+        self.counts = np.zeros(1, np.int64)  # rows of the sample in each group
         self.distances: dict[str, float] = {}
         self.left: set[str] = set()
         self.packs: list[str] = []
@@ -147,7 +147,7 @@ class _ListsJob:
         if step == "train":
             return self._over("divide", divide)
         if step == "divide":
-            self.counts[task.name] = record["counts"]
+            self.counts = self.counts + record["counts"]
         if step == "assign":
             self.distances[task.name] = record["distance"]
         if self.left:
@@ -173,9 +173,8 @@ class _ListsJob:
 
     def _splits(self) -> Iterable[Task]:
         """Runs of groups with about `_SPLIT_ROWS` rows of the sample, and the lists of each group."""
-        counts = np.sum([self.counts[name] for name in sorted(self.counts)], axis=0)
-        lists = apportion(counts, self.spec["layout"]["lists"])
-        run = np.cumsum(counts) // _SPLIT_ROWS
+        lists = apportion(self.counts, self.spec["layout"]["lists"])
+        run = np.cumsum(self.counts) // _SPLIT_ROWS
         for number in np.unique(run):
             first, last = np.flatnonzero(run == number)[[0, -1]].tolist()
             name = f"split-{first:08d}"
@@ -249,12 +248,16 @@ def split(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the centroids of the lists of some groups, by k-means of each group's rows."""
     with one_thread():
         first, stop = spec["groups"]
-        names = [f"divide-{start:012d}" for start, _ in blocks(0, spec["rows"], spec["block_rows"])]
-        parts = [open_npy(task_file(spec, name, "keys")) for name in names]
-        borders = [np.append(0, np.cumsum(open_npy(task_file(spec, name, "counts")))) for name in names]
+        parts, borders = [], []
+        for start, _ in blocks(0, spec["rows"], spec["block_rows"]):
+            keys, counts = (open_npy(task_file(spec, f"divide-{start:012d}", name)) for name in ("keys", "counts"))
+            at = np.append(0, np.cumsum(counts))[first : stop + 1]
+            parts.append(np.array(keys[at[0] : at[-1]]))
+            borders.append(at - at[0])
         groups, found = open_npy(Path(spec["job"]) / "groups.npy"), []
         for group, lists in zip(range(first, stop), spec["lists"], strict=True):
-            keys = np.concatenate([part[at[group] : at[group + 1]] for part, at in zip(parts, borders, strict=True)])
+            own = slice(group - first, group - first + 2)
+            keys = np.concatenate([part[slice(*at[own])] for part, at in zip(parts, borders, strict=True)])
             keys = keys if len(keys) else groups[group : group + 1]
             found.append(k_means(keys, lists, _SPLIT_ROUNDS))
         return written(spec, centroids=np.concatenate(found), sizes=np.asarray(spec["lists"]))
