@@ -3,8 +3,9 @@
 Nearly all postings belong to terms that are in many chunks and say little. So a query's rarest terms find candidates,
 as many terms as have POSTINGS postings together. The best 5 k candidates by these terms alone, at least CANDIDATES, are
 scored by all terms, from those of each chunk. So what a query costs hardly grows with the segment, unless all of its
-terms are frequent: the rarest is read whole. In large segments this is compiled by numba where it is installed
-(retro.retrieval.search.compiled); else scipy and numpy do the same.
+terms are frequent: the rarest is read whole. This is compiled by numba where it is installed
+(retro.retrieval.search.compiled); else scipy and numpy do the same. In segments that are not large it would gain
+nothing: there all terms find.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from retro.retrieval.search.postings import Postings, raw_of, weight_of
 
 log = logging.getLogger(__name__)
 
-COMPILED_FROM = 1 << 14  # chunks of a segment, below which numpy is fast enough
+LARGE = 1 << 14  # chunks of a segment
 POSTINGS = {"tfidf": 1 << 15, "bm25": 1 << 16}
 CANDIDATES = {"tfidf": 50, "bm25": 100}
 LEAST_POSTINGS, CANDIDATES_PER_NEIGHBOR = 1 << 10, 5
@@ -61,6 +62,10 @@ class Weighed:
         postings, weights, chunk_terms, chunk_counts = (array.unchecked for array in (*by_term, *by_chunk))
         arrays = segment.starts, postings, weights, segment.chunk_starts, chunk_terms, chunk_counts
         return cls(*arrays, idf, norms, raw_of(segment.kind), documents, segment.kind, by_term, by_chunk)
+
+    @property
+    def is_large(self) -> bool:
+        return len(self.norms) >= LARGE
 
     def check_terms(self, terms: np.ndarray) -> None:
         """Compare checksums of what is read of terms; ValueError names a file that is damaged."""
@@ -161,7 +166,7 @@ def score_chunks(segment: Weighed, queried: Any, chunks: Int64[np.ndarray, "q c"
 
 
 def _compiled(segment: Weighed) -> ModuleType | None:
-    return None if len(segment.norms) < COMPILED_FROM else _by_numba()
+    return _by_numba() if segment.is_large else None
 
 
 @cache

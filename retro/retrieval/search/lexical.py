@@ -5,8 +5,8 @@
               4-grams of the next chunk of PowerShell-Docs, 2 neighbors then held 23.3% instead of 21.0%.
     "bm25"    words, as bm25s cuts and weighs them (Lucene's variant, k1 = 1.5, b = 0.75)
 
-Rare terms find the candidates, which all terms then score (see retro.retrieval.search.candidates); "tfidf:exact" and
-"bm25:exact" look at every chunk that shares a term.
+In large segments rare terms find the candidates, which all terms then score (see retro.retrieval.search.candidates);
+"tfidf:exact" and "bm25:exact" look at every chunk that shares a term.
 
 Counts of words are kept in segments, one for the shards that each update added; their weights, which depend on all
 chunks, are reckoned anew for each generation: see retro.retrieval.search.postings, which also lists the files.
@@ -160,7 +160,7 @@ class _Matrix:
                 chunks[q, : len(best[0])], scores[q, : len(best[0])] = best
 
         left, width = np.arange(len(queries)), len(self._documents)
-        if not exact:
+        if weighed.is_large and not exact:
             _in_threads(by_rare_terms, left, max(_BLOCK_QUERIES, width // _CHUNKS_PER_QUERY))
             left = np.flatnonzero(chunks[:, 0] < 0)
         _in_threads(by_all_terms, left, min(_BLOCK_QUERIES, max(_BLOCK_SCORES // max(width, 1), 1)))

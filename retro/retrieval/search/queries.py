@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -70,12 +71,14 @@ class Queries:
     def tokens(self) -> list[Int64[np.ndarray, " t"]]:
         self._refuse_keys_only()
         tokens = self._tokens
-        if tokens is None and len(self):
-            tokens = self._tokenizer(self.texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokens is None:
+            make = partial(self._tokenizer, add_special_tokens=False, verbose=False)
+            tokens = make(self.texts)["input_ids"] if len(self) else []  # most tokenizers refuse an empty list
         ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(ids, np.int64) for ids in tokens)])
         is_kept = ~np.isin(ids, sorted(self._tokenizer.all_special_ids))
-        ends = np.append(0, np.cumsum(is_kept))[np.cumsum([len(ids) for ids in tokens], dtype=np.int64)]
-        return np.split(ids[is_kept], ends[:-1]) if len(self) else []
+        ends = np.append(0, np.cumsum(is_kept))[np.cumsum([0, *map(len, tokens)])].tolist()
+        kept = ids[is_kept]
+        return [kept[start:stop] for start, stop in pairwise(ends)]
 
     def _refuse_keys_only(self) -> None:
         if self._texts is None and self._tokens is None:

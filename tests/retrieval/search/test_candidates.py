@@ -26,12 +26,14 @@ def store(tmp_path_factory, tokenizer):
 def way(request, monkeypatch):
     if request.param == "numba":
         pytest.importorskip("numba")
-    monkeypatch.setattr(candidates, "COMPILED_FROM", 0 if request.param == "numba" else 1 << 60)
+    else:
+        monkeypatch.setattr(candidates, "_by_numba", lambda: None)
 
 
 @pytest.fixture
 def few(monkeypatch):
-    """Budgets so small that they bind."""
+    """A store is large, and budgets so small that they bind."""
+    monkeypatch.setattr(candidates, "LARGE", 0)
     for name in ("POSTINGS", "CANDIDATES"):
         monkeypatch.setattr(candidates, name, dict.fromkeys(("tfidf", "bm25"), {"POSTINGS": 60, "CANDIDATES": 5}[name]))
     monkeypatch.setattr(candidates, "LEAST_POSTINGS", 12)
@@ -82,8 +84,8 @@ def test_numba_gives_what_scipy_gives(kind, store, few, monkeypatch):
     pytest.importorskip("numba")
     index, (queries, excluded) = build_lexical(store, kind), asked(store)
     found = []
-    for compiled_from in (0, 1 << 60):
-        monkeypatch.setattr(candidates, "COMPILED_FROM", compiled_from)
+    for way in (candidates._by_numba, lambda: None):
+        monkeypatch.setattr(candidates, "_by_numba", way)
         found.append(
             (*index.search(queries, K, excluded), index.scores(queries, np.tile([0, -1, 5], (len(queries), 1))))
         )
@@ -117,6 +119,16 @@ def test_all_is_found_where_the_budget_is_enough_or_asked_for(kind, store, way, 
     assert (found[0] == best[0]).mean() > 0.98, "equal but for sums rounded another way"
 
 
+def test_in_a_small_segment_all_terms_find(store, few, monkeypatch):
+    queries, excluded = asked(store)
+    best = build_lexical(store, "tfidf:exact").search(queries, K, excluded)
+    monkeypatch.setattr(candidates, "LARGE", store.num_searchable + 1)
+    for ours, theirs in zip(build_lexical(store, "tfidf").search(queries, K, excluded), best, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    monkeypatch.setattr(candidates, "LARGE", store.num_searchable)
+    assert (build_lexical(store, "tfidf").search(queries, K, excluded)[0] != best[0]).any()
+
+
 def test_where_rare_terms_find_too_few_all_terms_find(store, way, few):
     queries, _ = asked(store)
     many = store.num_searchable
@@ -139,8 +151,8 @@ def test_blocked_documents_are_found_by_no_query(store, way, few):
 def test_a_numba_that_cannot_be_loaded_is_done_without(store, monkeypatch, caplog):
     pytest.importorskip("numba")
     queries, excluded = asked(store)
+    monkeypatch.setattr(candidates, "LARGE", 0)
     want = build_lexical(store, "tfidf").search(queries, K, excluded)
-    monkeypatch.setattr(candidates, "COMPILED_FROM", 0)
     monkeypatch.setitem(sys.modules, "retro.retrieval.search.compiled", None)
     monkeypatch.delattr(retro.retrieval.search, "compiled", raising=False)
     candidates._by_numba.cache_clear()

@@ -94,7 +94,7 @@ def test_terms_of_many_texts_are_those_of_each(store):
     found, owners = postings.bucket_terms(tokens)
     for text, ids in enumerate(tokens):
         assert sorted(found[owners == text]) == sorted(postings.buckets(ids))
-    assert not Queries(store.tokenizer, tokens=[]).tokens
+    assert Queries(store.tokenizer, tokens=[]).tokens == Queries(store.tokenizer, texts=[]).tokens == []
 
 
 def test_which_row_a_bucket_is(store):
