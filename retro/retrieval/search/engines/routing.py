@@ -38,11 +38,11 @@ from retro.retrieval.search.engines.clustering import (
     codebook_of,
     k_means,
     nearest,
+    one_fast_thread,
     principal_axes,
     project,
     trained_codec,
 )
-from retro.retrieval.search.engines.faiss import one_thread
 from retro.retrieval.search.engines.files import (
     ROUTER_CODEBOOK,
     ROUTER_CODES,
@@ -212,7 +212,7 @@ def apportion(counts: Int64[np.ndarray, " g"], total: int) -> Int64[np.ndarray, 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the centroids of the groups and the codebook."""
-    with one_thread():
+    with one_fast_thread():
         store, rows = _rows_of(spec)
         chosen = np.random.default_rng([spec["seed"], 0]).choice(
             len(rows), min(spec["sample"], len(rows)), replace=False
@@ -229,7 +229,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
 def divide(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the rows of a block that train centroids of lists, in the order of their groups."""
-    with one_thread():
+    with one_fast_thread():
         store, rows = _rows_of(spec)
         start, stop = spec["block"]
         share = min(_SAMPLE_OF_LIST * spec["layout"]["lists"] / spec["rows"], 1.0)
@@ -246,7 +246,7 @@ def divide(spec: dict[str, Any]) -> dict[str, Any]:
 
 def split(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the centroids of the lists of some groups, by k-means of each group's rows."""
-    with one_thread():
+    with one_fast_thread():
         first, stop = spec["groups"]
         parts, borders = [], []
         for start, _ in blocks(0, spec["rows"], spec["block_rows"]):
@@ -265,7 +265,7 @@ def split(spec: dict[str, Any]) -> dict[str, Any]:
 
 def assign(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the two lists and the code of every row of a block."""
-    with one_thread():
+    with one_fast_thread():
         store, rows = _rows_of(spec)
         lists = Lists(Path(spec["base"] or spec["job"]))
         codec, found, distance = lists.codec(), [], 0.0
