@@ -36,10 +36,5 @@ CANNOT = {
             "retain_grad on Tensor that has requires_grad=False",
             "A fit's base is frozen, so that the embeddings, the first of the hidden states, have no gradient.",
         ),
-        "test_training": (
-            "off",
-            "does not require grad",
-            "Without neighbors a fit is its frozen base, which has nothing to train.",
-        ),
     },
 }
