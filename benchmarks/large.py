@@ -29,6 +29,7 @@ from made_stores import K, recall, show
 from synthetic import TreeKeys, without_last_shards, write_synthetic_store
 
 from retro.retrieval import Store, build_index, build_neighbors, open_index
+from retro.retrieval.search.engines.faiss import one_thread
 from retro.retrieval.search.index import exact_search
 
 QUERIES = 256
@@ -74,20 +75,15 @@ def build(store: Path, joined: Path) -> dict[str, Any]:
 
 def search(store: Path, joined: Path) -> dict[str, Any]:
     """Seconds to open, milliseconds of one thread a query, recall; files that were read are in memory."""
-    import faiss
-    import torch
-
-    faiss.omp_set_num_threads(1)
-    torch.set_num_threads(1)
-    opened, started = Store.open(store), time.perf_counter()
+    opened, started, times = Store.open(store), time.perf_counter(), []
     index, given = open_index(opened, "routed"), np.load(store / "asked.npz")
     seconds = time.perf_counter() - started
-    times = []
-    for _ in range(6):
-        started = time.process_time()
-        rows = index.search(given["keys"], K)[0]
-        times.append(1000 * (time.process_time() - started) / QUERIES)
-    compared = index.segments[0].rows_compared(given["keys"], index.segments[0].effort)
+    with one_thread():
+        for _ in range(6):
+            started = time.process_time()
+            rows = index.search(given["keys"], K)[0]
+            times.append(1000 * (time.process_time() - started) / QUERIES)
+        compared = index.segments[0].rows_compared(given["keys"], index.segments[0].effort)
     found = {"open_seconds": seconds, "recall": recall(rows, given["rows"]), "rows_compared": compared}
     return found | {"first_ms": times[0], "ms": float(np.median(times[1:]))}
 

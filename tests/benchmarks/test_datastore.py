@@ -15,7 +15,7 @@ def benchmarks(monkeypatch):
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     yield
-    for name in {"hardness", "made_stores", "shards", "synthetic"} - before:
+    for name in {"hardness", "large", "made_stores", "shards", "synthetic"} - before:
         sys.modules.pop(name, None)
 
 
@@ -49,3 +49,20 @@ def test_shards_says_how_many_a_query_asks(capsys, tmp_path):
     assert one["placed"] == one["random"] == one["most"] == 1 and sum(one["groups_of_shards"]) > 3
     assert 1 <= three["placed"] <= three["most"] <= 3 and len(three["groups_of_shards"]) == 3
     assert "placed at random" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_large_builds_searches_joins_and_extends_one_index(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("faiss")
+    import large
+
+    spent = dict.fromkeys(("seconds", "cpu_seconds", "memory", "with_files"), 1.0)
+    monkeypatch.setattr(large, "in_own_process", lambda step, *stores: large.STEPS[step](*stores) | spent)
+    monkeypatch.setattr(large, "_SHARDS", 4)
+    given = {"large_rows": 4000, "large_joined": 50, "dim": 8, "seed": 0, "key_dtype": "float16", "work": tmp_path}
+    found = large.large(argparse.Namespace(**given))
+    assert found["build"]["lists"] == found["add"]["lists"] == -(-3000 // 128) and found["index_bytes"] > 3000 * 16
+    assert found["build"]["base"] is None and (tmp_path / "large" / "index" / found["add"]["base"]).is_dir()
+    for step in ("search", "again"):
+        assert found[step]["recall"] > 0.85 and 0 < found[step]["rows_compared"] < 2 * 4000 and found[step]["ms"] > 0
+    assert found["join"]["recall"] >= 0.9 and "4,000 keys of 8" in capsys.readouterr().out

@@ -7,10 +7,10 @@
     flat                         faiss   the key, 4 d bytes                           all rows, exactly
     sq8, pq                      faiss   d bytes; one for every 8 dimensions          all rows
     ivf-flat, ivf-sq8, ivf-pq    faiss   the same and an 8-byte id                    some of the inverted lists
-    pq4                          routed  twice 4 bits for every 4 dimensions, an id   some of rows / 32 lists
+    pq4                          routed  twice 4 bits for every 4 dimensions, an id   some of rows / 128 lists
 
-Candidates are local rows; whoever asks re-ranks them by the stored keys. To add an engine, write a module beside
-`faiss` with a class that extends `EngineKind`, and name it in `ENGINES`.
+What is routed stays in its file, memory-mapped. Candidates are local rows; whoever asks re-ranks them by the stored
+keys. To add an engine, write a module beside `faiss` with a class that extends `EngineKind`, and name it in `ENGINES`.
 """
 
 from __future__ import annotations
