@@ -43,6 +43,7 @@ from retro.retrieval.search.engines.clustering import (
     project,
     trained_codec,
 )
+from retro.retrieval.search.engines.faiss import one_thread
 from retro.retrieval.search.engines.files import (
     ROUTER_CODEBOOK,
     ROUTER_CODES,
@@ -265,12 +266,13 @@ def split(spec: dict[str, Any]) -> dict[str, Any]:
 
 def assign(spec: dict[str, Any]) -> dict[str, Any]:
     """Task: the two lists and the code of every row of a block."""
-    with one_fast_thread():
+    with one_thread():
         store, rows = _rows_of(spec)
         lists = Lists(Path(spec["base"] or spec["job"]))
         codec, found, distance = lists.codec(), [], 0.0
         for part in blocks(*spec["block"], _PART_ROWS):
-            keys = project(store.keys(rows[slice(*part)]), lists.axes)
+            with one_fast_thread():
+                keys = project(store.keys(rows[slice(*part)]), lists.axes)
             of_rows, distances = lists.of(keys)
             found.append((of_rows, codec.compute_codes(keys)))
             distance += float(distances.sum(dtype=np.float64))
@@ -315,7 +317,8 @@ class Lists:
 
     def _candidates(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lists and squared distances [c, 2 of each group]; -1 and infinity where a group has fewer."""
-        groups = nearest(keys, self.groups, _GROUPS_SEARCHED)[0]
+        with one_fast_thread():  # not below, where each shape would be compiled anew, and kept: 0.7 GB
+            groups = nearest(keys, self.groups, _GROUPS_SEARCHED)[0]
         shape = (*groups.shape, _OF_A_GROUP)
         near, distances = np.full(shape, -1, np.int64), np.full(shape, np.inf, np.float32)
         norms = np.square(keys).sum(1)
