@@ -101,6 +101,27 @@ def test_an_assistant_changes_no_text(model):
 
 
 @every
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_what_stands_under_a_mask_is_not_read(use_cache, model):
+    ids, mask = NEIGHBORS["neighbor_ids"], torch.ones_like(NEIGHBORS["neighbor_ids"], dtype=torch.bool)
+    mask[..., 5:] = False
+    given = {"input_ids": IDS, "neighbor_mask": mask, "use_cache": use_cache}
+    logits = [model(neighbor_ids=ids.masked_fill(~mask, other), **given).logits for other in (3, -1, 10**6)]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@every
+@pytest.mark.parametrize("name", ["input_ids", "neighbor_ids", "labels"])
+def test_tokens_that_the_model_has_not_are_refused(name, model):
+    given = {"input_ids": IDS, "labels": IDS, **NEIGHBORS}
+    for wrong in (-1, 61) if name != "labels" else (61,):
+        other = given[name].clone()
+        other.view(-1)[0] = wrong
+        with pytest.raises(ValueError, match=f"^{name} holds {wrong}, and the model has 61 tokens"):
+            model(**given | {name: other})
+
+
+@every
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": True, "neighbor_ids": torch.zeros(1, 0, 2, 8, dtype=torch.long)}]
 )

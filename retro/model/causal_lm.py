@@ -25,7 +25,7 @@ from retro.modules.attention import PastKeyValues, attendable
 from retro.modules.cross_attention import ReadChunks, checked_neighbors, read_chunks
 from retro.modules.encoder import chunks_of
 from retro.modules.kernels import RELATIVE_QUERIES, QueryBlock, has_fixed_shapes, query_blocks, uses_flex
-from retro.modules.loss import check_text, linear_cross_entropy, of_items, targets_of
+from retro.modules.loss import check_text, check_tokens, linear_cross_entropy, of_items, targets_of
 from retro.modules.positions import rotary_table
 
 
@@ -287,6 +287,8 @@ class RetroForCausalLM(RetrievalGeneration, RetroPreTrainedModel, GenerationMixi
         for name in kwargs:
             raise ValueError(unknown_name(name, inspect.signature(self.forward).parameters, "argument of forward"))
         check_text(input_ids, inputs_embeds, labels=labels, shift_labels=shift_labels)
+        tokens = {"input_ids": input_ids, "neighbor_ids": neighbor_ids, "labels": labels, "shift_labels": shift_labels}
+        check_tokens(self.config.vocab_size, neighbor_mask, **tokens)
         cache = cache_for(past_key_values, use_cache, document_ids, self.config.chunk_len)
         if cache is not None and self.model.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError("use_cache is true with gradient checkpointing, which a cached run has not; leave it out.")

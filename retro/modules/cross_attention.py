@@ -118,8 +118,10 @@ def checked_neighbors(
 def at_least_one(
     neighbor_ids: Int[Tensor, "*s k r"], neighbor_mask: Bool[Tensor, "*s k r"]
 ) -> tuple[Int[Tensor, "*s k2 r2"], Bool[Tensor, "*s k2 r2"]]:
-    """The same with k >= 1 and r >= 2, as what reads neighbors needs; what is filled in is missing."""
+    """The same with k >= 1 and r >= 2, as what reads neighbors needs; what is filled in is missing, and ids are 0
+    where the mask is False, whatever stood there."""
     k, r = neighbor_ids.shape[-2:]
+    neighbor_ids = neighbor_ids.masked_fill(~neighbor_mask, 0)
     if k >= 1 and r >= 2:
         return neighbor_ids, neighbor_mask
     missing = (0, max(2 - r, 0), 0, max(1 - k, 0))

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retro.modules.kernels import reads_values
+
 SLICE_TOKENS = 512
 GPU_SLICE_LOGITS = 1 << 26  # of a slice, if that is more: fewer and larger kernels, 256 MB in float32
 
@@ -87,6 +89,27 @@ def check_text(input_ids: Tensor | None, inputs_embeds: Tensor | None, **labels:
     for name, x in labels.items():
         if x is not None and list(x.shape) != shape:
             raise ValueError(f"{name} has shape {list(x.shape)}, and there are {shape} tokens; give one for each.")
+
+
+def check_tokens(vocab_size: int, mask: Tensor | None, input_ids: Tensor | None, **named: Tensor | None) -> None:
+    """On CPUs, raise ValueError for a token that the model has not; elsewhere a kernel stops at it.
+
+    Steps of one token, as generate() takes them, are not looked at. mask: of neighbor_ids. Labels below 0 are none.
+    """
+    if input_ids is not None and input_ids.shape[-1] == 1:
+        return
+    for name, ids in {"input_ids": input_ids, **named}.items():
+        if ids is None or ids.numel() == 0 or ids.device.type != "cpu" or not reads_values(ids):
+            continue
+        if name == "neighbor_ids" and mask is not None and mask.shape == ids.shape:
+            ids = ids.masked_fill(~mask.bool(), 0)
+        low, high = (int(x) for x in ids.aminmax())
+        if high >= vocab_size or (low < 0 and "labels" not in name):
+            wrong = high if high >= vocab_size else low
+            said = (
+                f"{name} holds {wrong}, and the model has {vocab_size} tokens, from 0 on; is it of another tokenizer?"
+            )
+            raise ValueError(said)
 
 
 def targets_of(

@@ -92,8 +92,14 @@ def without_peft(base: Any) -> nn.Module:
 
 
 def is_empty(base: nn.Module) -> bool:
-    """Whether a model has no weights yet: it is on the meta device."""
-    return any(weight.is_meta for weight in base.parameters())
+    """Whether a model has no weights yet: it is on the meta device. ValueError where they come and go (accelerate)."""
+    empty = any(weight.is_meta for weight in base.parameters())
+    if empty and hasattr(base, "_hf_hook"):
+        raise ValueError(
+            "the base's weights do not fit into the memory that device_map has, and are offloaded, which a fit cannot "
+            "read from; give more memory, or quantize the base."
+        )
+    return empty
 
 
 def _layer_list(base: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -24,7 +24,7 @@ from retro.model.padding import Alignment
 from retro.model.step import on_device
 from retro.modules.cross_attention import checked_neighbors
 from retro.modules.encoder import chunks_of
-from retro.modules.loss import check_text, linear_cross_entropy, of_items, targets_of
+from retro.modules.loss import check_text, check_tokens, linear_cross_entropy, of_items, targets_of
 from retro.retrofit.anatomy import find_anatomy, is_empty, without_peft
 from retro.retrofit.bases import random_base
 from retro.retrofit.caching import check_cache, positions_of
@@ -155,6 +155,8 @@ class RetrofitForCausalLM(RetrofitGeneration, PreTrainedModel, GenerationMixin):
             check_neighbor_mask(neighbor_mask)
         shift_labels = kwargs.pop("shift_labels", None)
         check_text(input_ids, inputs_embeds, labels=labels, shift_labels=shift_labels)
+        tokens = {"input_ids": input_ids, "neighbor_ids": neighbor_ids, "labels": labels, "shift_labels": shift_labels}
+        check_tokens(self.config.vocab_size, neighbor_mask, **tokens)
         refuse_fused_head(self)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._checked(kwargs)}
         inputs |= {"return_dict": True} | ({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds})

@@ -227,6 +227,14 @@ def test_a_base_whose_configuration_was_changed_is_told(place, make_fitted, tmp_
     assert "base has rms_norm_eps 0.5, the one that was fitted 1e-06; unless that is meant, give that" in caplog.text
 
 
+def test_a_base_that_is_offloaded_is_refused(place, tmp_path):
+    pytest.importorskip("accelerate")
+    options = {"device_map": "auto", "max_memory": {"cpu": "30KB"}, "offload_folder": str(tmp_path / "disk")}
+    base = AutoModelForCausalLM.from_pretrained(place(), **options)
+    with pytest.raises(ValueError, match="are offloaded, which a fit cannot read from; give more memory"):
+        retrofit(base, chunk_len=4, retrieved_len=8)
+
+
 def test_what_was_moved_together_is_found(place, make_fitted, words_tokenizer, tmp_path):
     (tmp_path / "here").mkdir()
     base = place(folder="here/models/base")
