@@ -70,8 +70,9 @@ def project(keys: Float32[np.ndarray, "c d"], axes: Float32[np.ndarray, "a d"]) 
     """The coordinates of keys on the axes: the same of a key whatever others are with it."""
     import torch
 
-    few = max(8 * torch.get_num_threads() - len(keys), 0)  # whose products would be rounded otherwise
-    padded = np.require(np.pad(keys, ((0, few), (0, 0))) if few else keys, np.float32, "CW")
+    least = 8 * torch.get_num_threads()  # the products of fewer would be rounded otherwise
+    padded = np.zeros((max(len(keys), least), keys.shape[1]), np.float32)
+    padded[: len(keys)] = keys
     return (torch.from_numpy(padded) @ torch.from_numpy(axes).T).numpy()[: len(keys)]
 
 
