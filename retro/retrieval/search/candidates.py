@@ -35,33 +35,36 @@ LEAST_POSTINGS, CANDIDATES_PER_NEIGHBOR = 1 << 10, 5
 
 @dataclass(frozen=True)
 class Weighed:
-    """A segment as plain arrays: the weights of its chunks by term, its counts by chunk and what they are weighed by.
+    """A segment with the weights of its postings, and what they are weighed by.
 
-    raw: see `postings.raw_of`. documents: document row of each chunk. by_term, by_chunk: the arrays of which the ranges
-    of some terms and chunks are checked before they are read.
+    documents: document row of each chunk.
     """
 
-    starts: np.ndarray
-    postings: np.ndarray
-    weights: np.ndarray
-    chunk_starts: np.ndarray
-    chunk_terms: np.ndarray
-    chunk_counts: np.ndarray
-    idf: np.ndarray
-    norms: np.ndarray
-    raw: np.ndarray
-    documents: np.ndarray
-    kind: str
-    by_term: tuple[CheckedArray, ...]
-    by_chunk: tuple[CheckedArray, ...]
+    segment: Postings
+    weights: CheckedArray
+    idf: Float32[np.ndarray, " terms"]
+    norms: Float32[np.ndarray, " c"]
+    documents: Int64[np.ndarray, " c"]
     _spare: list[Float32[np.ndarray, " c"]] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, segment: Postings, weights: Any, idf: Any, norms: Any, documents: Any) -> Weighed:
-        by_term, by_chunk = (segment.postings, weights), (segment.chunk_terms, segment.chunk_counts)
-        postings, weights, chunk_terms, chunk_counts = (array.unchecked for array in (*by_term, *by_chunk))
-        arrays = segment.starts, postings, weights, segment.chunk_starts, chunk_terms, chunk_counts
-        return cls(*arrays, idf, norms, raw_of(segment.kind), documents, segment.kind, by_term, by_chunk)
+    @property
+    def kind(self) -> str:
+        return self.segment.kind
+
+    @cached_property
+    def by_term(self) -> tuple[np.ndarray, ...]:
+        """Where the postings of each term start, their chunks and weights; to be checked, see below."""
+        return self.segment.starts, self.segment.postings.unchecked, self.weights.unchecked
+
+    @cached_property
+    def by_chunk(self) -> tuple[np.ndarray, ...]:
+        """Where the terms of each chunk start, the terms and their counts; to be checked, see below."""
+        segment = self.segment
+        return segment.chunk_starts, segment.chunk_terms.unchecked, segment.chunk_counts.unchecked
+
+    @cached_property
+    def raw(self) -> Float32[np.ndarray, "65536"]:
+        return raw_of(self.kind)
 
     @property
     def is_large(self) -> bool:
@@ -69,22 +72,23 @@ class Weighed:
 
     def check_terms(self, terms: np.ndarray) -> None:
         """Compare checksums of what is read of terms; ValueError names a file that is damaged."""
-        for array in self.by_term:
-            array.check_ranges(self.starts[terms], self.starts[terms + 1])
+        starts = self.segment.starts
+        for array in (self.segment.postings, self.weights):
+            array.check_ranges(starts[terms], starts[terms + 1])
 
     def check_chunks(self, chunks: np.ndarray) -> None:
         """As `check_terms`, of chunks; -1 is none."""
-        chunks = chunks[chunks >= 0]
-        for array in self.by_chunk:
-            array.check_ranges(self.chunk_starts[chunks], self.chunk_starts[chunks + 1])
+        chunks, starts = chunks[chunks >= 0], self.segment.chunk_starts
+        for array in (self.segment.chunk_terms, self.segment.chunk_counts):
+            array.check_ranges(starts[chunks], starts[chunks + 1])
 
     @cached_property
     def matrix(self) -> Any:
         """The weights by term, sparse [terms, chunks]."""
         from scipy.sparse import csr_matrix
 
-        shape = len(self.starts) - 1, len(self.norms)
-        return csr_matrix((self.weights, self.postings, self.starts), shape=shape)
+        starts, chunks, weights = self.by_term
+        return csr_matrix((weights, chunks, starts), shape=(len(starts) - 1, len(self.norms)))
 
     @contextmanager
     def zeros(self) -> Iterator[Float32[np.ndarray, " c"]]:
@@ -124,8 +128,7 @@ def _candidates(segment: Weighed, queried: Any, most: int, blocked: list[set[int
         documents = np.asarray([row for rows in blocked for row in sorted(rows)], np.int64)
         given = finding.indptr.astype(np.int64), finding.indices, finding.data, sizes, documents
         with segment.zeros() as sums:
-            by_term = segment.starts, segment.postings, segment.weights, segment.documents
-            compiled.candidates(*by_term, *given, sums, found)
+            compiled.candidates(*segment.by_term, segment.documents, *given, sums, found)
         return found
     sums = finding @ segment.matrix
     for q in range(len(found)):
@@ -133,6 +136,24 @@ def _candidates(segment: Weighed, queried: Any, most: int, blocked: list[set[int
         best, _ = highest(sums.indices[part], sums.data[part], most, segment.documents, blocked[q])
         found[q, : len(best)] = np.sort(best)
     return found
+
+
+def _finding(segment: Weighed, queried: Any) -> Any:
+    """The queries with those of their terms alone that find candidates: the rarest, as many as the budget allows, in
+    order, so that the best candidates are the first.
+    """
+    from scipy.sparse import csr_matrix
+
+    starts = segment.segment.starts
+    sizes = starts[queried.indices + 1] - starts[queried.indices]
+    owners = np.repeat(np.arange(queried.shape[0]), np.diff(queried.indptr))
+    order = np.argsort(owners << 32 | sizes, kind="stable")  # by query, then size
+    before = np.append(0, np.cumsum(sizes[order]))[:-1]
+    before -= np.append(before, 0)[queried.indptr[:-1]][owners]
+    fits = before + sizes[order] <= POSTINGS[segment.kind]
+    chosen = order[fits | (before < LEAST_POSTINGS)]
+    of_query = np.searchsorted(owners[chosen], np.arange(queried.shape[0] + 1))
+    return csr_matrix((queried.data[chosen], queried.indices[chosen], of_query), queried.shape)
 
 
 def highest(
@@ -154,10 +175,9 @@ def score_chunks(segment: Weighed, queried: Any, chunks: Int64[np.ndarray, "q c"
     """The score of given chunks for each query; 0 for chunk -1."""
     segment.check_chunks(chunks)
     if (compiled := _compiled(segment)) is not None:
-        by_chunk = segment.chunk_starts, segment.chunk_terms, segment.chunk_counts
         given = queried.indptr.astype(np.int64), queried.indices, queried.data, np.ascontiguousarray(chunks)
         weighing = segment.idf, segment.norms, segment.raw, segment.kind == "tfidf"
-        return compiled.score_chunks(*by_chunk, *weighing, *given)
+        return compiled.score_chunks(*segment.by_chunk, *weighing, *given)
     scores = np.zeros(chunks.shape, np.float32)
     for q, line in enumerate(chunks):
         part, there = slice(queried.indptr[q], queried.indptr[q + 1]), line >= 0
@@ -183,35 +203,19 @@ def _by_numba() -> ModuleType | None:
 # By scipy and numpy
 
 
-def _finding(segment: Weighed, queried: Any) -> Any:
-    """The queries with those of their terms alone that find candidates: the rarest, as many as the budget allows, in
-    order, so that the best candidates are the first.
-    """
-    from scipy.sparse import csr_matrix
-
-    sizes = segment.starts[queried.indices + 1] - segment.starts[queried.indices]
-    owners = np.repeat(np.arange(queried.shape[0]), np.diff(queried.indptr))
-    order = np.argsort(owners << 32 | sizes, kind="stable")  # by query, then size
-    before = np.append(0, np.cumsum(sizes[order]))[:-1]
-    before -= np.append(before, 0)[queried.indptr[:-1]][owners]
-    fits = before + sizes[order] <= POSTINGS[segment.kind]
-    chosen = order[fits | (before < LEAST_POSTINGS)]
-    starts = np.searchsorted(owners[chosen], np.arange(queried.shape[0] + 1))
-    return csr_matrix((queried.data[chosen], queried.indices[chosen], starts), queried.shape)
-
-
 def _scores(segment: Weighed, terms: np.ndarray, times: np.ndarray, chunks: np.ndarray) -> np.ndarray:
     """Summed in the order of the terms, as a product of sparse matrices is."""
     if not len(terms) or not len(chunks):
         return np.zeros(len(chunks), np.float32)
-    first = segment.chunk_starts[chunks]
-    sizes = segment.chunk_starts[chunks + 1] - first
+    starts, chunk_terms, chunk_counts = segment.by_chunk
+    first = starts[chunks]
+    sizes = starts[chunks + 1] - first
     places, owners = _ranges(first, sizes), np.repeat(np.arange(len(chunks)), sizes)
-    own = segment.chunk_terms[places]
+    own = chunk_terms[places]
     at = np.minimum(np.searchsorted(terms, own), len(terms) - 1)
     shared = terms[at] == own
     places, owners, at = places[shared], owners[shared], at[shared]
-    raw = segment.raw[segment.chunk_counts[places]]
+    raw = segment.raw[chunk_counts[places]]
     weights = weight_of(segment.kind, raw, segment.idf[terms[at]], segment.norms[chunks[owners]])
     scores = np.zeros(len(chunks), np.float32)
     np.add.at(scores, owners, weights * times[at])

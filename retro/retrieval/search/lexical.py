@@ -136,7 +136,7 @@ class _Matrix:
         names = (f"{name}-{number:05d}.npy" for name in ("weights", "idf", "norms"))
         weights, idf, norms = (open_array(folder, name, files) for name in names)
         self._idf = np.asarray(idf)
-        self._weighed = Weighed.of(segment, weights, self._idf, np.asarray(norms), self._documents)
+        self._weighed = Weighed(segment, weights, self._idf, np.asarray(norms), self._documents)
         self._vocabulary = _Buckets(segment.terms) if segment.kind == "tfidf" else _Words(segment.terms)
 
     def search(
