@@ -120,7 +120,8 @@ def _train(output: Path, name: str, seed: int) -> None:
     from retro.training.pretrain import main as pretrain
 
     given = [f"store={output / 'store'}", f"output={output / name}", f"seed={seed}"]
-    pretrain(RECIPE, [*given, f"retrieval={str(name == 'retro').lower()}"])
+    if not pretrain(RECIPE, [*given, f"retrieval={str(name == 'retro').lower()}"]):
+        raise KeyboardInterrupt  # what follows needs the trained model
 
 
 def _measure(output: Path, store, seed: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from retro import demo
+from retro.cli import main
 from retro.demo import closing_page, plot_losses, run_demo, write_corpus
 from retro.text.documents import Document
 
@@ -32,6 +33,15 @@ def test_held_out_families_have_relatives_in_the_datastore(families, tmp_path):
     first = (tmp_path / "valid.jsonl").read_bytes()
     write_corpus(tmp_path)
     assert (tmp_path / "valid.jsonl").read_bytes() == first
+
+
+def test_a_training_that_is_stopped_stops_the_demo(monkeypatch, tmp_path, capsys):
+    for name in ("write_corpus", "_train_tokenizer", "_build_store", "_find_neighbors"):
+        monkeypatch.setattr(demo, name, lambda given: None)
+    asked = []
+    monkeypatch.setattr("retro.training.pretrain.main", lambda recipe, given: asked.append(given))  # SIGTERM or Ctrl-C
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 130
+    assert len(asked) == 1 and capsys.readouterr().err.endswith("retro: stopped\n")
 
 
 def test_plot_and_closing_page(tmp_path):
