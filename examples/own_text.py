@@ -34,7 +34,8 @@ def main(texts: str, output: str, *settings: str) -> None:
     retro.build_neighbors(built, k=2, progress=True)
 
     # the recipe, its settings replaced where KEY=VALUE says so; a run that was stopped goes on
-    pretrain.main(RECIPE, [f"store={store}", f"output={run}", *settings])
+    if not pretrain.main(RECIPE, [f"store={store}", f"output={run}", *settings]):
+        raise SystemExit("stopped; the same command goes on from the last checkpoint")
 
     # every whole chunk of the text searches the datastore, and the next one reads what it found
     model, tokenizer, retriever = retro.load(run, store)
