@@ -39,7 +39,7 @@ from retro.retrieval.embedding.embedder import (
     quiet_loading,
 )
 from retro.retrieval.filters import Deduplicator, DocumentFilter, FilterSettings, deduplicator_of, filters_of
-from retro.retrieval.store.format import CHUNK_DTYPE, TABLE_NUMBERS, TABLE_TEXTS, narrow_keys
+from retro.retrieval.store.format import CHUNK_DTYPE, TABLE_NUMBERS, TABLE_TEXTS, are_measurable, narrow_keys
 from retro.text.chunks import tokenize_ids
 from retro.text.documents import Document, Input, InputPartition, Reject
 from retro.text.formats import read_partition
@@ -381,12 +381,12 @@ def embed_block(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_finite(keys: Float32[np.ndarray, "c d"], first_row: int, key_dtype: str) -> None:
-    """Refuse keys that are NaN or infinite (or would be, as float16), naming the first row."""
+    """Refuse keys that are NaN, infinite (or would be, as float16) or longer than 9e18, naming the first row."""
     limit = np.finfo(np.float16).max if key_dtype == "float16" else np.inf
-    wrong = np.flatnonzero(~np.isfinite(keys).all(axis=1) | (np.abs(keys) > limit).any(axis=1))
+    wrong = np.flatnonzero(~are_measurable(keys) | (np.abs(keys) > limit).any(axis=1))
     if len(wrong):
         raise ValueError(
-            f"the embedder gave a key that is not a finite {key_dtype} for row {first_row + wrong[0]}; "
+            f"the embedder gave a key that is not a finite {key_dtype}, or too long, for row {first_row + wrong[0]}; "
             "use another embedder or key_dtype"
         )
 

@@ -21,6 +21,7 @@ from retro.common.files import check_files, open_npy
 from retro.common.records import save_record
 from retro.common.values import Count, CountOrZero, Probability, check_record
 from retro.retrieval.search.engines import (
+    ENGINES,
     CountedEngine,
     IndexEngine,
     IndexLayout,
@@ -118,12 +119,16 @@ class Segment:
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
         """The k nearest rows outside a query's excluded documents that are found, and their squared distances.
 
-        What is looked at grows with the share of removed rows. Queries that find fewer rows than the segment has, or
-        few candidates outside their excluded documents, look twice as far, until they have seen all.
+        What is looked at grows with the share of removed rows. Queries that find fewer rows than the segment has
+        for them, or few candidates outside their excluded documents, look twice as far, until they have seen all.
         """
         rows, distances = no_hits(len(queries), k)
-        most, waiting = min(k, self.num_live), np.arange(len(queries) if self.num_live else 0)
-        spans = None if excluded is None else self.store.row_ranges(excluded)
+        spans, allowed = None, np.full(len(queries), self.num_live)
+        if excluded is not None:
+            excluded = np.where(np.isin(excluded, self.store.removed_documents), -1, excluded)
+            spans = self.store.row_ranges(excluded)
+            allowed -= self._rows.count_within(spans)
+        waiting = np.flatnonzero(allowed)
         scale, wider, least = scale or Scale(), self.num_rows / max(self.num_live, 1), 0
         while len(waiting):
             effort = Effort(
@@ -142,8 +147,8 @@ class Segment:
                 of_part = None if spans is None else spans[part]
                 found, apart = self.scored(queries[part], fetch, considered, effort.lists, of_part)
                 rows[part], distances[part] = _nearest(found, apart, k)
-                missing = rows[part, most - 1] < 0  # it comes last
-                left.append(part[missing | ((found >= 0).sum(1) < least)])
+                missing = (rows[part] >= 0).sum(1) < np.minimum(allowed[part], k)
+                left.append(part[missing | ((found >= 0).sum(1) < np.minimum(allowed[part], least))])
             if considered == self.num_rows and effort.lists == self.layout.lists:
                 break
             waiting, wider = np.concatenate(left), wider * 2
@@ -247,7 +252,7 @@ def write_dense(
         segment = Segment(store, ShardRange(shards.first, shards.stop, folder, record))
         return {"layout": asdict(layout), "recall": tune(segment, target)}
 
-    record = {"format_version": 2, "kind": kind, "settings": settings}
+    record = {"format_version": ENGINES[kind].format_version, "kind": kind, "settings": settings}
     return write_segment(store, shards, record | ({"base": base.folder.name} if base else {}), write)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 
 from retro.common.devices import find_device
 from retro.common.values import NumNeighbors, check_value
+from retro.retrieval.store.format import are_measurable
 from retro.retrieval.store.store import Store
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ class ExactIndex:
 
 
 def check_queries(queries: Any, store: Store) -> Float32[np.ndarray, "q d"]:
-    """Queries as float32; ValueError names the first row that is not finite, or the width if it is not the store's."""
+    """Queries as float32; ValueError names the first row that is not finite, or too long, or the width if it is not
+    the store's."""
     queries = np.ascontiguousarray(queries, np.float32)
     if queries.ndim != 2 or queries.shape[1] != store.key_dim:
         raise ValueError(f"queries must be [q, {store.key_dim}], as the store's keys, not {list(queries.shape)}")
-    finite = np.isfinite(queries)
-    if not finite.all():
-        wrong = np.flatnonzero(~finite.all(axis=1))
-        raise ValueError(f"query row {wrong[0]} is not finite; a query must hold numbers only")
+    wrong = np.flatnonzero(~are_measurable(queries))
+    if len(wrong):
+        raise ValueError(f"query row {wrong[0]} is not finite, or longer than 9e18; a query must hold numbers only")
     return queries
 
 

@@ -313,10 +313,11 @@ def _target(store: Store, kind: str, settings: dict[str, Any]) -> float:
 
 
 def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[ShardRange]:
-    """The segments of these settings that serve the store; damaged ones are deleted."""
+    """The segments of these settings that serve the store; damaged ones and those of another format are deleted."""
     found = [shards for shards in find_segments(store, kind) if shards.record["settings"] == settings]
     for shards in found:
         try:
+            _check_format(shards)
             check_files(shards.folder, shards.record["files"], checksums=True)
         except ValueError as error:
             log.warning("building the index again: %s", error)
@@ -324,10 +325,24 @@ def _undamaged(store: Store, kind: str, settings: dict[str, Any]) -> list[ShardR
     return cover(store, [shards for shards in found if shards.folder.is_dir()])
 
 
+def _check_format(shards: ShardRange) -> None:
+    kind, version = shards.record["kind"], shards.record.get("format_version")
+    if version != ENGINES[kind].format_version:
+        raise ValueError(
+            f"{shards.folder} has format {version}, which this version of the library does not read; "
+            f"build it again with `retro build --index {kind}`"
+        )
+
+
 def _families(store: Store, kind: str, codes: str | None = None) -> list[list[ShardRange]]:
     """Of each group of segments of the same settings, those that serve the store."""
     groups: dict[str, list[ShardRange]] = {}
     for shards in find_segments(store, kind):
+        try:
+            _check_format(shards)
+        except ValueError as error:
+            log.warning("an index is left out: %s", error)
+            continue
         if codes in (None, shards.record["settings"]["codes"]):
             groups.setdefault(stable_hash(shards.record["settings"]), []).append(shards)
     return [cover(store, group) for group in groups.values()]

@@ -61,8 +61,14 @@ class StoreRows:
         return self.first + self._own[chosen].astype(np.int64)
 
     def count_to(self, own: int) -> int:
-        """How many are not above one of its own rows."""
-        return int(np.searchsorted(self._own, own, "right"))
+        """How many are not above one of its own rows, which is given as these are: numpy would copy all into another
+        type."""
+        return int(np.searchsorted(self._own, self._own.dtype.type(own), "right"))
+
+    def count_within(self, spans: Int64[np.ndarray, "q w 2"]) -> Int64[np.ndarray, " q"]:
+        """How many lie in any of w spans of store rows that have none in common."""
+        own = np.clip(spans - self.first, 0, np.iinfo(self._own.dtype).max).astype(self._own.dtype)
+        return np.diff(np.searchsorted(self._own, own))[..., 0].sum(-1)
 
 
 def row_range(store: Store, shards: ShardRange) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from retro.common.checksums import CheckedArray, CheckedFile, open_array, open_checked
 from retro.common.files import check_files, stable_hash
@@ -116,6 +116,11 @@ def widen_keys(stored: np.ndarray, key_dtype: str) -> Float32[np.ndarray, "*rows
 
         return torch.from_numpy(stored).float().numpy()
     return stored.astype(np.float32)
+
+
+def are_measurable(keys: Float32[np.ndarray, "c d"]) -> Bool[np.ndarray, " c"]:
+    """Which keys are finite, and so short (9e18) that float32 holds the squared distances between them."""
+    return np.square(keys, dtype=np.float64).sum(1) <= np.finfo(np.float32).max / 4
 
 
 def narrow_keys(keys: Float32[np.ndarray, "c d"], key_dtype: str) -> np.ndarray:

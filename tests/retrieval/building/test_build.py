@@ -326,7 +326,9 @@ def test_paths_that_cannot_be_written(settings, tokenizer, tmp_path):
             build(settings, tokenizer, store=str(locked / "store"))
 
 
-@pytest.mark.parametrize(("value", "key_dtype"), [(np.nan, "float32"), (np.inf, "bfloat16"), (1e6, "float16")])
+@pytest.mark.parametrize(
+    ("value", "key_dtype"), [(np.nan, "float32"), (1e19, "float32"), (np.inf, "bfloat16"), (1e6, "float16")]
+)
 def test_keys_that_are_not_finite_are_refused(settings, tokenizer, value, key_dtype):
     class Broken(HashingEmbedder):
         def embed(self, texts, is_query=False):

@@ -10,8 +10,10 @@ import torch
 
 from benchmarks.synthetic import write_synthetic_store
 from retro.common.files import TEMPORARY_PREFIX, _machine
+from retro.common.records import load_record, save_record
 from retro.planning import index_plan
 from retro.retrieval import Store, build_index, open_index
+from retro.retrieval.building.updates import remove_documents
 from retro.retrieval.search import dense, exact
 from retro.retrieval.search import index as index_module
 from retro.retrieval.search.dense import TUNED_NEIGHBORS, Effort, QuerySample, Segment, tune
@@ -182,6 +184,21 @@ def test_excluded_documents_are_left_out_and_nothing_else(copy, kind, monkeypatc
 
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
+def test_a_search_ends_with_the_last_row_that_may_be_found(copy, kind, monkeypatch):
+    """It does not look for more where excluded documents hold all else, as one that fills a segment does."""
+    copy = remove_documents(copy.path, [copy.document(5).id], index=False)
+    index, looks = build_index(copy, kind, candidates=10), []
+    (segment,) = index.segments
+    scored = segment.scored
+    monkeypatch.setattr(segment, "scored", lambda *given: looks.append(len(given[0])) or scored(*given))
+    queries, everything = copy.keys(np.arange(4)), np.tile(np.arange(copy.num_documents), (4, 1))
+    assert not index.search(queries, 3, everything)[2].any() and not looks
+    table = np.where(everything == 7, -1, everything)
+    for mine, other in zip(index.search(queries, 50, table), exact_search(copy, queries, 50, table), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
 def test_an_index_is_the_same_to_the_byte_whenever_it_is_built(copy, kind):
     built = []
     for _ in range(2):
@@ -226,9 +243,10 @@ def test_a_search_that_finds_too_few_is_widened_until_it_has_seen_all(copy, kind
 @pytest.mark.parametrize("kind", ["exact", *APPROXIMATE])
 def test_queries_that_are_not_finite_are_refused(copy, kind):
     queries, index = copy.keys(np.arange(4)), build_index(copy, kind)
-    queries[2, 1] = np.nan
-    with pytest.raises(ValueError, match="query row 2 is not finite"):
-        index.search(queries, 2)
+    for value in (np.nan, np.inf, 1e19):
+        queries[2, 1] = value
+        with pytest.raises(ValueError, match="query row 2 is not finite, or longer than 9e18"):
+            index.search(queries, 2)
     with pytest.raises(ValueError, match=r"must be \[q, 16\]"):
         index.search(queries[:, :3], 2)
     with pytest.raises(ValueError, match="k is .*; give a whole number, at least 1"):
@@ -276,6 +294,18 @@ def test_missing_or_damaged_files_of_an_index_are_named_and_built_again(copy, ki
     with pytest.raises(ValueError, match=f"{largest.name} is missing"):
         open_index(copy, kind)
     assert build_index(copy, kind).folders == [folder] and open_index(copy, kind).folders == [folder]
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_an_index_of_another_format_is_told_and_built_again(copy, kind, caplog):
+    (folder,) = build_index(copy, kind).folders
+    record = load_record(folder / "index.json")
+    save_record(folder / "index.json", record | {"format_version": 1})
+    with pytest.raises(ValueError, match=f"has no {kind} index for its present state"):
+        open_index(copy, kind)
+    assert f"{folder} has format 1, which this version of the library does not read; build it again" in caplog.text
+    assert open_index(copy).kind == "exact"
+    assert build_index(copy, kind).folders == [folder] and load_record(folder / "index.json") == record
 
 
 def test_what_a_killed_build_left_goes(copy):

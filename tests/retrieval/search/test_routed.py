@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from benchmarks.synthetic import without_last_shards, write_synthetic_store
+from benchmarks.synthetic import SyntheticKeys, without_last_shards, write_synthetic_store
 from retro.common.files import folder_record
 from retro.common.records import load_record
 from retro.retrieval import Store, build_index, open_index
@@ -238,6 +238,21 @@ def test_axes_keep_what_varies_and_a_key_is_projected_alike_whatever_others_are_
     np.testing.assert_allclose(on_axes, apart, rtol=1e-4)
     for count in (1, 2, 3, 9, 100):
         np.testing.assert_array_equal(project(keys[7:][:count], axes), found[7:][:count])
+
+
+def test_the_copies_of_a_key_are_in_the_list_where_it_is_looked_for(tmp_path):
+    """Not in one of many whose centroids are alike, the others of which stay empty."""
+
+    class Copied(SyntheticKeys):
+        def rows(self, start, stop):
+            keys = super().rows(start, stop)
+            keys[-start % 4 :: 4] = super().rows(0, 1)
+            return keys
+
+    store = write_synthetic_store(tmp_path / "store", 2000, 16, chunk_len=2, keys=Copied(2000, 16))
+    (segment,) = build_index(store, "routed", workers=1, lists=80, probes=1, candidates=10).segments
+    (nearest,) = segment.engine.route(store.keys(np.array([0])), 1)[0]
+    assert segment.engine.lengths[nearest] >= 500 and (segment.engine.lengths > 0).all()
 
 
 def test_lists_are_shared_out_by_rows():

@@ -2,6 +2,7 @@
 fresh stores of the same documents."""
 
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from retro.retrieval.search.index import exact_search
 from retro.retrieval.search.lexical import build_lexical
 from retro.retrieval.search.queries import Queries
 from retro.retrieval.search.searchers import open_searcher
-from retro.retrieval.search.segments import MAX_SEGMENTS, ShardRange, cover, num_rows, plan_segments
+from retro.retrieval.search.segments import MAX_SEGMENTS, ShardRange, StoreRows, cover, num_rows, plan_segments
 from tests.stand_ins import HashingEmbedder, make_store, words, write_jsonl
 
 APPROXIMATE = [kind for kind in ENGINES if index_module._importable(kind)]
@@ -163,6 +164,17 @@ def test_segments_hold_whole_shards_up_to_a_size():
     assert [(one.first, one.stop) for one in plan_segments(store, [], 100)] == [(0, 2), (2, 3), (3, 4), (4, 6)]
     planned = plan_segments(store, [ShardRange(1, 3)], 1000)
     assert [(one.first, one.stop) for one in planned] == [(0, 1), (1, 3), (3, 6)]
+
+
+def test_rows_of_a_segment_are_counted_where_they_lie():
+    """In a file of up to 4 billion rows, of which no copy is made."""
+    rows = StoreRows(100, np.arange(0, 200_000, 2, dtype=np.uint32))
+    spans = np.array([[[100, 105], [0, 0]], [[0, 101], [299, 302]], [[200_090, 2**40], [0, 90]]])
+    tracemalloc.start()
+    assert [rows.count_to(own) for own in (0, 4, 5, 199_998)] == [1, 3, 3, 100_000]
+    assert rows.count_within(spans).tolist() == [3, 2, 5]
+    assert tracemalloc.get_traced_memory()[1] < 10_000
+    tracemalloc.stop()
 
 
 def test_the_cover_serves_most_rows_each_once():

@@ -37,6 +37,13 @@ def k_means(keys: Float32[np.ndarray, "c d"], count: int, rounds: int) -> Float3
     return means.centroids
 
 
+def places_of_distinct(keys: Float32[np.ndarray, "c d"]) -> Int64[np.ndarray, " n"]:
+    """Where each key is there first: trained on all its copies, many centroids would be alike, and most of their lists
+    empty."""
+    whole = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.shape[1] * keys.itemsize)))
+    return np.sort(np.unique(whole[:, 0], return_index=True)[1])
+
+
 def trained_codec(keys: Float32[np.ndarray, "c a"], codes: int) -> Any:
     """A product quantizer of so many codes of 4 bits."""
     import faiss

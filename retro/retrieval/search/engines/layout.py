@@ -73,6 +73,7 @@ class EngineKind:
     module: the one that it needs.
     codes: what may stand behind its name, as in "faiss:ivf-pq".
     remedy: how to install it.
+    format_version: of its files; segments of another one are built again.
     settings: names of its own; None is the default by the number of rows.
     training_sample: rows that it is trained on, where nobody names another number.
     most_rows: of a segment, where nobody names another number; ScaNN peaks at about twice the float size.
@@ -83,6 +84,7 @@ class EngineKind:
     module: str
     codes: tuple[str, ...]
     remedy: str
+    format_version: int = 2
     settings: tuple[str, ...] = ()
     searched: str = ""
     training_sample: int = 100_000

@@ -57,6 +57,7 @@ class RoutedKind(EngineKind):
     codes = ("pq4", "flat")
     module = "faiss"
     remedy = 'pip install "retro-lm[faiss]"'
+    format_version = 3
     settings = ("lists", "probes")
     searched = "probes"
     training_sample = 1 << 14

@@ -39,6 +39,7 @@ from retro.retrieval.search.engines.clustering import (
     k_means,
     nearest,
     one_fast_thread,
+    places_of_distinct,
     principal_axes,
     project,
     trained_codec,
@@ -222,7 +223,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         codes = keys.shape[1] // spec["layout"]["block"]
         axes = principal_axes(keys, codes)
         keys = project(keys, axes)
-        groups = k_means(keys, isqrt(spec["layout"]["lists"]), _LEVEL_ROUNDS)
+        groups = k_means(keys[places_of_distinct(keys)], isqrt(spec["layout"]["lists"]), _LEVEL_ROUNDS)
         tables = {"axes": axes, "groups": groups, "codebook": codebook_of(trained_codec(keys, codes))}
         files = {Path(spec["job"]) / f"{name}.npy": table for name, table in tables.items()}
         return saved(files)
@@ -238,10 +239,12 @@ def divide(spec: dict[str, Any]) -> dict[str, Any]:
         chosen = np.sort(draw.choice(stop - start, max(round(share * (stop - start)), 1), replace=False))
         axes, groups = (np.array(open_npy(Path(spec["job"]) / f"{name}.npy")) for name in ("axes", "groups"))
         parts = [store.keys(rows[start:stop][chosen[slice(*part)]]) for part in blocks(0, len(chosen), _PART_ROWS)]
-        parts = [project(part, axes) for part in parts]
-        own = np.concatenate([nearest(part, groups, 1)[0][:, 0] for part in parts])
+        keys = np.concatenate([project(part, axes) for part in parts])
+        keys = keys[places_of_distinct(keys)]
+        parts = blocks(0, len(keys), _PART_ROWS)
+        own = np.concatenate([nearest(keys[slice(*part)], groups, 1)[0][:, 0] for part in parts])
         counts = np.bincount(own, minlength=len(groups))
-        keys = np.concatenate(parts)[np.argsort(own, kind="stable")]
+        keys = keys[np.argsort(own, kind="stable")]
         return written(spec, keys=keys, counts=counts) | {"counts": counts.tolist()}
 
 
