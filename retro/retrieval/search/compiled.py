@@ -72,7 +72,7 @@ def score_chunks(
 ):  # fmt: skip
     """The sums of the terms that query and chunk share, in ascending order; the query's are in a hash table."""
     scores, size = np.zeros(chunks.shape, np.float32), 1 << 12
-    while size < 4 * np.diff(query_starts).max():
+    while size < 4 * np.append(np.diff(query_starts), 0).max():
         size *= 2
     table = np.empty(size, np.int32)
     for q in range(len(chunks)):

@@ -125,7 +125,8 @@ class Segment:
         rows, distances = no_hits(len(queries), k)
         spans, allowed = None, np.full(len(queries), self.num_live)
         if excluded is not None:
-            excluded = np.where(np.isin(excluded, self.store.removed_documents), -1, excluded)
+            excluded = np.sort(np.where(np.isin(excluded, self.store.removed_documents), -1, excluded), axis=1)
+            drop_copies(excluded, excluded)
             spans = self.store.row_ranges(excluded)
             allowed -= self._rows.count_within(spans)
         waiting = np.flatnonzero(allowed)
@@ -185,7 +186,7 @@ class Segment:
         found = self.store_rows(self.engine.candidates(queries, wanted, considered, lists))
         if self.layout.soar:
             found = np.sort(found, axis=1)
-            found[:, 1:][found[:, 1:] == found[:, :-1]] = -1
+            drop_copies(found, found)
         drop(found, spans)
         return found, rescore(self.store, queries, found)
 
@@ -202,6 +203,11 @@ def drop(rows: Int64[np.ndarray, "q c"], spans: Int64[np.ndarray, "q w 2"] | Non
     """Put -1 for the rows within the spans of a query."""
     for span in () if spans is None else np.moveaxis(spans, 1, 0)[..., None]:
         rows[(rows >= span[:, 0]) & (rows < span[:, 1])] = -1
+
+
+def drop_copies(rows: Int64[np.ndarray, "q c"], ordered: Int64[np.ndarray, "q c"]) -> None:
+    """Put -1 for those whose place in an ordered array holds the same as the place before."""
+    rows[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = -1
 
 
 def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from retro.retrieval.search.dense import Segment, check_segment, drop
+from retro.retrieval.search.dense import Segment, check_segment, drop, drop_copies
 from retro.retrieval.search.engines.routed import are_certain, open_groups
 from retro.retrieval.search.exact import Hits, as_hits, check_queries, merge, no_hits
 from retro.retrieval.search.placement import Plan, is_divided
@@ -173,7 +173,7 @@ class DividedSegment(Segment):
         rows = np.where(are_certain(codes, wanted, considered), rows, -1)
         order = np.argsort(rows, axis=1)
         rows, distances = np.take_along_axis(rows, order, 1), np.take_along_axis(distances, order, 1)
-        rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
+        drop_copies(rows, rows)
         drop(rows, spans)
         return rows, np.where(rows < 0, np.inf, distances)
 

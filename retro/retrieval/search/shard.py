@@ -9,7 +9,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from retro.common.records import load_record
 from retro.retrieval.search import lexical
-from retro.retrieval.search.dense import Segment, check_segment, open_segment
+from retro.retrieval.search.dense import Segment, check_segment, drop_copies, open_segment
 from retro.retrieval.search.engines.routed import open_groups
 from retro.retrieval.search.exact import Hits, as_hits, exact_search, merge, no_hits, rescore
 from retro.retrieval.search.placement import ShardAssignment
@@ -105,7 +105,7 @@ class PartIndex:
         order = np.lexsort((local, distances), axis=1)
         distances, local = np.take_along_axis(distances, order, 1), np.take_along_axis(local, order, 1)
         rows = segment.store_rows(local)
-        rows[:, 1:][local[:, 1:] == local[:, :-1]] = -1  # copies have the same code, so the same distance
+        drop_copies(rows, local)  # which have the same code, so the same distance
         return distances, rows, rescore(self.store, queries, rows)
 
 

@@ -77,6 +77,8 @@ def test_against_a_loop(kind, store, way, few):
     assert num_distinct > 100
     np.testing.assert_allclose(index.scores(queries, rows)[mask], scores[mask], rtol=1e-6)
     assert (index.scores(queries, np.full_like(rows, -1)) == 0).all()
+    none = queries[np.zeros(0, np.int64)]
+    assert index.scores(none, rows[:0]).shape == index.search(none, K, [])[0].shape == (0, K)
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])

@@ -194,6 +194,7 @@ def test_a_search_ends_with_the_last_row_that_may_be_found(copy, kind, monkeypat
     queries, everything = copy.keys(np.arange(4)), np.tile(np.arange(copy.num_documents), (4, 1))
     assert not index.search(queries, 3, everything)[2].any() and not looks
     table = np.where(everything == 7, -1, everything)
+    table = np.concatenate([table, table[:, 9:]], axis=1)  # some are named twice
     for mine, other in zip(index.search(queries, 50, table), exact_search(copy, queries, 50, table), strict=True):
         np.testing.assert_array_equal(mine, other)
 
