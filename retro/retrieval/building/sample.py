@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from retro.retrieval.search.dense import Scale
+from retro.retrieval.search.dense import Scale, cost_of
 from retro.retrieval.search.engines import engine_of
 from retro.retrieval.search.exact import exact_search
 from retro.retrieval.search.index import ApproximateIndex
@@ -20,6 +20,7 @@ _STRATA = 10
 _WORST = 2  # of the strata, that count together: of one alone the sample says too little
 _BELOW = 0.05  # how far these may lie below the recall to which the index was tuned
 _SHARES = [2 ** (step / 4) for step in range(-12, 13)]
+_TRIED = 4  # numbers of lists, each with the fewest candidates
 
 
 def fit_scale(
@@ -28,7 +29,7 @@ def fit_scale(
     k: int,
     excluded: Int64[np.ndarray, "q w"] | None,
 ) -> dict[str, Any]:
-    """Fit the scale of an index to what a join needs: the least with which it finds, of the exact k nearest of these
+    """Fit the scale of an index to what a join needs: the cheapest with which it finds, of the exact k nearest of these
     queries, the share that it was tuned to, and hardly less in the two worst strata: tenths of the queries, by the
     distance of their k-th neighbor.
 
@@ -37,24 +38,28 @@ def fit_scale(
     """
     exact = -exact_search(index.store, queries, k, excluded)[1].astype(np.float64)
     target = max((segment.record["recall"]["target"] for segment in index.segments), default=1.0)
-    measured: dict[Scale, tuple[float, list[float]]] = {}
+
+    def recall(scale: Scale, looks_again: bool = True) -> tuple[float, list[float]]:
+        index.scale, index.looks_again = scale, looks_again
+        return _recall(-index.search(queries, k, excluded)[1].astype(np.float64), exact)
 
     def is_enough(scale: Scale) -> bool:
-        index.scale = scale
-        recall, strata = measured[scale] = _recall(-index.search(queries, k, excluded)[1].astype(np.float64), exact)
+        if recall(scale, looks_again=False)[0] < target - _BELOW:
+            return False  # a second look of many queries costs more than a longer first one
+        mean, strata = recall(scale)
         worst = sorted(strata)[:_WORST]
-        return recall >= target and sum(worst) >= len(worst) * (target - _BELOW)
+        return mean >= target and sum(worst) >= len(worst) * (target - _BELOW)
 
-    fitted = Scale()
+    def cost(scale: Scale) -> float:
+        return sum(cost_of(segment, segment.scaled(scale)) for segment in index.segments)
+
+    scale = Scale()
     if index.segments and not _is_fixed(index):
-        lists = _first(_SHARES, lambda share: is_enough(Scale(share, max(share, 1.0))))
-        most = max(lists, 1.0)
-        fewer = [share for share in _SHARES if share <= most]
-        fitted = Scale(lists, _first(fewer, lambda share: is_enough(Scale(lists, share))))
-    if fitted not in measured:
-        is_enough(fitted)
-    index.scale, (recall, strata) = fitted, measured[fitted]
-    return {"recall": recall, "recall_of_strata": strata, "sample": len(queries), "scale": asdict(fitted)}
+        fewest = _first(_SHARES, lambda share: is_enough(Scale(share, _SHARES[-1])))
+        lists = _SHARES[_SHARES.index(fewest) :][:_TRIED]
+        scale = min((Scale(n, _first(_SHARES, lambda share: is_enough(Scale(n, share)))) for n in lists), key=cost)  # noqa: B023
+    mean, strata = recall(scale)
+    return {"recall": mean, "recall_of_strata": strata, "sample": len(queries), "scale": asdict(scale)}
 
 
 def _first(shares: Sequence[float], is_enough: Callable[[float], bool]) -> float:

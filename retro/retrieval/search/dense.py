@@ -96,6 +96,11 @@ class Segment:
         """As it was tuned."""
         return Effort(self.record["recall"]["lists_searched"], self.record["recall"]["candidates"])
 
+    def scaled(self, scale: Scale) -> Effort:
+        """As it was tuned, times a scale."""
+        lists, candidates = ceil(self.effort.lists * scale.lists), ceil(self.effort.candidates * scale.candidates)
+        return Effort(min(lists, self.layout.lists), candidates)
+
     def live_rows(self, start: int, stop: int) -> Int64[np.ndarray, " c"]:
         """Store rows of a range of the segment's own, without those that were removed."""
         rows = self._rows[start:stop]
@@ -116,11 +121,13 @@ class Segment:
         k: int,
         excluded: Int64[np.ndarray, "q w"] | None = None,
         scale: Scale | None = None,
+        once: bool = False,
     ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
         """The k nearest rows outside a query's excluded documents that are found, and their squared distances.
 
         What is looked at grows with the share of removed rows. Queries that find fewer rows than the segment has
-        for them, or few candidates outside their excluded documents, look twice as far, until they have seen all.
+        for them, or few candidates outside their excluded documents, look twice as far, until they have seen all;
+        not if `once`.
         """
         rows, distances = no_hits(len(queries), k)
         spans, allowed = None, np.full(len(queries), self.num_live)
@@ -132,10 +139,7 @@ class Segment:
         waiting = np.flatnonzero(allowed)
         scale, wider, least = scale or Scale(), self.num_rows / max(self.num_live, 1), 0
         while len(waiting):
-            effort = Effort(
-                min(ceil(self.effort.lists * scale.lists * wider), self.layout.lists),
-                ceil(self.effort.candidates * scale.candidates * wider),
-            )
+            effort = self.scaled(Scale(scale.lists * wider, scale.candidates * wider))
             fetch = min(ceil(k * wider), self.num_rows)
             considered = effort.considered(fetch, self.num_rows)
             if self._has_removed or spans is not None:
@@ -150,7 +154,7 @@ class Segment:
                 rows[part], distances[part] = _nearest(found, apart, k)
                 missing = (rows[part] >= 0).sum(1) < np.minimum(allowed[part], k)
                 left.append(part[missing | ((found >= 0).sum(1) < np.minimum(allowed[part], least))])
-            if considered == self.num_rows and effort.lists == self.layout.lists:
+            if once or (considered == self.num_rows and effort.lists == self.layout.lists):
                 break
             waiting, wider = np.concatenate(left), wider * 2
         return rows, distances
@@ -288,7 +292,7 @@ def tune(segment: Segment, target: float, sample: QuerySample | None = None) -> 
     for counts in (candidates, *([count] for count in _more(segment))):
         reached = reached or _reached(segment, sample, target, counts)
     tried = reached or [sample.best]
-    effort = min(tried, key=lambda effort: _cost(segment, effort))
+    effort = min(tried, key=lambda effort: cost_of(segment, effort))
     recall = sample.recall(effort)
     measured = {"recall": recall, "target": target, "reached": recall >= target}
     measured |= {"lists_searched": effort.lists, "candidates": effort.candidates}
@@ -305,8 +309,8 @@ def _reached(segment: Segment, sample: QuerySample, target: float, candidates: l
             break
         while left and sample.recall(Effort(lists, left[-1])) >= target:
             found.append(Effort(lists, left.pop()))
-        least = min((_cost(segment, effort) for effort in found), default=np.inf)
-        if not left or _cost(segment, Effort(lists, left[0])) > least:
+        least = min((cost_of(segment, effort) for effort in found), default=np.inf)
+        if not left or cost_of(segment, Effort(lists, left[0])) > least:
             break
     return found
 
@@ -338,7 +342,7 @@ def _ladder(first: int, last: int) -> list[int]:
     return [*sorted(count for count in steps if count < last), last]
 
 
-def _cost(segment: Segment, effort: Effort) -> float:
+def cost_of(segment: Segment, effort: Effort) -> float:
     """Bytes read by a search: codes of the lists, their centroids, and keys of the candidates."""
     width, layout, engine = segment.store.key_dim, segment.layout, engine_of(segment.layout)
     share = effort.lists / layout.lists if layout.lists else 1.0

@@ -78,9 +78,10 @@ class ApproximateIndex:
     recall: of the segments as they were tuned, weighted by their rows; exact search counts as 1.
     name: changes with what is searched, and how far.
     scale: how far it looks, against what its segments are tuned to.
+    looks_again: whether queries that find little look further.
     """
 
-    scale = Scale()
+    scale, looks_again = Scale(), True
 
     def __init__(self, store: Store, kind: str, segments: list[Segment]) -> None:
         self.store, self.kind, self.segments = store, kind, segments
@@ -117,7 +118,7 @@ class ApproximateIndex:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and distances of each segment, then of each range that has none."""
         for segment in self.segments:
-            yield segment.search(queries, k, excluded, self.scale)
+            yield segment.search(queries, k, excluded, self.scale, once=not self.looks_again)
         for part in self.exact_ranges:
             rows, scores, _ = exact_search(self.store, queries, k, excluded, rows=part)
             yield rows, -scores.astype(np.float64)
