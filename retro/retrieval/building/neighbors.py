@@ -70,8 +70,8 @@ def build_neighbors(
             id); "none" leaves out nothing, not even the chunk itself.
         index: what to search through (see retro.retrieval.search.searchers): "exact" is a blocked matrix product over
             the keys; "auto", "scann", "routed" and "faiss" look as far as these neighbors need, which a sample of the
-            queries tells, and further where an exclusion leaves few; "tfidf" and "bm25" are lexical; "exact+tfidf" fuses both; "tfidf>continuation" has a
-            second stage.
+            queries tells, and further where an exclusion leaves few; "tfidf" and "bm25" are lexical; "exact+tfidf"
+            fuses both; "tfidf>continuation" has a second stage.
         embedder: needed only if it embeds queries otherwise than keys; None loads the one the manifest names. One that
             is given keeps the search in this process.
         executor, workers: who does the work, see `retro.retrieval.executors.opening.open_executor`.
