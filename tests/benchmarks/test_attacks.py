@@ -11,13 +11,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_crashes_kills_and_starts_two_writers(tmp_path):
-    given = ["--work", str(tmp_path / "work"), "--only", "build", "--kills", "2", "--disks", "0", "--writers", "1"]
+    given = ["--work", str(tmp_path / "work"), "--only", "build", "--kills", "1", "--disks", "0", "--writers", "1"]
     done = subprocess.run([sys.executable, BENCHMARKS / "crashes.py", *given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = dict(line.rsplit("  ", 1) for line in done.stdout.splitlines() if " of build  " in line)
     told = {name.strip(): outcome.strip() for name, outcome in told.items()}
     assert set(told) == {"kill -9 of build", "two writers of build"}
-    assert int(told["kill -9 of build"].removesuffix(" survived")) >= 2
+    assert int(told["kill -9 of build"].removesuffix(" survived")) >= 1
     assert told["two writers of build"] in ("1 refused", "1 survived")
 
 

@@ -90,6 +90,7 @@ def test_a_turned_bit_misleads_nobody(store, tmp_path):
 
 def test_only_what_is_asked_for_is_compared(store, monkeypatch):
     """A search of rare words reads a part of a lexical index; documents of one group a part of their table."""
+    monkeypatch.setattr(candidates, "LARGE", 0)
     index = build_lexical(Store.open(store.path), "bm25")
     segment = index.segments[0]
     arrays = (segment.postings, segment.chunk_terms)
