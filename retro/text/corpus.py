@@ -41,7 +41,7 @@ def read_documents(
 
     Arguments:
         inputs: files (.jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .rst, each also .gz, .bz2, .xz or .zst; .parquet,
-            .arrow, .feather), folders of those, patterns such as docs/**/*.md, "package:NAME" for an installed
+            .arrow, .feather), folders of those, patterns with "*" or "**", "package:NAME" for an installed
             package's documentation, and `datasets`: names, saved folders or objects (see `retro.text.hugging_face`).
             A .json file may hold arrays, and objects over several lines.
         on_bad: "error" raises ValueError at the first bad record, naming file and line; "reject" yields it as a

@@ -99,7 +99,7 @@ class BuildSettings(ExecutorSettings, FilterSettings, EmbedderSettings, ChunkSet
     Arguments:
         store: Folder of the datastore.
         inputs: Documents: .jsonl, .json, .csv, .tsv, .txt, .md or .rst files, also compressed (.gz, .bz2, .xz, .zst);
-            .parquet or .arrow files; folders of those; patterns such as "docs/**/*.md"; `datasets` as NAME, NAME:SPLIT
+            .parquet or .arrow files; folders of those; patterns with "*" or "**"; `datasets` as NAME, NAME:SPLIT
             or NAME:CONFIGURATION:SPLIT, with stream: in front without a copy on disk, or a saved folder; package:NAME,
             the documentation of a package.
         tokenizer: Hugging Face name or folder, a GGUF file, or package:NAME for the GGUF file of an installed package.
