@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_crashes_kills_and_starts_two_writers(tmp_path):
     given = ["--work", str(tmp_path / "work"), "--only", "build", "--kills", "1", "--disks", "0", "--writers", "1"]
     done = subprocess.run([sys.executable, BENCHMARKS / "crashes.py", *given], capture_output=True, text=True)
