@@ -53,11 +53,14 @@ def fit_scale(
     def cost(scale: Scale) -> float:
         return sum(cost_of(segment, segment.scaled(scale)) for segment in index.segments)
 
+    def with_fewest_candidates(lists: float) -> Scale:
+        return Scale(lists, _first(_SHARES, lambda share: is_enough(Scale(lists, share))))
+
     scale = Scale()
     if index.segments and not _is_fixed(index):
         fewest = _first(_SHARES, lambda share: is_enough(Scale(share, _SHARES[-1])))
         lists = _SHARES[_SHARES.index(fewest) :][:_TRIED]
-        scale = min((Scale(n, _first(_SHARES, lambda share: is_enough(Scale(n, share)))) for n in lists), key=cost)  # noqa: B023
+        scale = min(map(with_fewest_candidates, lists), key=cost)
     mean, strata = recall(scale)
     return {"recall": mean, "recall_of_strata": strata, "sample": len(queries), "scale": asdict(scale)}
 

@@ -151,7 +151,8 @@ class RoutedEngine:
         """See `IndexEngine`; a row may be there twice."""
         if self.layout.codes == "flat":
             return self._index.search(queries, wanted)[1]
-        distances, rows = self.visit(queries, self.route(queries, lists), considered)
+        axes = project(queries, self._axes)
+        distances, rows = self._visit(axes, self._route(axes, lists), considered)
         return np.where(are_certain(distances, wanted, considered), rows, -1)
 
     def route(self, queries: Float32[np.ndarray, "q d"], lists: int) -> Int64[np.ndarray, "q l"]:
@@ -160,7 +161,9 @@ class RoutedEngine:
         A query whose nearest centroid lies as far as a row's does on average visits `lists`; one that lies among few
         rows, and needs more for the same recall, visits more, by the cube of that distance.
         """
-        axes = project(queries, self._axes)
+        return self._route(project(queries, self._axes), lists)
+
+    def _route(self, axes: Float32[np.ndarray, "q a"], lists: int) -> Int64[np.ndarray, "q l"]:
         if lists >= self.layout.lists:
             return self._nearest_lists(axes, lists)[1]
         ratio = np.full(len(axes), 2.0)  # visits the most; so do all queries where keys are alike
@@ -191,16 +194,21 @@ class RoutedEngine:
     ) -> tuple[Float32[np.ndarray, "q c"], Int64[np.ndarray, "q c"]]:
         """The rows nearest by their codes in the lists of each query, the nearest first (-1 where there are fewer),
         and their distances. A row in two lists is there twice, at the same distance."""
+        return self._visit(project(queries, self._axes), lists, considered)
+
+    def _visit(
+        self, axes: Float32[np.ndarray, "q a"], lists: Int64[np.ndarray, "q l"], considered: int
+    ) -> tuple[Float32[np.ndarray, "q c"], Int64[np.ndarray, "q c"]]:
         import faiss
 
         total = self._index.ntotal  # of rows that are there twice
         count = total + 1 if NUM_LISTS_OF_A_ROW * considered >= total else considered  # all: the last is none
-        distances, rows = np.empty((len(queries), count), np.float32), np.empty((len(queries), count), np.int64)
-        queries, lists = project(queries, self._axes), np.ascontiguousarray(lists)
+        distances, rows = np.empty((len(axes), count), np.float32), np.empty((len(axes), count), np.int64)
+        lists = np.ascontiguousarray(lists)
         unused = np.zeros(lists.shape, np.float32)
-        asked, *pointers = map(faiss.swig_ptr, (queries, lists, unused, distances, rows))
+        asked, *pointers = map(faiss.swig_ptr, (axes, lists, unused, distances, rows))
         visited = faiss.SearchParametersIVF(nprobe=lists.shape[1])
-        self._index.search_preassigned_c(len(queries), asked, count, *pointers, False, visited)
+        self._index.search_preassigned_c(len(axes), asked, count, *pointers, False, visited)
         distances[rows < 0] = np.inf
         return distances, rows
 
