@@ -35,7 +35,7 @@ from retro.retrieval.search.dense import Scale
 from retro.retrieval.search.exact import check_queries, exact_search, merge, no_hits
 from retro.retrieval.search.index import ApproximateIndex
 from retro.retrieval.search.queries import Queries
-from retro.retrieval.search.searchers import Searcher, embedder_of, open_searcher
+from retro.retrieval.search.searchers import Searcher, embedder_of, goes_by_words, open_searcher
 from retro.retrieval.store.store import Store
 
 _QUERY_ROWS = 1024  # chunks searched at a time
@@ -44,11 +44,6 @@ _TASK_PAIRS = 1 << 32  # query-key pairs of a task, where the number of queries 
 _TASKS = 16  # as many at least, by ranges of rows where the queries are few
 _SEED = 0  # of the sample by which recall is measured
 _HITS = np.dtype([("row", "<i8"), ("distance", "<f4")])
-
-
-def uses_keys(index: str) -> bool:
-    """Whether a kind of search looks at keys; a second stage does not."""
-    return any(kind not in lexical.KINDS for kind in index.partition(">")[0].split("+"))
 
 
 # The job
@@ -85,7 +80,7 @@ class Join:
             for low, high in ranges:
                 name = _hits_name((start, stop), (low, high))
                 spec = {**self.spec, "queries": [start, stop], "rows": [low, high], "file": f"{name}.npy"}
-                yield Task(name, f"{__name__}:search_block", spec, self.here, gpu=uses_keys(self.spec["index"]))
+                yield Task(name, f"{__name__}:search_block", spec, self.here, gpu=not goes_by_words(self.spec["index"]))
 
     def after(self, task: Task, record: dict[str, Any]) -> Iterable[Task]:
         """What a finished task makes possible."""
@@ -275,7 +270,7 @@ class _Stores:
 
     def _search(self, chunks: np.ndarray, k: int, rows: Range) -> Any:
         table = self._excluded(chunks)
-        keys = self._keys(chunks) if uses_keys(self.index) else None
+        keys = None if goes_by_words(self.index) else self._keys(chunks)
         if self.index == "exact":
             return exact_search(self.store, keys, k, table, rows=rows)
         excluded = None if table is None else [set(documents) - {-1} for documents in table.tolist()]

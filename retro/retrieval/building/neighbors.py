@@ -24,12 +24,12 @@ from retro.common.files import check_files, clear_abandoned, delete, stable_hash
 from retro.common.own import check_no_links
 from retro.common.records import FILES, load_record
 from retro.common.values import NumNeighbors
-from retro.retrieval.building.join import Join, run_join, shared_with_tasks, uses_keys
+from retro.retrieval.building.join import Join, run_join, shared_with_tasks
 from retro.retrieval.embedding.embedder import Embedder
 from retro.retrieval.search import lexical
 from retro.retrieval.search.exact import check_k
 from retro.retrieval.search.index import resolve_kind
-from retro.retrieval.search.searchers import is_keyless, parse_kind
+from retro.retrieval.search.searchers import goes_by_words, is_keyless, parse_kind
 from retro.retrieval.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def build_neighbors(
     """
     queries = queries or store
     index = _resolved(store, index)
-    _check(store, queries, k, exclude, uses_keys=uses_keys(index))
+    _check(store, queries, k, exclude, uses_keys=not goes_by_words(index))
     settings = {"k": k, "exclude": exclude, "index": index}
     folder = _folder(store, queries, settings)
     clear_abandoned(folder, store.path)
